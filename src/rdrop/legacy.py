@@ -1,0 +1,73 @@
+"""What the same symbol alpha means elsewhere: from another implementation's setting to the paper's alpha.
+
+Most implementations mix a mean cross-entropy with a sum (or another mean) of the KL, so the strength they really apply
+follows the batch, or the number of classes. docs/alpha.md has the derivation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LegacyForm:
+    """The paper's alpha is `factor * alpha`, times the rows of a step, divided by the classes, where those apply."""
+
+    what: str
+    factor: float = 1.0
+    times_rows: bool = False
+    by_classes: bool = False
+    note: str = ""
+
+
+LEGACY_FORMS: dict[str, LegacyForm] = {
+    "official-fairseq": LegacyForm("official code, translation and summarization (fairseq)"),
+    "official-readme-sum": LegacyForm("official README snippet, KL by sum", 2, times_rows=True),
+    "official-readme-mean": LegacyForm("official README snippet, changed to a batch mean", 2),
+    "official-bert": LegacyForm(
+        "official code, BERT", times_rows=True, note="alpha is a constant 0.5 in the model file"
+    ),
+    "official-roberta": LegacyForm(
+        "official code, RoBERTa",
+        4,
+        times_rows=True,
+        note="alpha is a constant 0.7 in the model file; the second pass's cross-entropy is dead code; approximate",
+    ),
+    "official-vit": LegacyForm("official code, ViT", 2, times_rows=True, note="alpha is 0.3; rows of a micro-batch"),
+    "bert4keras": LegacyForm("bojone's bert4keras example"),
+    "bert4torch": LegacyForm("bert4torch, and many an `RDropTrainer`", by_classes=True, note="mean over the classes"),
+    "paddlenlp": LegacyForm(
+        "PaddleNLP PromptTrainer", 2, times_rows=True, note="the polarity of its pad_mask is inverted"
+    ),
+    "fairseq-main": LegacyForm(
+        "fairseq main, label_smoothed_cross_entropy_with_rdrop", note="also active in validation, where it crashes"
+    ),
+}
+
+
+def legacy_alpha(implementation: str, alpha: float, *, rows: int | None = None, classes: int | None = None) -> float:
+    """The paper's alpha that `implementation` really applies when told `alpha`: pass it to `rdrop_loss`.
+
+    Example: a BERT run of the official code with 32 rows on a device, `legacy_alpha("official-bert", 0.5, rows=32)`, is
+    R-Drop with alpha 16.
+
+    Args:
+        implementation: a key of `LEGACY_FORMS`.
+        alpha: the setting there.
+        rows: rows (examples, or tokens for a sequence model) in one step of one device, where the form follows them.
+        classes: number of classes, where the form follows them.
+    """
+    if implementation not in LEGACY_FORMS:
+        raise ValueError(f"implementation (={implementation!r}) must be one of {', '.join(LEGACY_FORMS)}")
+    form = LEGACY_FORMS[implementation]
+    if form.times_rows:
+        alpha *= _given("rows", rows, implementation)
+    if form.by_classes:
+        alpha /= _given("classes", classes, implementation)
+    return form.factor * alpha
+
+
+def _given(name: str, value: int | None, implementation: str) -> int:
+    if value is None or value < 1:
+        raise ValueError(f"{name} (={value}) must be a positive number: the strength of {implementation!r} follows it")
+    return value

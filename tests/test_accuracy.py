@@ -1,0 +1,35 @@
+"""Accuracy of the loss against float64, for each implementation by one rule.
+
+The full table is `python benchmarks/accuracy.py --cases 10000`.
+"""
+
+import pytest
+import torch
+from benchmarks.accuracy import DTYPES, FAMILIES, Errors, run
+
+from rdrop import kernels
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+EXTREME = 2e-3  # logits of 1e4 are themselves only known to 1e-3 in float32
+
+
+def assert_accurate(family: str, dtype: torch.dtype, errors: Errors) -> None:
+    assert errors.cases > 0
+    assert errors.negative == 0
+    assert errors.not_finite == 0
+    assert errors.divergence <= 1e-5
+    assert errors.task_loss <= 1e-5
+    limit = max(ROUNDING[dtype], EXTREME if family == "logits to 1e4" else 0)
+    assert errors.divergence_gradient <= limit
+    assert errors.loss_gradient <= limit
+
+
+@pytest.mark.parametrize("implementation", DTYPES)
+@pytest.mark.parametrize("count", [1_050, pytest.param(10_500, marks=pytest.mark.long)])
+def test_random_cases_against_float64(implementation, count):
+    if reason := kernels.available().get(implementation):
+        pytest.skip(reason)
+    table = run(count, implementation=implementation)
+    assert len(table) == len(DTYPES[implementation]) * len(FAMILIES)
+    for (family, dtype), errors in table.items():
+        assert_accurate(family, dtype, errors)

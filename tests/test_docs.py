@@ -1,0 +1,173 @@
+"""The README and the pages keep their promises: Python blocks run, commands and files exist."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rdrop.experiments.compare import Comparison, comparisons
+from rdrop.experiments.paired import mean, sd
+from rdrop.experiments.results import RunRecord
+from rdrop.experiments.wording import ratio, wins_ties_losses
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+class Classifier(nn.Module):
+    """The reader's own model: 10 features, 3 classes, called with a tensor or, by the Trainer, with keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def what_the_reader_has() -> dict[str, object]:
+    """The names that blocks take for granted."""
+    x = torch.randn(4, 10)
+    return {"model": Classifier(), "x": x, "batch": x, "labels": torch.tensor([0, 1, 2, 0])}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = what_the_reader_has()
+    for block in blocks(page, "python"):
+        if "RDropTrainer" in block and "model = " not in block:
+            names |= trainer_names(tmp_path)
+        exec(compile(block, page.name, "exec"), names)
+
+
+def trainer_names(folder: Path) -> dict[str, object]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    rows = [{"input_ids": [2 + i % 20] * 5, "attention_mask": [1] * 5, "labels": i % 2} for i in range(8)]
+    args = transformers.TrainingArguments(
+        str(folder / "out"), max_steps=1, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    model = transformers.BertForSequenceClassification(config)
+    return {"model": model, "args": args, "train_dataset": rows, "train": rows, "eval_dataset": rows}
+
+
+def test_make_targets_named_anywhere_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        word
+        for page in PAGES
+        for line in re.findall(r"(?:^ *|`)make ([a-z -]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for word in shlex.split(line)[:1]
+    }
+    assert "test" in named
+    assert named - targets == set()
+
+
+def test_links_and_files_named_in_pages_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_file_map_of_the_readme_is_the_tree():
+    """Every source file stands in the map, and every file in the map is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## File map", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"`([\w./-]+\.(?:py|cpp|h|css))`", text))
+    there = {
+        str(path.relative_to(ROOT / "src/rdrop"))
+        for pattern in ("*.py", "*.cpp", "*.h", "*.css")
+        for path in (ROOT / "src/rdrop").rglob(pattern)
+        if path.name != "__init__.py" or path.parent.name in ("rdrop", "kernels")
+    }
+    assert named == there
+
+
+def test_nothing_names_a_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
+    for path in [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "Makefile"]:
+        found = pattern.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.name}: {found}"
+
+
+def recorded_comparison() -> Comparison:
+    """Of the record that `make demo` left: one result.json a line."""
+    lines = (ROOT / "benchmarks/results/digits.jsonl").read_text(encoding="utf-8").splitlines()
+    results = [json.loads(line) for line in lines]
+    [comparison] = comparisons([RunRecord(Path(r["digest"]), r["recipe"], r, []) for r in results])
+    return comparison
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The main metric on test, one row an arm, as it stands in the README."""
+    section = comparison.results()[0]
+    style = section.style
+    rows = [
+        f"| | {section.split} {style.heading(section.metric)} | difference | 95 % interval | wins/ties/losses | time |"
+    ]
+    rows.append("|---|---|---|---|---|---|")
+    for arm, difference in section.rows:
+        scores = tuple(arm.scores(section.metric, section.split).values())
+        cells = [arm.label, style.spread(mean(scores), sd(scores))]
+        if difference is None:
+            cells += ["", "", ""]
+        else:
+            cells += [style.difference(difference.mean), style.interval(difference.interval)]
+            cells += [wins_ties_losses(difference)]
+        rows.append(f"| {' | '.join(cells)} | {ratio(comparison.cost_ratio(arm, 'step_milliseconds')) or '1'} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_result_table_is_that_of_the_record(page):
+    comparison = recorded_comparison()
+    assert len(comparison.seeds) >= 5
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert markdown_table(comparison) in text
+    assert " ".join(comparison.verdict().split()) in " ".join(text.split())
+
+
+WORDS_OF_FORM = {
+    "cross_entropy": "`F.cross_entropy`, eager",
+    "official": "official form",
+    "tidy": "tidy form (one `log_softmax`, `kl_div` of logarithms)",
+    "reference": "`rdrop_loss`, reference",
+    "kernel": "`rdrop_loss`",
+    "kernel_overwriting": "`rdrop_loss(..., overwrite_logits=True)`",
+    "kernel_cross_entropy": "plain cross-entropy by the same kernel, in place",
+}
+
+
+def speed_table() -> str:
+    """Time and extra memory as ratios to eager cross-entropy, from the record of `benchmarks/rows.py`."""
+    lines = (ROOT / "benchmarks/results/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    sizes = sorted({(r["rows"], r["classes"]) for r in records}, reverse=True)
+    rows = ["| loss, forward and backward | " + " | ".join(f"{n} x {v:,}: time, memory" for n, v in sizes) + " |"]
+    rows.append("|---" * (1 + len(sizes)) + "|")
+    for form, words in WORDS_OF_FORM.items():
+        cells = []
+        for size in sizes:
+            [own, plain] = [
+                next(r for r in records if (r["rows"], r["classes"], r["form"]) == (*size, name))
+                for name in (form, "cross_entropy")
+            ]
+            memory = own["peak_extra_bytes"] / plain["peak_extra_bytes"]
+            cells.append(f"{own['median'] / plain['median']:.2f}, {memory:.2f}")
+        rows.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_speed_table_is_that_of_the_record():
+    assert speed_table() in (ROOT / "docs/speed.md").read_text(encoding="utf-8")

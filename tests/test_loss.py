@@ -1,0 +1,514 @@
+"""The loss against its definition, its promises one by one, and every sentence its errors say."""
+
+import itertools
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdrop import (
+    LossTerms,
+    bernoulli_kl,
+    binary_cross_entropy,
+    check_logits,
+    cross_entropy,
+    rdrop_loss,
+    squared_difference,
+    squared_error,
+    symmetric_kl,
+)
+
+IGNORED = -100
+
+
+def random_logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def kl_by_the_book(a: Tensor, b: Tensor) -> Tensor:
+    """(KL(p||q) + KL(q||p)) / 2 with torch's own kl_div: `(..., V)` twice to `(...)`."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    forward = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return (forward + F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)) / 2
+
+
+def mean_over_pairs(function, passes: Tensor) -> Tensor:
+    return torch.stack([function(a, b) for a, b in itertools.combinations(passes, 2)]).mean(0)
+
+
+def gradient_of(function, tensor: Tensor) -> Tensor:
+    leaf = tensor.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf)
+    return gradient
+
+
+# ------------------------------------------------------------------------------------------------ the definition
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("positions", [(), (3,), (2, 3)])
+def test_loss_and_gradient_are_the_papers_halved(m, smoothing, weighted, positions):
+    n, classes, alpha = 4, 7, 5.0
+    logits = random_logits(m * n, *positions, classes)
+    labels = torch.randint(0, classes, (n, *positions), generator=torch.Generator().manual_seed(1))
+    labels[1] = IGNORED
+    weight = torch.linspace(0.5, 2, classes, dtype=torch.float64) if weighted else None
+
+    def expected(z: Tensor) -> Tensor:
+        passes = z.unflatten(0, (m, n))
+        task = [
+            F.cross_entropy(p.reshape(-1, classes), labels.reshape(-1), weight=weight, label_smoothing=smoothing)
+            for p in passes
+        ]
+        divergence = mean_over_pairs(kl_by_the_book, passes)[labels != IGNORED].mean()
+        return torch.stack(task).mean() + alpha / 2 * divergence
+
+    def ours(z: Tensor) -> Tensor:
+        return rdrop_loss(z, labels, alpha=alpha, label_smoothing=smoothing, weight=weight).loss
+
+    torch.testing.assert_close(ours(logits), expected(logits))
+    torch.testing.assert_close(gradient_of(ours, logits), gradient_of(expected, logits))
+
+
+def test_two_rows_worked_out_by_hand():
+    # p = (3/4, 1/4), q = (1/4, 3/4): KL(p||q) = KL(q||p) = 1/2 log 3; label 0: CE = log 4/3 and log 4.
+    logits = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
+    loss, task_loss, divergence = rdrop_loss(logits, torch.tensor([0]), alpha=4.0)
+    log = torch.tensor([4 / 3, 4.0, 3.0]).log()
+    torch.testing.assert_close(task_loss, (log[0] + log[1]) / 2)
+    torch.testing.assert_close(divergence, log[2] / 2)
+    torch.testing.assert_close(loss, task_loss + 2 * divergence)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradcheck_in_float64_for_the_logits_of_every_pass(m, smoothing):
+    labels = torch.tensor([0, IGNORED, 4])
+    weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+
+    def loss(z: Tensor) -> Tensor:
+        return rdrop_loss(z, labels, alpha=5.0, label_smoothing=smoothing, weight=weight).loss
+
+    assert torch.autograd.gradcheck(loss, random_logits(3 * m, 5).requires_grad_())
+
+
+@pytest.mark.parametrize("divergence", [symmetric_kl, bernoulli_kl, squared_difference])
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_gradcheck_of_each_divergence(divergence, m):
+    assert torch.autograd.gradcheck(divergence, random_logits(m, 3, 5).requires_grad_())
+
+
+def test_symmetric_kl_for_m_passes_is_the_mean_over_pairs():
+    passes = random_logits(5, 6, 9)
+    torch.testing.assert_close(symmetric_kl(passes), mean_over_pairs(kl_by_the_book, passes))
+
+
+def test_bernoulli_kl_is_the_mean_over_labels_of_the_two_class_kl():
+    passes = random_logits(3, 4, 6)
+    two_classes = torch.stack([passes.sigmoid(), 1 - passes.sigmoid()], -1).log()
+    torch.testing.assert_close(bernoulli_kl(passes), mean_over_pairs(kl_by_the_book, two_classes).mean(-1))
+
+
+def test_squared_difference_is_the_mean_over_pairs():
+    passes = random_logits(4, 5, 2)
+    expected = mean_over_pairs(lambda a, b: (a - b).square().mean(-1), passes)
+    torch.testing.assert_close(squared_difference(passes), expected)
+
+
+def test_multi_label_is_bce_plus_bernoulli_kl():
+    logits, labels = random_logits(6, 4), torch.randint(0, 2, (3, 4)).double()
+    terms = rdrop_loss(logits, labels, alpha=2.0, task_loss=binary_cross_entropy, divergence=bernoulli_kl)
+    expected = F.binary_cross_entropy_with_logits(logits, labels.repeat(2, 1))
+    torch.testing.assert_close(terms.task_loss, expected)
+    torch.testing.assert_close(terms.loss, expected + bernoulli_kl(logits.unflatten(0, (2, 3))).mean())
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,)])
+def test_regression_is_mse_plus_squared_difference(shape):
+    logits, labels = random_logits(*shape), random_logits(3, seed=1)
+    terms = rdrop_loss(logits, labels, alpha=3.0, task_loss=squared_error, divergence=squared_difference)
+    first, second = logits.flatten().chunk(2)
+    task = F.mse_loss(logits.flatten(), labels.repeat(2))
+    torch.testing.assert_close(terms.loss, task + 3.0 / 2 * (first - second).square().mean())
+
+
+def test_regression_takes_whole_number_labels():
+    logits, labels = random_logits(6, 1), torch.tensor([1, 2, 5])
+    terms = rdrop_loss(logits, labels, alpha=0.0, task_loss=squared_error, divergence=squared_difference)
+    torch.testing.assert_close(terms.task_loss, F.mse_loss(logits.flatten(), labels.repeat(2).double()))
+
+
+def test_soft_labels_are_those_of_cross_entropy():
+    logits, labels = random_logits(6, 4), random_logits(3, 4, seed=1).softmax(-1)
+    terms = rdrop_loss(logits, labels, alpha=1.0, label_smoothing=0.1)
+    expected = F.cross_entropy(logits, labels.repeat(2, 1), label_smoothing=0.1)
+    torch.testing.assert_close(terms.task_loss, expected)
+
+
+def test_any_callable_is_a_divergence_or_a_task_loss():
+    logits, labels = random_logits(6, 4), torch.tensor([0, 1, 2])
+
+    def total_variation(passes: Tensor) -> Tensor:
+        first, second = passes.softmax(-1)
+        return (first - second).abs().sum(-1) / 2
+
+    def focal(z: Tensor, y: Tensor) -> Tensor:
+        surprise = F.cross_entropy(z, y, reduction="none")
+        return (1 - (-surprise).exp()) ** 2 * surprise
+
+    terms = rdrop_loss(logits, labels, alpha=2.0, divergence=total_variation, task_loss=focal)
+    torch.testing.assert_close(terms.task_loss, focal(logits, labels.repeat(2)).mean())
+    torch.testing.assert_close(terms.divergence, total_variation(logits.unflatten(0, (2, 3))).mean())
+    torch.testing.assert_close(terms.loss, terms.task_loss + terms.divergence)
+
+
+# ------------------------------------------------------------------------------------------------ alpha and reductions
+
+
+def test_alpha_zero_is_plain_cross_entropy():
+    logits, labels = random_logits(8, 5), torch.tensor([0, 1, IGNORED, 4])
+    repeated = labels.repeat(2)
+    terms = rdrop_loss(logits, labels, alpha=0.0)
+    torch.testing.assert_close(terms.loss, F.cross_entropy(logits, repeated))
+    ours = gradient_of(lambda z: rdrop_loss(z, labels, alpha=0.0).loss, logits)
+    torch.testing.assert_close(ours, gradient_of(lambda z: F.cross_entropy(z, repeated), logits))
+
+
+def test_alpha_zero_still_reports_the_divergence():
+    logits, labels = random_logits(6, 5), torch.tensor([0, 1, 4])
+    off, on = rdrop_loss(logits, labels, alpha=0.0), rdrop_loss(logits, labels, alpha=1.0)
+    assert off.divergence == on.divergence > 0
+
+
+def test_only_the_loss_carries_gradient():
+    logits = random_logits(4, 3).requires_grad_()
+    terms = rdrop_loss(logits, torch.tensor([0, 1]), alpha=1.0)
+    assert isinstance(terms, LossTerms)
+    assert terms.loss.requires_grad
+    assert not terms.task_loss.requires_grad
+    assert not terms.divergence.requires_grad
+
+
+def test_the_strength_of_alpha_does_not_follow_the_batch():
+    logits, labels = random_logits(6, 5).unflatten(0, (2, 3)), torch.tensor([0, 1, 4])
+    once = rdrop_loss(logits.flatten(0, 1), labels, alpha=5.0)
+    tiled = rdrop_loss(logits.repeat(1, 7, 1).flatten(0, 1), labels.repeat(7), alpha=5.0)
+    for a, b in zip(once, tiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reductions_agree(weighted):
+    logits, labels = random_logits(8, 5), torch.tensor([0, 1, IGNORED, 4])
+    options = {"alpha": 5.0, "weight": torch.linspace(0.5, 2, 5, dtype=torch.float64) if weighted else None}
+    none = rdrop_loss(logits, labels, reduction="none", **options)
+    total = rdrop_loss(logits, labels, reduction="sum", **options)
+    mean = rdrop_loss(logits, labels, reduction="mean", **options)
+    for name in LossTerms._fields:
+        assert getattr(none, name).shape == labels.shape
+        assert getattr(none, name)[2] == 0
+        torch.testing.assert_close(getattr(none, name).sum(), getattr(total, name))
+    torch.testing.assert_close(total.divergence / 3, mean.divergence)
+    normaliser = options["weight"][labels[labels >= 0]].sum() if weighted else 3
+    torch.testing.assert_close(total.task_loss / normaliser, mean.task_loss)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_microbatches_with_num_items_add_up_to_the_whole_batch(as_tensor):
+    logits = random_logits(2 * 8, 6, 5).unflatten(0, (2, 8))
+    labels = torch.randint(0, 5, (8, 6), generator=torch.Generator().manual_seed(1))
+    labels[torch.arange(6) >= torch.tensor([6, 1, 3, 2, 5, 4, 1, 1])[:, None]] = IGNORED  # ragged lengths
+    count = (labels != IGNORED).sum()
+    num_items = count if as_tensor else int(count)
+
+    def whole(z: Tensor) -> Tensor:
+        return rdrop_loss(z.flatten(0, 1), labels, alpha=5.0, label_smoothing=0.1).loss
+
+    def in_parts(z: Tensor) -> Tensor:
+        options = {"alpha": 5.0, "label_smoothing": 0.1, "num_items": num_items}
+        parts = zip(z.split(2, dim=1), labels.split(2), strict=True)
+        return torch.stack([rdrop_loss(p.flatten(0, 1), y, **options).loss for p, y in parts]).sum()
+
+    torch.testing.assert_close(in_parts(logits), whole(logits))
+    torch.testing.assert_close(gradient_of(in_parts, logits), gradient_of(whole, logits))
+
+
+def test_padding_changes_nothing():
+    logits, labels = random_logits(2, 3, 4, 5), torch.randint(0, 5, (3, 4))
+    padded = torch.cat([logits, random_logits(2, 3, 9, 5, seed=2)], 2)
+    padded_labels = torch.cat([labels, torch.full((3, 9), IGNORED)], 1)
+    for a, b in zip(
+        rdrop_loss(logits.flatten(0, 1), labels, alpha=5.0),
+        rdrop_loss(padded.flatten(0, 1), padded_labels, alpha=5.0),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ conventions
+
+
+@pytest.mark.parametrize("content", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_content_of_an_ignored_row_never_matters(content, reduction):
+    logits, labels = random_logits(6, 5), torch.tensor([3, IGNORED, 1])
+    spoiled = logits.clone()
+    spoiled[1] = content
+
+    def loss(z: Tensor) -> Tensor:
+        return rdrop_loss(z, labels, alpha=5.0, label_smoothing=0.1, reduction=reduction).loss.sum()
+
+    assert loss(spoiled) == loss(logits)
+    gradient = gradient_of(loss, spoiled)
+    assert torch.equal(gradient, gradient_of(loss, logits))
+    assert torch.equal(gradient[[1, 4]], torch.zeros(2, 5, dtype=gradient.dtype))
+
+
+def test_ignored_positions_reach_no_callable():
+    logits, labels = random_logits(6, 5), torch.tensor([3, IGNORED, 1])
+    logits[1] = float("nan")
+
+    def divergence(passes: Tensor) -> Tensor:
+        assert passes.isfinite().all()
+        return (passes[0] - passes[1]).square().mean(-1)
+
+    terms = rdrop_loss(logits, labels, alpha=1.0, divergence=divergence)
+    assert terms.loss.isfinite()
+
+
+@pytest.mark.parametrize("examples", [0, 1, 3])
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_a_valid_position_is_zero_with_a_graph(examples, num_items):
+    logits = random_logits(2 * examples, 5).requires_grad_()
+    labels = torch.full((examples,), IGNORED)
+    terms = rdrop_loss(logits, labels, alpha=5.0, num_items=num_items)
+    assert terms == (0, 0, 0)
+    terms.loss.backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_one_row_batch():
+    logits = random_logits(2, 5)
+    terms = rdrop_loss(logits, torch.tensor([3]), alpha=1.0)
+    torch.testing.assert_close(terms.divergence, kl_by_the_book(logits[0], logits[1]))
+
+
+def test_a_class_masked_in_every_pass_is_as_if_it_were_not_there():
+    logits, labels, keep = random_logits(6, 7), torch.tensor([0, 3, 5]), torch.tensor([0, 3, 5, 6])
+    masked = torch.full_like(logits, float("-inf"))
+    masked[:, keep] = logits[:, keep]
+    dense = torch.tensor([0, 1, 2])  # the labels' places among the classes kept
+    for a, b in zip(rdrop_loss(masked, labels, alpha=5.0), rdrop_loss(logits[:, keep], dense, alpha=5.0), strict=True):
+        torch.testing.assert_close(a, b)
+    gradient = gradient_of(lambda z: rdrop_loss(z, labels, alpha=5.0).loss, masked)
+    torch.testing.assert_close(
+        gradient[:, keep], gradient_of(lambda z: rdrop_loss(z, dense, alpha=5.0).loss, logits[:, keep])
+    )
+    assert not gradient[:, [1, 2, 4]].any()
+
+
+def test_identical_passes_have_no_divergence_and_only_the_task_gradient():
+    rows, labels = random_logits(3, 50, dtype=torch.float32), torch.tensor([0, 1, 2])
+    logits = torch.cat([rows, rows])
+    assert rdrop_loss(logits, labels, alpha=5.0).divergence == 0
+    with_alpha, without = (gradient_of(lambda z, a=a: rdrop_loss(z, labels, alpha=a).loss, logits) for a in (5.0, 0.0))
+    assert torch.equal(with_alpha, without)
+
+
+def test_gradient_is_finite_where_the_usual_form_gives_nan():
+    # Logit gaps past 104: softmax underflows, kl_div's gradient is 0 * inf.
+    logits = torch.tensor([[0.0, 200.0, -300.0], [150.0, -200.0, 10.0]])
+    gradient = gradient_of(lambda z: rdrop_loss(z, torch.tensor([1]), alpha=5.0).loss, logits)
+    exact = gradient_of(lambda z: rdrop_loss(z, torch.tensor([1]), alpha=5.0).loss, logits.double())
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-30)
+
+
+# ------------------------------------------------------------------------------------------------ where it runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits, labels = random_logits(6, 40).to(dtype), torch.tensor([0, 20, 39])
+    terms = rdrop_loss(logits, labels, alpha=5.0)
+    assert terms.loss.dtype == torch.float32
+    torch.testing.assert_close(terms.loss, rdrop_loss(logits.float(), labels, alpha=5.0).loss)
+    gradient = gradient_of(lambda z: rdrop_loss(z, labels, alpha=5.0).loss, logits)
+    assert gradient.dtype == dtype
+    exact = gradient_of(lambda z: rdrop_loss(z, labels, alpha=5.0).loss, logits.double())
+    torch.testing.assert_close(gradient, exact.to(dtype))
+
+
+def test_autocast_changes_nothing():
+    logits, labels = random_logits(6, 9, dtype=torch.float32), torch.tensor([0, 4, 8])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rdrop_loss(logits, labels, alpha=5.0, label_smoothing=0.1)
+    outside = rdrop_loss(logits, labels, alpha=5.0, label_smoothing=0.1)
+    assert inside == outside
+    assert inside.loss.dtype == torch.float32
+
+
+def test_non_contiguous_logits():
+    dense = random_logits(6, 9)
+    strided = random_logits(9, 12).t()[::2]
+    strided.copy_(dense)
+    assert not strided.is_contiguous()
+    labels = torch.tensor([0, 4, 8])
+    assert rdrop_loss(strided, labels, alpha=5.0) == rdrop_loss(dense, labels, alpha=5.0)
+    torch.testing.assert_close(
+        gradient_of(lambda z: rdrop_loss(z.t()[::2], labels, alpha=5.0).loss, random_logits(9, 12)).t()[1::2],
+        torch.zeros(6, 9, dtype=torch.float64),
+    )
+
+
+def compiled_and_eager(backend: str):
+    logits = random_logits(8, 3, 9, dtype=torch.float32).requires_grad_()
+    labels = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(0))
+    labels[1] = IGNORED
+
+    def loss(z: Tensor) -> Tensor:
+        return rdrop_loss(z, labels, alpha=5.0, label_smoothing=0.1).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for function in (compiled, loss):
+        value = function(logits)
+        (gradient,) = torch.autograd.grad(value, logits)
+        yield value.detach(), gradient
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph_equals_eager(backend):
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler for its CPU backend, and there is none")
+    compiled, eager = compiled_and_eager(backend)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_meta_tensors_give_shapes_without_values():
+    logits, labels = torch.empty(6, 5, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
+    assert rdrop_loss(logits, labels, alpha=1.0, reduction="none").loss.shape == (3,)
+
+
+def test_differentiating_twice_is_refused():
+    logits = random_logits(2, 3).requires_grad_()
+    loss = rdrop_loss(logits, torch.tensor([0]), alpha=1.0).loss
+    with pytest.raises(RuntimeError, match="symmetric_kl can be differentiated once only"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_the_loss_leaves_its_inputs_alone():
+    logits, labels = random_logits(4, 3), torch.tensor([0, IGNORED])
+    before = logits.clone(), labels.clone()
+    rdrop_loss(logits, labels, alpha=1.0)
+    assert torch.equal(logits, before[0])
+    assert torch.equal(labels, before[1])
+
+
+# ------------------------------------------------------------------------------------------------ what errors say
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        ((4, 5), (4,), r"logits \(4, 5\) and labels \(4,\): as many rows as labels is one pass.*repeat_batch"),
+        ((5, 5), (2,), r"logits \(5, 5\) and labels \(2,\): the first dimension of logits must be m >= 2 times"),
+        ((2, 5), (4,), r"logits \(2, 5\) and labels \(4,\): the first dimension of logits must be m >= 2 times"),
+        ((4, 3, 5), (2, 4), r"logits \(4, 3, 5\) and labels \(2, 4\): they differ after the first dimension"),
+        ((4, 5, 3), (2,), r"expected logits \(m\*N, \.\.\., V\) with the classes last"),
+        ((4,), (2,), r"logits \(4,\) and labels \(2,\): expected logits \(m\*N, \.\.\., V\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        rdrop_loss(torch.zeros(logits), torch.ones(labels, dtype=torch.long), alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1.0}, r"alpha \(=-1.0\) must be a finite number >= 0"),
+        ({"alpha": float("nan")}, r"alpha \(=nan\) must be"),
+        ({"label_smoothing": 1.5}, r"label_smoothing \(=1.5\) must be in \[0, 1\)"),
+        ({"reduction": "avg"}, r"reduction \(='avg'\) must be 'mean', 'sum' or 'none'"),
+        ({"reduction": "sum", "num_items": 3}, r"num_items divides the mean"),
+        ({"num_items": -3}, r"num_items \(=-3\) must be >= 0"),
+        ({"task_loss": squared_error, "label_smoothing": 0.1}, "belong to the cross-entropy"),
+        ({"divergence": lambda z: z.sum()}, r"divergence=<lambda> returned shape \(\); it must return one value per"),
+        ({"task_loss": lambda z, y: z}, r"task_loss=<lambda> returned shape \(4, 3\); it must return one value per"),
+    ],
+)
+def test_arguments_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        rdrop_loss(torch.zeros(4, 3), torch.tensor([0, 1]), **{"alpha": 1.0} | options)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ((3, 1, 4), float("nan"), "logit at example 1, position 1, class 4 is NaN"),
+        ((0, 2, 0), float("inf"), "logit at example 0, position 2, class 0 is +inf"),
+        ((2, 0, 3), float("-inf"), "logit at example 0, position 0, class 3 is -inf in some passes only"),
+    ],
+)
+def test_a_logit_that_makes_the_loss_infinite_is_named(where, value, message):
+    logits, labels = random_logits(4, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    logits[where] = value
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        rdrop_loss(logits, labels, alpha=1.0)
+
+
+def test_a_masked_label_is_named():
+    logits = random_logits(4, 3)
+    logits[:, 2] = float("-inf")
+    with pytest.raises(ValueError, match=r"example 1, class 2 is -inf and the label: its cross-entropy is infinite"):
+        rdrop_loss(logits, torch.tensor([0, 2]), alpha=1.0)
+
+
+def test_label_smoothing_over_masked_classes_is_explained():
+    logits = random_logits(4, 3)
+    logits[:, 2] = float("-inf")
+    with pytest.raises(ValueError, match=r"task loss is inf at example 0.*label smoothing"):
+        rdrop_loss(logits, torch.tensor([0, 1]), alpha=1.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_a_label_out_of_range_is_named(label):
+    with pytest.raises(ValueError, match=rf"label {label} at example 1 is outside \[0, 5\)"):
+        rdrop_loss(random_logits(4, 5), torch.tensor([0, label]), alpha=1.0)
+
+
+def test_float_labels_for_classes_are_explained():
+    with pytest.raises(ValueError, match=r"cannot be class indices; for numbers pass task_loss=squared_error"):
+        rdrop_loss(random_logits(4, 5), torch.tensor([0.0, 1.0]), alpha=1.0)
+
+
+def test_zeros_and_ones_for_classes_are_explained():
+    with pytest.raises(ValueError, match=r"as many dimensions as the logits.*task_loss=binary_cross_entropy"):
+        rdrop_loss(random_logits(4, 5), torch.ones(2, 5, dtype=torch.long), alpha=1.0)
+
+
+def test_check_logits_is_silent_on_good_logits():
+    logits = random_logits(4, 5)
+    logits[:, 3] = float("-inf")
+    check_logits(logits, torch.tensor([0, IGNORED]))
+
+
+def test_symmetric_kl_of_one_pass_is_an_error():
+    with pytest.raises(ValueError, match=r"passes \(1, 4\) must be \(m, ..., V\) with m >= 2"):
+        symmetric_kl(torch.zeros(1, 4))
+
+
+def test_cross_entropy_of_every_kind_is_torchs():
+    logits, labels = random_logits(5, 3, 4), torch.randint(0, 4, (5, 3))
+    weight = torch.linspace(0.5, 2, 4, dtype=torch.float64)
+    for smoothing, w in itertools.product((0.0, 0.2), (None, weight)):
+        expected = F.cross_entropy(
+            logits.transpose(1, 2), labels, weight=w, label_smoothing=smoothing, reduction="none"
+        )
+        torch.testing.assert_close(cross_entropy(logits, labels, label_smoothing=smoothing, weight=w), expected)
