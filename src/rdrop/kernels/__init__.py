@@ -1,0 +1,41 @@
+"""Fused kernels of the R-Drop loss: both terms and their gradient from logits, without a V-sized temporary.
+
+`rdrop_loss` calls them where they can run; nobody else needs to. Nothing here knows of models or reductions.
+
+THE CONTRACT. A *position* is one label and its rows of V logits in m passes. Arguments common to the three operators:
+
+    logits (m*N, T, V)        all of pass 1, then all of pass 2, ...; any strides in the first two dimensions, the
+                              classes of a row contiguous; a dtype the implementation has
+    labels (N, T) int64       IGNORED (-1): both terms are 0, the rows are never read, their gradient is 0. Any other
+                              label outside [0, V) makes the task loss NaN.
+    weight (V,) or None       class weights, as in F.cross_entropy
+    label_smoothing float     as in F.cross_entropy
+    passes int                m; with 1 the task loss is the plain cross-entropy and the divergence 0
+    implementation str        which module of this package computes: "cpu", "triton"
+
+The operators, in torch.ops.rdrop:
+
+    rows_forward(...) -> task (N, T), divergence (N, T), statistics
+        task = mean over passes of rdrop.cross_entropy and divergence = rdrop.symmetric_kl per position, in float32, as
+        accurate as the reference (benchmarks/accuracy.py). Differentiable once in `logits`, through rows_backward. A
+        NaN, a +inf, a -inf in some passes only, or a -inf at the label make one of the two non-finite. `statistics` is
+        what the implementation wants to find again in its backward: a few numbers a position, layout its own.
+    rows_backward(..., statistics, grad_task (N, T), grad_divergence (N, T)) -> gradient (m*N, T, V), contiguous
+        of (grad_task * task + grad_divergence * divergence).sum() in the logits, in their dtype. The label's entry is
+        rounded once, from float32. With grad_divergence 0 it is exactly the gradient of the cross-entropy alone.
+    rows_forward_backward_(..., grad_task, grad_divergence) -> task, divergence
+        both in one visit of each position, for coefficients known in advance: afterwards `logits` holds the gradient.
+        Positions whose terms are not finite are left as they were, so that the caller can say what is wrong with them.
+
+The result does not depend on the number of threads, to the bit.
+
+An implementation is a module with `why_not()`, `why_not_for(logits, passes)`, `statistics_for(labels, passes)`,
+`forward`, `backward` and `forward_backward_` of the signatures above less `implementation`; see `cpu.py`.
+"""
+
+from .operators import IGNORED as IGNORED
+from .operators import available as available
+from .operators import overwriting_loss as overwriting_loss
+from .operators import row_terms as row_terms
+from .operators import say_if_missing as say_if_missing
+from .operators import why_not as why_not

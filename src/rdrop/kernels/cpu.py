@@ -1,0 +1,178 @@
+"""The CPU implementation: `rows.cpp`, compiled into the package at install, called through ctypes.
+
+ctypes releases the GIL during the call. The library's threads are started for the call and joined before it returns:
+there is no pool to survive a fork, and no second OpenMP beside torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("rows.so")
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_PASSES = 32
+INSTRUCTIONS = ("plain", "avx2", "avx512")
+_VERSION = 1
+
+
+class _Rows(ctypes.Structure):
+    """Mirrors `RdropRows` in rows.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "labels", "weight", "statistics")),
+        *((name, ctypes.c_void_p) for name in ("task", "divergence", "grad_task", "grad_divergence")),
+        *((name, ctypes.c_int64) for name in ("positions", "inner", "classes")),
+        *((name, ctypes.c_int64) for name in ("logits_outer_stride", "logits_inner_stride")),
+        *((name, ctypes.c_int64) for name in ("gradient_outer_stride", "gradient_inner_stride")),
+        ("label_smoothing", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("passes", "bfloat16", "forward", "backward", "threads", "instructions")),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.rdrop_rows.argtypes = (ctypes.POINTER(_Rows),)
+    library.rdrop_rows.restype = None
+    return library
+
+
+@cache
+def why_not() -> str | None:
+    """Why the library cannot be used here; None if it can."""
+    if not LIBRARY.exists():
+        return (
+            f"{LIBRARY.name} was not built: installing found no C++ compiler, or it failed (pip install -v shows "
+            "how); with one present, install again"
+        )
+    try:
+        version = _library().rdrop_rows_version()
+    except (OSError, AttributeError) as error:
+        return f"{LIBRARY} does not load: {error}; install again"
+    if version != _VERSION:
+        return f"{LIBRARY} has version {version}, this code needs {_VERSION}: install again"
+    return None
+
+
+def why_not_for(logits: Tensor, passes: int) -> str | None:
+    """Why these logits cannot be given to the library; None if they can."""
+    if logits.device.type != "cpu":
+        return f"the logits are on {logits.device}"
+    if logits.dtype not in DTYPES:
+        return f"the logits are {logits.dtype}; it computes float32 and bfloat16"
+    if passes > MAX_PASSES:
+        return f"{passes} passes are more than its {MAX_PASSES}"
+    return None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `INSTRUCTIONS` this processor has, the best last."""
+    return INSTRUCTIONS[: _library().rdrop_rows_instructions() + 1]
+
+
+def _instructions() -> int:
+    """The processor's best instruction set, or, for tests, what the variable RDROP_CPU_INSTRUCTIONS names."""
+    present = instruction_sets()
+    name = os.environ.get("RDROP_CPU_INSTRUCTIONS", present[-1])
+    if name not in present:
+        raise ValueError(f"RDROP_CPU_INSTRUCTIONS (={name!r}) must be one of {present} here")
+    return present.index(name)
+
+
+def statistics_for(labels: Tensor, passes: int) -> Tensor:
+    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
+
+
+def forward(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    task, divergence = (torch.empty(labels.shape, dtype=torch.float32) for _ in range(2))
+    statistics = statistics_for(labels, passes)
+    call = _Call(logits, labels, weight, label_smoothing, passes)
+    call.run(forward=True, statistics=statistics, task=task, divergence=divergence)
+    return task, divergence, statistics
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    statistics: Tensor,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> Tensor:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    call = _Call(logits, labels, weight, label_smoothing, passes)
+    call.run(backward=gradient, statistics=statistics, grad_task=grad_task, grad_divergence=grad_divergence)
+    return gradient
+
+
+def forward_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> tuple[Tensor, Tensor]:
+    task, divergence = (torch.empty(labels.shape, dtype=torch.float32) for _ in range(2))
+    _Call(logits, labels, weight, label_smoothing, passes).run(
+        forward=True,
+        backward=logits,
+        statistics=statistics_for(labels, passes),
+        task=task,
+        divergence=divergence,
+        grad_task=grad_task,
+        grad_divergence=grad_divergence,
+    )
+    return task, divergence
+
+
+class _Call:
+    """One call of the library: the arguments every mode has, and the tensors whose memory they point to."""
+
+    def __init__(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
+    ) -> None:
+        self._kept: list[Tensor] = []
+        outer, inner, _ = logits.stride()
+        self._rows = _Rows(
+            logits=logits.data_ptr(),
+            labels=self._pointer(labels, torch.int64),
+            weight=None if weight is None else self._pointer(weight, torch.float32),
+            positions=labels.numel(),
+            inner=logits.shape[1],
+            classes=logits.shape[2],
+            logits_outer_stride=outer,
+            logits_inner_stride=inner,
+            label_smoothing=label_smoothing,
+            passes=passes,
+            bfloat16=logits.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            instructions=_instructions(),
+        )
+
+    def _pointer(self, tensor: Tensor, dtype: torch.dtype) -> int:
+        tensor = tensor.detach().to(dtype).contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def run(self, *, forward: bool = False, backward: Tensor | None = None, **tensors: Tensor) -> None:
+        rows = self._rows
+        for name, tensor in tensors.items():
+            setattr(rows, name, self._pointer(tensor, torch.float64 if name == "statistics" else torch.float32))
+        rows.forward, rows.backward = forward, backward is not None
+        if backward is not None:
+            rows.gradient = backward.data_ptr()
+            rows.gradient_outer_stride, rows.gradient_inner_stride, _ = backward.stride()
+        if rows.positions:
+            _library().rdrop_rows(ctypes.byref(rows))

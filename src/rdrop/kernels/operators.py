@@ -1,0 +1,252 @@
+"""The row kernels as torch operators: autograd, torch.compile, fake tensors; and the loss that overwrites its logits.
+
+The contract is in the package's docstring.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss import refuse_second_derivative
+from . import cpu, triton
+
+IGNORED = -1
+_IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton}
+
+
+# ---------------------------------------------------------------------------------------------- which can run
+
+
+def available() -> dict[str, str | None]:
+    """Each implementation's name, and None if it can run here or the reason why not."""
+    return {name: module.why_not() for name, module in _IMPLEMENTATIONS.items()}
+
+
+def why_not(implementation: str, logits: Tensor, passes: int) -> str | None:
+    """Why `implementation` cannot compute these logits; None if it can."""
+    reason: str | None = _why_not_here(implementation)
+    if reason is None and type(logits) not in (Tensor, torch.nn.Parameter):
+        reason = f"the logits are a {type(logits).__name__}"
+    return reason or _IMPLEMENTATIONS[implementation].why_not_for(logits, passes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_here(implementation: str) -> str | None:
+    reason: str | None = _IMPLEMENTATIONS[implementation].why_not()
+    return reason
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def say_if_missing(implementation: str) -> None:
+    """One line in the log, once, where `implementation` was not built or does not load."""
+    reason = _why_not_here(implementation)
+    if reason is not None:
+        _say_once(reason)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logging.getLogger("rdrop").warning(
+        "rdrop_loss runs on its PyTorch reference, several times slower than its compiled kernel: %s", reason
+    )
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("rdrop::rows_forward", mutates_args=())
+def rows_forward(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring."""
+    module = _IMPLEMENTATIONS[implementation]
+    terms: tuple[Tensor, Tensor, Tensor] = module.forward(logits, labels, weight, label_smoothing, passes)
+    return terms
+
+
+@torch.library.custom_op("rdrop::rows_backward", mutates_args=())
+def rows_backward(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    implementation: str,
+    statistics: Tensor,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> Tensor:
+    """See the package's docstring."""
+    gradient: Tensor = _IMPLEMENTATIONS[implementation].backward(
+        logits, labels, weight, label_smoothing, passes, statistics, grad_task, grad_divergence
+    )
+    return gradient
+
+
+@torch.library.custom_op("rdrop::rows_forward_backward_", mutates_args=("logits",))
+def rows_forward_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    implementation: str,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See the package's docstring."""
+    terms: tuple[Tensor, Tensor] = _IMPLEMENTATIONS[implementation].forward_backward_(
+        logits, labels, weight, label_smoothing, passes, grad_task, grad_divergence
+    )
+    return terms
+
+
+def _terms_like(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.float32)
+
+
+@rows_forward.register_fake
+def _(logits, labels, weight, label_smoothing, passes, implementation):  # type: ignore[no-untyped-def]
+    return *_terms_like(labels), _IMPLEMENTATIONS[implementation].statistics_for(labels, passes)
+
+
+@rows_backward.register_fake
+def _(logits, labels, *arguments):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+@rows_forward_backward_.register_fake
+def _(logits, labels, *arguments):  # type: ignore[no-untyped-def]
+    return _terms_like(labels)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, weight, *ctx.options = inputs
+    ctx.save_for_backward(logits, labels, weight, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_gradient(
+    ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative()
+    logits, labels, weight, statistics = ctx.saved_tensors
+    nothing = labels.new_zeros(labels.shape, dtype=torch.float32)
+    gradient = rows_backward(
+        logits,
+        labels,
+        weight,
+        *ctx.options,
+        statistics,
+        nothing if grad_task is None else grad_task,
+        nothing if grad_divergence is None else grad_divergence,
+    )
+    return gradient, None, None, None, None, None
+
+
+rows_forward.register_autograd(_rows_gradient, setup_context=_keep_for_backward)
+
+
+# ---------------------------------------------------------------------------------------------- for rdrop_loss
+
+
+def row_terms(
+    logits: Tensor, labels: Tensor, *, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """Task loss and divergence `(N, ...)` per position of `(m*N, ..., V)` logits; `labels` `(N, ...)` or IGNORED."""
+    rows = _as_rows(logits)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    task, divergence, _ = rows_forward(
+        rows, _as_rows(labels[..., None])[..., 0], weight, label_smoothing, passes, implementation
+    )
+    return task.view(labels.shape), divergence.view(labels.shape)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """`(n, ..., V)` to `(n, T, V)`: a view, where strides allow."""
+    return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)
+
+
+def overwriting_loss(
+    logits: Tensor,
+    labels: Tensor,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+    *,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_task * task + grad_divergence * divergence`, task loss and divergence, `(N, ...)` each.
+
+    Only the first is differentiable; its gradient is in the logits' memory when this returns.
+    """
+    loss, task, divergence, _ = _OverwritingLoss.apply(  # type: ignore[no-untyped-call]
+        logits, labels, weight, label_smoothing, passes, implementation, grad_task, grad_divergence
+    )
+    return loss, task, divergence
+
+
+class _OverwritingLoss(torch.autograd.Function):
+    """The logits are an output too, marked dirty: autograd then knows that what they were is gone.
+
+    An operation that kept them for its own backward fails there by their version; one that takes them afterwards sends
+    its gradient here, where it is refused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        label_smoothing: float,
+        passes: int,
+        implementation: str,
+        grad_task: Tensor,
+        grad_divergence: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        task, divergence = rows_forward_backward_(
+            _as_rows(logits),
+            _as_rows(labels[..., None])[..., 0],
+            weight,
+            label_smoothing,
+            passes,
+            implementation,
+            _as_rows(grad_task[..., None])[..., 0],
+            _as_rows(grad_divergence[..., None])[..., 0],
+        )
+        task, divergence = task.view(labels.shape), divergence.view(labels.shape)
+        ctx.mark_dirty(logits)
+        ctx.mark_non_differentiable(task, divergence)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits)
+        ctx.passes, ctx.spent = passes, False
+        return grad_task * task + grad_divergence * divergence, task, divergence, logits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        if others[2] is not None:
+            raise RuntimeError(
+                "logits overwritten by rdrop_loss were used in another differentiable computation, which saw the "
+                "gradient in their place: compute it before, from a copy, or leave overwrite_logits=False"
+            )
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradient that overwrite_logits left in the logits was handed out by an earlier backward: for "
+                "retain_graph=True leave overwrite_logits=False"
+            )
+        ctx.spent = True
+        (gradient,) = (tensor.detach() for tensor in ctx.saved_tensors)
+        if upstream is not None and not (upstream == 1).all():
+            gradient.unflatten(0, (ctx.passes, -1)).mul_(upstream[None, ..., None])
+        torch.autograd.graph.increment_version(gradient)
+        return (None if upstream is None else gradient, *(None,) * 7)

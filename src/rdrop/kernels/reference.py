@@ -1,0 +1,61 @@
+"""The row operators in plain PyTorch: what `linear.py` calls, chunk by chunk, where no kernel can run.
+
+The signatures of the package's docstring. The body of an operator is below autograd, so the gradient is written down;
+that of the divergence is the one `symmetric_kl` keeps for its backward.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ..loss import _SymmetricKL, cross_entropy, symmetric_kl
+
+
+def forward(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
+) -> tuple[Tensor, Tensor]:
+    """Task loss and divergence `(N, T)` of `(m*N, T, V)` logits, in float32 at least."""
+    rows = _as_passes(logits, passes)
+    task = cross_entropy(rows, labels.expand(rows.shape[:-1]), label_smoothing=label_smoothing, weight=weight).mean(0)
+    return task, symmetric_kl(rows)
+
+
+def forward_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same terms; afterwards `logits` holds the gradient of `(grad_task * task + grad_divergence * divergence)`."""
+    task, _ = forward(logits, labels, weight, label_smoothing, passes)
+    rows = _as_passes(logits, passes)
+    kept: list[Tensor] = []
+    divergence = _SymmetricKL.forward(SimpleNamespace(save_for_backward=kept.append), rows, True)
+    gradient = _cross_entropy_gradient(rows, labels, weight, label_smoothing).mul_(grad_task[..., None] / passes)
+    gradient.addcmul_(kept.pop(), grad_divergence[..., None].to(rows.dtype))
+    logits.view_as(gradient).copy_(gradient)
+    return task, divergence
+
+
+def _as_passes(logits: Tensor, passes: int) -> Tensor:
+    rows = logits.view(passes, -1, *logits.shape[1:])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _cross_entropy_gradient(rows: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """Of each row's own cross-entropy: `(m, N, T, V)`."""
+    probabilities = (rows - rows.amax(-1, keepdim=True)).exp_()
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    classes = rows.shape[-1]
+    weight = rows.new_ones(classes) if weight is None else weight.to(rows.dtype)
+    at_label = (1 - label_smoothing) * weight[labels]
+    uniform = label_smoothing / classes * weight
+    gradient = probabilities.mul_((at_label + uniform.sum())[..., None]).sub_(uniform)
+    at_label = at_label.expand(rows.shape[:-1])
+    return gradient.scatter_add_(-1, labels.expand(rows.shape[:-1])[..., None], -at_label[..., None])

@@ -1,0 +1,506 @@
+"""The arithmetic of one position on a GPU: its rows of m passes, BLOCK classes at a time. `triton.py` launches it.
+
+Two paths compute the same quantities, as on CPU (rows_vector.h has the formulas, and the same names); the forward
+chooses, the statistics say which.
+
+NEAR (float32, one exp and m - 1 expm1 a class). One visit. Everything is a sum under p_1 = softmax(z_1) of
+    d_a = (z_a - z_1) - (z_a[k] - z_1[k]),    x_a = expm1(d_a),    f_a = d_a - mean_b d_b
+where any class k gives the same results, and a likely one small numbers. As in an online softmax, k is the likeliest
+class of pass 1 so far, and the sums move with it.
+
+FAR (float64, three visits, in small blocks so that its registers do not slow the other path). Where the above would
+lose digits: a pass far above pass 1 at some class, or class k an outlier.
+
+One program computes one position, so the grid never changes a bit of the result. Inside the loops no sum crosses
+threads: each thread adds the GROUP neighbouring classes it holds, and the partial sums meet after the last block.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+IGNORED = tl.constexpr(-1)
+INFINITY = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+MAX_RISE = tl.constexpr(16.0)  # of d_a: where exp(z_1 - base) underflows, at -87, p_a is then below 1e-30
+
+
+@triton.jit
+def rows(
+    logits,
+    gradient,
+    labels,
+    weight,
+    total_weight,
+    statistics,
+    task,
+    divergence,
+    grad_task,
+    grad_divergence,
+    label_smoothing,
+    classes,
+    inner,
+    outer_stride,
+    inner_stride,
+    pass_stride,
+    gradient_outer_stride,
+    gradient_inner_stride,
+    gradient_pass_stride,
+    M: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FAR_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Forward, backward or both, for position `program_id(0)`. `gradient` may be the logits themselves.
+
+    Strides in elements, from one example, place and pass to the next. `statistics` are 1 + 4 M numbers a position:
+    1 if far, and for each pass base, scale, mean F_a and growth X_a (near only), with p_a = scale * exp(z_a - base).
+    """
+    n = tl.program_id(0).to(tl.int64)
+    example = n // inner
+    place = n % inner
+    row = logits + example * outer_stride + place * inner_stride
+    out = gradient + example * gradient_outer_stride + place * gradient_inner_stride
+    statistics += n * (1 + 4 * M)
+    label = tl.load(labels + n)
+
+    if (label < 0) | (label >= classes):
+        value = tl.where(label == IGNORED, 0.0, NAN)
+        if FORWARD:
+            tl.store(task + n, value)
+            tl.store(divergence + n, 0.0)
+        if BACKWARD:
+            _fill(out, gradient_pass_stride, classes, value, M, BLOCK)
+    else:
+        label_weight = 1.0
+        all_weight = classes.to(tl.float32)
+        if weight is not None:
+            label_weight = tl.load(weight + label)
+            all_weight = tl.load(total_weight)
+        finite = n >= 0
+        if FORWARD:
+            near, value, below_label = _near_forward(
+                row, pass_stride, label, weight, classes, statistics, M, SMOOTH, BLOCK, GROUP
+            )
+            if not near:
+                value = _far_forward(row, pass_stride, classes, statistics, M, FAR_BLOCK)
+            tl.debug_barrier()  # every thread sees the statistics in memory
+            loss = 0.0
+            for a in tl.static_range(M):
+                base, scale, _, _ = _pass(statistics, a)
+                at_label = tl.load(row + a * pass_stride + label).to(tl.float32) - base
+                log_normaliser = -tl.log(scale) - at_label  # of z_a - z_a[label]
+                loss += (1 - label_smoothing) * label_weight * log_normaliser
+                if SMOOTH:
+                    loss += label_smoothing / classes * (all_weight * log_normaliser - below_label[a])
+            loss = loss / M
+            tl.store(task + n, loss)
+            tl.store(divergence + n, value)
+            finite = tl.abs(loss + value) < INFINITY
+            if BACKWARD:
+                tl.debug_barrier()  # every thread has read its logits before the first is overwritten
+        if BACKWARD:
+            if finite:
+                scale_task = tl.load(grad_task + n) / M
+                uniform = scale_task * label_smoothing / classes
+                at_label = scale_task * (1 - label_smoothing) * label_weight
+                softmax = at_label + uniform * all_weight
+                pull = 0.0
+                if M > 1:
+                    pull = tl.load(grad_divergence + n) / (M - 1)
+                target = (out, gradient_pass_stride, label, at_label, weight, uniform)
+                if pull == 0:
+                    _plain_gradient(row, pass_stride, classes, statistics, softmax, target, M, SMOOTH, BLOCK)
+                elif tl.load(statistics) == 0:
+                    _near_gradient(row, pass_stride, classes, statistics, softmax, pull, target, M, SMOOTH, BLOCK)
+                else:
+                    _far_gradient(row, pass_stride, classes, statistics, softmax, pull, target, M, SMOOTH, FAR_BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@triton.jit
+def _block(row, start, classes, BLOCK: tl.constexpr):
+    """BLOCK logits in float32; -inf after the last class."""
+    c = start + tl.arange(0, BLOCK)
+    return tl.load(row + c, mask=c < classes, other=-INFINITY).to(tl.float32)
+
+
+@triton.jit
+def _store(target, a: tl.constexpr, gradient, start, classes, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds what does not depend on the logits, the label's entry included, then rounds once."""
+    out, pass_stride, label, at_label, weight, uniform = target
+    c = start + tl.arange(0, BLOCK)
+    if SMOOTH:
+        if weight is not None:
+            gradient -= uniform * tl.load(weight + c, mask=c < classes, other=0.0)
+        else:
+            gradient -= uniform
+    gradient = tl.where(c == label, gradient - at_label, gradient)
+    tl.store(out + a * pass_stride + c, gradient.to(out.dtype.element_ty), mask=c < classes)
+
+
+@triton.jit
+def _fill(out, pass_stride, classes, value, M: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        for a in tl.static_range(M):
+            filled = tl.zeros((BLOCK,), tl.float32) + value
+            tl.store(out + a * pass_stride + c, filled.to(out.dtype.element_ty), mask=c < classes)
+
+
+@triton.jit
+def _pass(statistics, a: tl.constexpr):
+    """base, scale, mean, growth in float32."""
+    at = statistics + 1 + 4 * a
+    return (
+        tl.load(at).to(tl.float32),
+        tl.load(at + 1).to(tl.float32),
+        tl.load(at + 2).to(tl.float32),
+        tl.load(at + 3).to(tl.float32),
+    )
+
+
+@triton.jit
+def _keep(statistics, a: tl.constexpr, base, scale, mean, growth):
+    at = statistics + 1 + 4 * a
+    tl.store(at, base.to(tl.float64))
+    tl.store(at + 1, scale.to(tl.float64))
+    tl.store(at + 2, mean.to(tl.float64))
+    tl.store(at + 3, growth.to(tl.float64))
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+
+@triton.jit
+def _expm1(x):
+    """Within 1e-6 of its value everywhere, without libdevice's branches."""
+    series = 1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _two_difference(a, b):
+    """`a - b == high + low`, exactly (Knuth)."""
+    high = a - b
+    taken = high - a
+    return high, (a - (high - taken)) - (b + taken)
+
+
+@triton.jit
+def _difference(z, first, offset_high, offset_low, EXACT: tl.constexpr):
+    """d_a, correctly rounded but for a couple of units; 0 where both logits are -inf."""
+    high, low = _two_difference(z, first)
+    d = high - offset_high
+    if EXACT:
+        d += low - offset_low
+    return tl.where(tl.maximum(z, first) == -INFINITY, 0.0, d)
+
+
+@triton.jit
+def _grouped_sum(x, GROUP: tl.constexpr):
+    return tl.sum(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), 1)
+
+
+@triton.jit
+def _grouped_max(x, GROUP: tl.constexpr):
+    return tl.max(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), 1)
+
+
+# ---------------------------------------------------------------------------------------------- near
+
+
+class _Sums(NamedTuple):
+    """What the near forward knows of one pass a."""
+
+    at: tl.tensor  # z_a[k], exactly: with z_1[k] it gives the same differences again in the backward
+    rise: tl.tensor  # the largest d_a
+    d: tl.tensor  # sums under p_1, unnormalised: of d_a,
+    x: tl.tensor  # x_a,
+    xf: tl.tensor  # x_a f_a,
+    size: tl.tensor  # and of the absolute values that the last came from
+    below: tl.tensor  # sum of w (z_a - z_a[label])
+
+
+@triton.jit
+def _near_forward(
+    row,
+    pass_stride,
+    label,
+    weight,
+    classes,
+    statistics,
+    M: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Whether this path keeps its digits here, the divergence, and for each pass the sum of w (z_a - z_a[label])."""
+    EXACT: tl.constexpr = row.dtype.element_ty == tl.float32  # differences of 16-bit logits are exact as they come
+    base = tl.full((), LOWEST, tl.float32)
+    zero = base * 0
+    none = tl.zeros((BLOCK // GROUP,), tl.float32)
+    mass = none  # sum of p_1, unnormalised: exp(z_1 - base)
+    sums = ()
+    for _ in tl.static_range(M):
+        sums = sums + (_Sums(base, none - INFINITY, none, none, none, none, none),)
+
+    for start in range(0, classes, BLOCK):
+        first = _block(row, start, classes, BLOCK)
+        top = tl.max(first, 0)
+        if top > base:
+            sums = _moved(sums, mass, base, top, row + start + tl.argmax(first, 0), pass_stride, M)
+            mass = mass * tl.exp(base - top)
+            base = top
+        p = tl.exp(first - base)
+        mass += _grouped_sum(p, GROUP)
+        zs = (first,)
+        ds = (tl.zeros((BLOCK,), tl.float32),)
+        d_mean = ds[0]
+        for a in tl.static_range(1, M):
+            z = _block(row + a * pass_stride, start, classes, BLOCK)
+            high, low = _two_difference(sums[a].at, base)
+            d = _difference(z, first, high, low, EXACT)
+            d_mean += d / M
+            zs = zs + (z,)
+            ds = ds + (d,)
+        updated = ()
+        for a in tl.static_range(M):
+            s = sums[a]
+            below = s.below
+            if SMOOTH:
+                c = start + tl.arange(0, BLOCK)
+                below_label = zs[a] - tl.load(row + a * pass_stride + label).to(tl.float32)
+                if weight is not None:
+                    below_label *= tl.load(weight + c, mask=c < classes, other=0.0)
+                below += _grouped_sum(tl.where(c < classes, below_label, 0.0), GROUP)
+            if a == 0:
+                updated = updated + (_Sums(s.at, s.rise, s.d, s.x, s.xf, s.size, below),)
+            else:
+                px = p * _expm1(ds[a])
+                xf = _grouped_sum(px * (ds[a] - d_mean), GROUP)
+                updated = updated + (
+                    _Sums(
+                        s.at,
+                        tl.maximum(s.rise, _grouped_max(ds[a], GROUP)),
+                        s.d + _grouped_sum(p * ds[a], GROUP),
+                        s.x + _grouped_sum(px, GROUP),
+                        s.xf + xf,
+                        s.size + tl.abs(xf),
+                        below,
+                    ),
+                )
+        sums = updated
+
+    normaliser = tl.sum(mass, 0)
+    d_means = ()
+    below_label = ()
+    d_mean = zero
+    for a in tl.static_range(M):
+        d_means = d_means + (tl.sum(sums[a].d, 0) / normaliser,)
+        below_label = below_label + (tl.sum(sums[a].below, 0),)
+        d_mean += d_means[a] / M
+    total = zero
+    size = zero
+    near = base > LOWEST
+    _keep(statistics, 0, base, 1 / normaliser, -d_mean, zero)
+    for a in tl.static_range(1, M):
+        s = sums[a]
+        growth = tl.sum(s.x, 0) / normaliser
+        f = d_means[a] - d_mean
+        covariance = (tl.sum(s.xf, 0) / normaliser - growth * f) / (1 + growth)
+        total += covariance
+        size += tl.sum(s.size, 0) / normaliser / (1 + growth)
+        # Below -0.875, x_a is near -1 in most of p_1, and 1 + growth has lost its digits.
+        near = near & (growth >= -0.875) & (tl.max(s.rise, 0) <= MAX_RISE)
+        _keep(statistics, a, s.at, 1 / (normaliser * (1 + growth)), f + covariance, growth)
+    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the covariance cancelled
+    tl.store(statistics, 0.0)
+    if M > 1:
+        total = total / (M - 1)
+    return near, tl.maximum(total, 0.0), below_label
+
+
+@triton.jit
+def _moved(sums, mass, base, top, at_class, pass_stride, M: tl.constexpr):
+    """The sums relative to another class k, at `at_class`, where z_1 is `top` instead of `base`.
+
+    With c_a the difference of the two z_a[k] - z_1[k]: d_a falls by c_a, f_a by c_a - mean_b c_b, and x_a becomes
+    exp(-c_a) x_a + expm1(-c_a).
+    """
+    shrink = tl.exp(base - top)
+    started = base > LOWEST
+    offsets = ()
+    c_mean = 0.0
+    d_mean = mass * 0
+    for a in tl.static_range(M):
+        at = tl.load(at_class + a * pass_stride).to(tl.float32)
+        high, low = _two_difference(at, top)
+        old_high, old_low = _two_difference(sums[a].at, base)
+        c = tl.where(started, (high - old_high) + (low - old_low), 0.0)
+        offsets = offsets + ((at, c),)
+        c_mean += c / M
+        d_mean += sums[a].d / M
+    moved = ()
+    for a in tl.static_range(M):
+        s = sums[a]
+        at, c = offsets[a]
+        f_fall = c - c_mean
+        f = s.d - d_mean
+        kept = shrink * tl.exp(-c)
+        new = shrink * _expm1(-c)
+        moved = moved + (
+            _Sums(
+                at,
+                s.rise - c,
+                shrink * (s.d - c * mass),
+                kept * s.x + new * mass,
+                kept * (s.xf - f_fall * s.x) + new * (f - f_fall * mass),
+                kept * (s.size + tl.abs(f_fall * s.x)) + tl.abs(new) * (tl.abs(f) + tl.abs(f_fall) * mass),
+                s.below,
+            ),
+        )
+    return moved
+
+
+@triton.jit
+def _near_gradient(
+    row,
+    pass_stride,
+    classes,
+    statistics,
+    softmax,
+    pull,
+    target,
+    M: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    EXACT: tl.constexpr = row.dtype.element_ty == tl.float32
+    base, scale, mean, _ = _pass(statistics, 0)
+    for start in range(0, classes, BLOCK):
+        first = _block(row, start, classes, BLOCK)
+        p = tl.exp(first - base) * scale
+        ds = (tl.zeros((BLOCK,), tl.float32),)
+        vs = (tl.zeros((BLOCK,), tl.float32),)  # p_a = p_1 (1 + v_a)
+        d_mean = ds[0]
+        v_mean = vs[0]
+        for a in tl.static_range(1, M):
+            base_a, _, _, growth = _pass(statistics, a)
+            high, low = _two_difference(base_a, base)
+            d = _difference(_block(row + a * pass_stride, start, classes, BLOCK), first, high, low, EXACT)
+            v = (_expm1(d) - growth) * (1 / (1 + growth))
+            ds = ds + (d,)
+            vs = vs + (v,)
+            d_mean += d / M
+            v_mean += v / M
+        _store(target, 0, p * (softmax - pull * (d_mean + mean + v_mean)), start, classes, SMOOTH, BLOCK)
+        for a in tl.static_range(1, M):
+            _, _, mean_a, _ = _pass(statistics, a)
+            along = softmax + pull * (ds[a] - d_mean - mean_a)
+            gradient = p * (along + (vs[a] * along + pull * (vs[a] - v_mean)))
+            _store(target, a, gradient, start, classes, SMOOTH, BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------- far
+
+
+@triton.jit
+def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
+    """For each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
+    zs = ()
+    highest = tl.full((BLOCK,), -INFINITY, tl.float32)
+    for a in tl.static_range(M):
+        zs = zs + (_block(row + a * pass_stride, start, classes, BLOCK),)
+        highest = tl.maximum(highest, zs[a])
+    ts = ()
+    ps = ()
+    t_mean = tl.zeros((BLOCK,), tl.float64)
+    for a in tl.static_range(M):
+        t = zs[a].to(tl.float64) - tl.load(statistics + 1 + 4 * a)
+        ps = ps + (tl.exp(t),)
+        ts = ts + (tl.where(highest == -INFINITY, 0.0, t),)
+        t_mean += ts[a] / M
+    fs = ()
+    for a in tl.static_range(M):
+        fs = fs + (ts[a] - t_mean,)
+    return fs, ps
+
+
+@triton.jit
+def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The divergence."""
+    tl.debug_barrier()  # the near path's statistics are written before these
+    for a in tl.static_range(M):
+        top = tl.full((BLOCK,), -INFINITY, tl.float32)
+        for start in range(0, classes, BLOCK):
+            top = tl.maximum(top, _block(row + a * pass_stride, start, classes, BLOCK))
+        tl.store(statistics + 1 + 4 * a, tl.max(top, 0).to(tl.float64))
+    tl.debug_barrier()
+    sums = ()
+    for _ in tl.static_range(M):
+        sums = sums + ((tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)),)
+    for start in range(0, classes, BLOCK):
+        fs, ps = _far_terms(row, pass_stride, start, classes, statistics, M, BLOCK)
+        updated = ()
+        for a in tl.static_range(M):
+            updated = updated + ((sums[a][0] + ps[a], sums[a][1] + ps[a] * fs[a]),)
+        sums = updated
+    total = tl.zeros((), tl.float64)
+    for a in tl.static_range(M):
+        normaliser = tl.sum(sums[a][0], 0)
+        mean = tl.sum(sums[a][1], 0) / normaliser
+        total += mean
+        tl.store(statistics + 2 + 4 * a, 1 / normaliser)
+        tl.store(statistics + 3 + 4 * a, mean)
+    tl.store(statistics, 1.0)
+    if M > 1:
+        total = total / (M - 1)
+    return tl.where(total < 0, 0.0, total).to(tl.float32)  # a NaN stays
+
+
+@triton.jit
+def _far_gradient(
+    row,
+    pass_stride,
+    classes,
+    statistics,
+    softmax,
+    pull,
+    target,
+    M: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    for start in range(0, classes, BLOCK):
+        fs, es = _far_terms(row, pass_stride, start, classes, statistics, M, BLOCK)
+        ps = ()
+        p_mean = tl.zeros((BLOCK,), tl.float64)
+        for a in tl.static_range(M):
+            ps = ps + (es[a] * tl.load(statistics + 2 + 4 * a),)
+            p_mean += ps[a] / M
+        for a in tl.static_range(M):
+            mean = tl.load(statistics + 3 + 4 * a)
+            gradient = ps[a] * softmax + pull * (ps[a] * (fs[a] - mean) + (ps[a] - p_mean))
+            _store(target, a, gradient.to(tl.float32), start, classes, SMOOTH, BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------- the task loss alone
+
+
+@triton.jit
+def _plain_gradient(
+    row, pass_stride, classes, statistics, softmax, target, M: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    for a in tl.static_range(M):
+        base, scale, _, _ = _pass(statistics, a)
+        for start in range(0, classes, BLOCK):
+            z = _block(row + a * pass_stride, start, classes, BLOCK)
+            _store(target, a, tl.exp(z - base) * (scale * softmax), start, classes, SMOOTH, BLOCK)

@@ -1,0 +1,167 @@
+"""The GPU implementation: `rows_triton.py`, compiled by Triton at its first call for each dtype and number of passes.
+
+Nothing here waits for the device. With the environment variable TRITON_INTERPRET=1, set before triton is first
+imported, the same kernel runs on the CPU in NumPy: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_PASSES = 8
+MAX_BLOCK = 2048
+CLASSES_PER_WARP = 256  # 8 a thread: 16 bytes of bfloat16 at once; two passes then take 73 to 97 registers on sm_90
+
+
+@cache
+def _kernels() -> ModuleType:
+    from . import rows_triton  # here, so that without triton this module still says why it cannot run
+
+    return rows_triton
+
+
+@cache
+def why_not() -> str | None:
+    """Why the kernel cannot be used here; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"the device has compute capability {major}.{minor}; Triton needs 7.0" if major < 7 else None
+    if _interpreted():
+        return None
+    return "there is no CUDA device; on a CPU it runs, slowly, with TRITON_INTERPRET=1 in the environment"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interpreted() -> bool:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(_kernels().rows, InterpretedFunction)
+
+
+def why_not_for(logits: Tensor, passes: int) -> str | None:
+    """Why these logits cannot be given to the kernel; None if they can."""
+    if logits.device.type != "cuda" and not (logits.device.type == "cpu" and _interpreted()):
+        return f"the logits are on {logits.device}"
+    if logits.dtype not in DTYPES:
+        return f"the logits are {logits.dtype}; it computes float32, bfloat16 and float16"
+    if passes > MAX_PASSES:
+        return f"{passes} passes are more than its {MAX_PASSES}"
+    return None
+
+
+def statistics_for(labels: Tensor, passes: int) -> Tensor:
+    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
+
+
+def forward(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = statistics_for(labels, passes)
+    terms = _empty_terms(labels)
+    _launch(logits, labels, weight, label_smoothing, passes, statistics, terms=terms)
+    return *terms, statistics
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    statistics: Tensor,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> Tensor:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    upstream = grad_task, grad_divergence
+    _launch(logits, labels, weight, label_smoothing, passes, statistics, gradient=gradient, upstream=upstream)
+    return gradient
+
+
+def forward_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    grad_task: Tensor,
+    grad_divergence: Tensor,
+) -> tuple[Tensor, Tensor]:
+    statistics = statistics_for(labels, passes)
+    terms = _empty_terms(labels)
+    upstream = grad_task, grad_divergence
+    _launch(
+        logits, labels, weight, label_smoothing, passes, statistics, terms=terms, gradient=logits, upstream=upstream
+    )
+    return terms
+
+
+def _empty_terms(labels: Tensor) -> tuple[Tensor, Tensor]:
+    task, divergence = (torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(2))
+    return task, divergence
+
+
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    statistics: Tensor,
+    *,
+    terms: tuple[Tensor, Tensor] | None = None,
+    gradient: Tensor | None = None,
+    upstream: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """One program a position. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
+    if not labels.numel():
+        return
+    examples, classes = labels.shape[0], logits.shape[2]
+    out = logits if gradient is None else gradient
+    block = _block(classes, passes)
+    if weight is not None:
+        weight = weight.detach().float().contiguous()
+    on_device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+    with on_device:
+        _kernels().rows[(labels.numel(),)](
+            logits.detach(),
+            out.detach(),
+            labels.contiguous(),
+            weight,
+            None if weight is None else weight.sum(),
+            statistics,
+            *(terms or (None, None)),
+            *((None, None) if upstream is None else (scale.detach().float().contiguous() for scale in upstream)),
+            label_smoothing,
+            classes,
+            logits.shape[1],
+            logits.stride(0),
+            logits.stride(1),
+            examples * logits.stride(0),
+            out.stride(0),
+            out.stride(1),
+            examples * out.stride(0),
+            M=passes,
+            FORWARD=terms is not None,
+            BACKWARD=gradient is not None,
+            SMOOTH=label_smoothing > 0,
+            BLOCK=block,
+            FAR_BLOCK=max(32, block // 4),
+            GROUP=16 // logits.element_size(),  # what one thread loads at once
+            num_warps=max(1, block // CLASSES_PER_WARP),
+            enable_fp_fusion=True,
+        )
+
+
+def _block(classes: int, passes: int) -> int:
+    """Classes at a time, a power of two."""
+    return min(MAX_BLOCK, max(32, 1 << (classes - 1).bit_length()))

@@ -1,0 +1,535 @@
+"""The kernels of `rdrop_loss` by one suite: every implementation keeps every promise of the reference.
+
+Random logits of every family, 1,000 of them, are in tests/test_accuracy.py.
+"""
+
+import itertools
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.accuracy import Case, definition, run
+from tests.test_accuracy import assert_accurate
+from torch import Tensor
+from torch.library import opcheck
+
+from rdrop import kernels, rdrop_loss
+from rdrop.kernels import cpu, operators
+
+IGNORED = -100
+KERNELS = ("cpu", "triton")
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    if reason := kernels.available()[request.param]:
+        pytest.skip(reason)
+    return request.param
+
+
+def random_case(n=6, classes=40, m=2, *, smoothing=0.0, weighted=False, dtype=torch.float32, seed=0) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    rows = 3 * torch.randn(n, classes, generator=g)
+    logits = (rows + 0.5 * torch.randn(m, n, classes, generator=g)).flatten(0, 1).to(dtype)
+    labels = torch.randint(0, classes, (n,), generator=g)
+    if n > 2:
+        labels[1] = IGNORED
+    weight = torch.rand(classes, generator=g) + 0.1 if weighted else None
+    return Case("ordinary", logits, labels, smoothing, weight)
+
+
+def loss_of(case: Case, logits: Tensor, **options):
+    options = {"label_smoothing": case.label_smoothing, "weight": case.weight} | options
+    return rdrop_loss(logits, case.labels, **{"alpha": 5.0} | options)
+
+
+def terms_and_gradient(case: Case, **options) -> tuple[Tensor, Tensor, Tensor]:
+    logits = case.logits.clone().requires_grad_()
+    terms = loss_of(case, logits, reduction="none", **options)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), logits)
+    return terms.task_loss, terms.divergence, gradient
+
+
+def in_float64(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    exact = case.logits.double().requires_grad_()
+    task, divergence = definition(case, exact)
+    (gradient,) = torch.autograd.grad((task + 2.5 * divergence).sum(), exact)
+    return task.detach(), divergence.detach(), gradient
+
+
+def errors_of(terms, exact) -> list[float]:
+    """Of task loss, divergence and gradient, each relative to its largest entry, at least 0.1."""
+    return [
+        float((a.double() - b).abs().max() / b.abs().max().clamp_min(0.1)) for a, b in zip(terms, exact, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ accuracy
+
+
+def assert_no_worse_than_the_reference(case: Case, kernel: str) -> None:
+    exact = in_float64(case)
+    ours, reference = (errors_of(terms_and_gradient(case, implementation=i), exact) for i in (kernel, "reference"))
+    tolerances = (1e-6, 1e-6, 1e-6 if case.logits.dtype == torch.float32 else 1e-4)
+    for error, reference_error, tolerance in zip(ours, reference, tolerances, strict=True):
+        assert error <= reference_error + tolerance
+
+
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)  # the others: tests/kernels/test_triton.py
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 64, 255, 257, 1000, 4096])
+def test_error_is_the_references_for_every_number_of_classes(kernel, classes, dtype):
+    for m, smoothing, weighted in itertools.product((2, 3, 5), (0.0, 0.1), (False, True)):
+        case = random_case(4, classes, m, smoothing=smoothing, weighted=weighted, dtype=dtype, seed=classes)
+        assert_no_worse_than_the_reference(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)  # the others: tests/kernels/test_triton.py
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("classes", [50_265, 128_257])
+def test_error_is_the_references_for_vocabularies(kernel, classes, dtype):
+    for m, weighted in ((2, False), (3, True)):
+        case = random_case(2, classes, m, smoothing=0.1, weighted=weighted, dtype=dtype)
+        assert_no_worse_than_the_reference(case, kernel)
+
+
+@pytest.mark.parametrize("instructions", cpu.INSTRUCTIONS)
+def test_every_instruction_set_is_accurate(instructions, monkeypatch):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    if instructions not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {instructions}")
+    monkeypatch.setenv("RDROP_CPU_INSTRUCTIONS", instructions)
+    for (family, dtype), errors in run(140, seed=1, implementation="cpu").items():
+        assert_accurate(family, dtype, errors)
+    for classes in (1, 3, 15, 17, 1000):
+        assert_no_worse_than_the_reference(random_case(4, classes, 3, smoothing=0.1, weighted=True), "cpu")
+
+
+def test_an_instruction_set_the_processor_lacks_is_refused(monkeypatch):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    monkeypatch.setenv("RDROP_CPU_INSTRUCTIONS", "abacus")
+    with pytest.raises(ValueError, match=r"RDROP_CPU_INSTRUCTIONS \(='abacus'\) must be one of \('plain'"):
+        terms_and_gradient(random_case(), implementation="cpu")
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 3e4])
+@pytest.mark.parametrize("disagreement", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_path_agrees_with_float64(kernel, offset, disagreement, masked):
+    # Offsets need the compensated path, large disagreements and logits of 3e4 the float64 one.
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 100, generator=g) + disagreement * torch.randn(2, 3, 100, generator=g)
+    rows[1] += offset
+    if masked:
+        rows[..., 7:50] = -math.inf
+    case = Case("", rows.flatten(0, 1), torch.tensor([0, 1, 99]), 0.0, None)
+    task, divergence, gradient = terms_and_gradient(case, implementation=kernel)
+    exact_task, exact_divergence, exact_gradient = in_float64(case)
+    torch.testing.assert_close(task.double(), exact_task, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(divergence.double(), exact_divergence, rtol=3e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_likeliest_class_that_is_an_outlier_costs_no_digits(kernel):
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 1000, generator=g) + 1e-3 * torch.randn(2, 1, 1000, generator=g)
+    rows[:, :, 0] = torch.tensor([[5.0], [5.5]])  # the likeliest by far from most of the probability
+    case = Case("", rows.flatten(0, 1), torch.tensor([3]), 0.0, None)
+    divergence = terms_and_gradient(case, implementation=kernel)[1]
+    torch.testing.assert_close(divergence.double(), in_float64(case)[1], rtol=1e-6, atol=0)
+
+
+def test_the_labels_entry_of_a_bfloat16_gradient_is_rounded_once(kernel):
+    case = random_case(64, 50, dtype=torch.bfloat16)
+    valid = (case.labels != IGNORED).repeat(2)
+    entries = torch.arange(len(case.logits))[valid], case.labels.repeat(2)[valid]
+    gradient = terms_and_gradient(case, implementation=kernel)[2][entries]
+    nearest = in_float64(case)[2][entries].to(torch.bfloat16)
+    assert (gradient == nearest).double().mean() > 0.98  # the rest are ties but for a float32 rounding
+
+
+def test_bfloat16_gradients_keep_their_digits_where_the_passes_nearly_agree(kernel):
+    rows = 3 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    logits = torch.cat([rows, rows]).bfloat16()
+    logits[:4, ::10] = torch.nextafter(logits[:4, ::10], torch.tensor(math.inf, dtype=torch.bfloat16))
+    leaf = logits.clone().requires_grad_()
+    labels = torch.arange(4)
+    options = {"weight": None, "label_smoothing": 0.0, "passes": 2, "implementation": kernel}
+    (gradient,) = torch.autograd.grad(kernels.row_terms(leaf, labels, **options)[1].sum(), leaf)
+    exact = logits.double().requires_grad_()
+    divergence = definition(Case("", logits, labels, 0.0, None), exact)[1]
+    (exact_gradient,) = torch.autograd.grad(divergence.sum(), exact)
+    assert (gradient.double() - exact_gradient).norm() <= 3e-3 * exact_gradient.norm()
+
+
+# ------------------------------------------------------------------------------------------------ promises
+
+
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)
+def test_the_number_of_threads_changes_no_bit(kernel):
+    case = random_case(48, 5000, smoothing=0.1)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(terms_and_gradient(case, implementation=kernel))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_identical_passes_have_exactly_the_plain_gradient(kernel, dtype):
+    case = random_case(5, 77, dtype=dtype)
+    logits = case.logits[:5].repeat(2, 1)
+    case = Case("", logits, case.labels, 0.1, None)
+    _, divergence, with_alpha = terms_and_gradient(case, implementation=kernel)
+    assert not divergence.any()
+    assert torch.equal(with_alpha, terms_and_gradient(case, implementation=kernel, alpha=0.0)[2])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
+def test_ignored_rows_are_never_read_and_get_zero_gradient(kernel, content, overwrite):
+    case = random_case(6, 33)
+    expected = terms_and_gradient(case, implementation=kernel)[2]
+    case.logits.view(2, 6, 33)[:, 1] = content
+    leaf = case.logits.clone().requires_grad_()
+    terms = loss_of(case, leaf * 1, reduction="sum", implementation=kernel, overwrite_logits=overwrite)
+    (gradient,) = torch.autograd.grad(terms.loss, leaf)
+    assert torch.equal(gradient, expected)
+
+
+def test_rows_of_a_larger_tensor_are_taken_as_they_lie(kernel):
+    # The shift of a causal language model: (m*N, T - 1, V) inside (m*N, T, V) has two strides, and is no copy.
+    whole = torch.randn(4, 6, 33, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.randint(0, 33, (2, 5), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for rows in (whole[:, :-1], whole[:, :-1].contiguous(), whole[:, :-1].mT.contiguous().mT):
+        loss = rdrop_loss(rows, labels, alpha=5.0, implementation=kernel).loss
+        gradients.append(torch.autograd.grad(loss, whole)[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+    assert not gradients[0][:, -1].any()
+
+
+def test_forward_keeps_nothing_of_the_logits_size_but_the_logits(kernel):
+    case, kept = random_case(8, 4096), []
+    logits = case.logits.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss_of(case, logits, implementation=kernel)
+    large = [t for t in kept if t.numel() >= 4096]
+    assert large
+    assert {t.data_ptr() for t in large} == {logits.data_ptr()}
+
+
+@pytest.mark.parametrize("positions", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shapes_and_reductions_are_the_references(kernel, positions, reduction):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, *positions, 9, generator=g).requires_grad_()
+    labels = torch.randint(0, 9, (4, *positions), generator=g)
+    labels[1] = IGNORED
+    results = []
+    for implementation in (kernel, "reference"):
+        terms = rdrop_loss(logits, labels, alpha=5.0, reduction=reduction, implementation=implementation)
+        (gradient,) = torch.autograd.grad(terms.loss.sum(), logits)
+        results.append((*(t.detach() for t in terms), gradient))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, -1])
+def test_any_ignore_index(kernel, ignore_index):
+    case = random_case(6, 9)
+    labels = case.labels.masked_fill(case.labels == IGNORED, ignore_index)
+    ours, reference = (
+        rdrop_loss(case.logits, labels, alpha=1.0, ignore_index=ignore_index, implementation=i).loss
+        for i in (kernel, "reference")
+    )
+    torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "logit at example 2, class 4 is NaN"),
+        (math.inf, r"logit at example 2, class 4 is \+inf"),
+        (-math.inf, "logit at example 2, class 4 is -inf in some passes only"),
+    ],
+)
+@pytest.mark.parametrize("in_pass", [0, 1])
+def test_a_logit_that_makes_the_loss_infinite_is_named(kernel, value, message, in_pass, overwrite):
+    case = random_case(6, 9)
+    logits = case.logits.clone()
+    logits[6 * in_pass + 2, 4] = value
+    with pytest.raises(ValueError, match=message):
+        loss_of(case, logits.requires_grad_() * 1, implementation=kernel, overwrite_logits=overwrite)
+
+
+@pytest.mark.parametrize("label", [9, -7])
+def test_a_label_no_check_has_seen_gives_nan_and_reads_nothing_outside(kernel, label):
+    labels = torch.tensor([[0], [label]])
+    logits = torch.randn(4, 1, 9)
+    task, _, statistics = operators.rows_forward(logits, labels, None, 0.0, 2, kernel)
+    assert task.isnan().flatten().tolist() == [False, True]
+    ones = torch.ones(2, 1)
+    gradient = operators.rows_backward(logits, labels, None, 0.0, 2, kernel, statistics, ones, ones)
+    assert gradient[1::2].isnan().all()
+    assert gradient[::2].isfinite().all()
+
+
+def test_one_pass_is_cross_entropy(kernel):
+    case = random_case(6, 33, 1, smoothing=0.1, weighted=True)
+    labels = case.labels.masked_fill(case.labels == IGNORED, kernels.IGNORED)
+    logits = case.logits.clone().requires_grad_()
+    task, divergence = kernels.row_terms(
+        logits, labels, weight=case.weight, label_smoothing=0.1, passes=1, implementation=kernel
+    )
+    assert not divergence.any()
+    expected = torch.nn.functional.cross_entropy(
+        logits, case.labels, weight=case.weight, label_smoothing=0.1, reduction="none"
+    )
+    torch.testing.assert_close(task, expected)
+    ours, torchs = (torch.autograd.grad(values.sum(), logits)[0] for values in (task, expected))
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------ overwriting
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("m", [2, 3])
+def test_overwriting_gives_the_same_loss_and_gradient(kernel, reduction, alpha, dtype, m):
+    case = random_case(6, 33, m, smoothing=0.1, weighted=True, dtype=dtype)
+    upstream = torch.linspace(0.5, 2, 6) if reduction == "none" else torch.tensor(3.0)
+    results = []
+    for overwrite in (False, True):
+        leaf = case.logits.clone().requires_grad_()
+        options = {"alpha": alpha, "reduction": reduction, "implementation": kernel, "overwrite_logits": overwrite}
+        terms = loss_of(case, leaf * 1, **options)
+        (gradient,) = torch.autograd.grad(terms.loss, leaf, upstream)
+        results.append((*(t.detach() for t in terms), gradient))
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(results[1], results[0], **tolerance)
+
+
+def test_overwriting_returns_the_logits_own_memory_as_their_gradient(kernel):
+    case = random_case(6, 33)
+    leaf = case.logits.clone().requires_grad_()
+    logits = leaf * 1
+    seen = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    address = logits.data_ptr()
+    loss_of(case, logits, implementation=kernel, overwrite_logits=True).loss.backward()
+    assert seen in ([address], [])  # a hook from before belongs to the logits as they were
+    assert torch.equal(leaf.grad, logits.detach())
+
+
+def test_overwriting_leaves_the_logits_where_no_gradient_is_wanted(kernel):
+    case = random_case(6, 33)
+    logits = case.logits.clone()
+    loss_of(case, logits, implementation=kernel, overwrite_logits=True)
+    with torch.no_grad():
+        loss_of(case, logits.requires_grad_() * 1, implementation=kernel, overwrite_logits=True)
+    assert torch.equal(logits, case.logits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda z: z, "are a leaf"),
+        (lambda z: (z * 1)[:, 1:], "are a view"),
+        (lambda z: (z * 1).view(12, 33), "are a view"),
+        (lambda z: torch.empty_strided((12, 33), (1, 12)).copy_(z), "are not contiguous"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_logits_that_cannot_be_overwritten_are_refused(wrong, message, implementation):
+    logits = wrong(random_case(6, 33).logits.requires_grad_())
+    with pytest.raises(ValueError, match=f"overwrite_logits=True needs logits of their own, and these {message}"):
+        rdrop_loss(logits, torch.zeros(6).long(), alpha=1.0, implementation=implementation, overwrite_logits=True)
+
+
+def test_an_operation_that_kept_the_overwritten_logits_is_an_error(kernel):
+    case = random_case(6, 33)
+    logits = case.logits.requires_grad_().tanh()  # its backward needs what it returned
+    loss = loss_of(case, logits, implementation=kernel, overwrite_logits=True).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_loss_of_the_overwritten_logits_is_an_error_before_and_after(kernel):
+    case = random_case(6, 33)
+    logits = case.logits.requires_grad_() * 1
+    before = logits.square().mean()
+    loss = loss_of(case, logits, implementation=kernel, overwrite_logits=True).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + before).backward()
+
+    logits = case.logits * 1
+    loss = loss_of(case, logits, implementation=kernel, overwrite_logits=True).loss
+    with pytest.raises(RuntimeError, match="were used in another differentiable computation"):
+        (loss + logits.square().mean()).backward()
+
+
+def test_overwriting_twice_is_an_error(kernel):
+    case = random_case(6, 33)
+    logits = case.logits.requires_grad_() * 1
+    first = loss_of(case, logits, implementation=kernel, overwrite_logits=True).loss
+    loss_of(case, logits, implementation=kernel, overwrite_logits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+
+
+def test_a_second_backward_through_overwritten_logits_is_an_error(kernel):
+    case = random_case(6, 33)
+    loss = loss_of(case, case.logits.requires_grad_() * 1, implementation=kernel, overwrite_logits=True).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed out by an earlier backward"):
+        loss.backward()
+
+
+# ------------------------------------------------------------------------------------------------ a torch operator
+
+
+def operator_arguments(kernel: str, *, requires_grad: bool) -> tuple:
+    logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0), requires_grad=requires_grad)
+    labels = torch.tensor([[0, kernels.IGNORED, 2], [3, 4, 8]])
+    return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, kernel
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside opcheck
+def test_operators_pass_torchs_own_check(kernel):
+    ones = torch.ones(2, 3)
+    opcheck(operators.rows_forward, operator_arguments(kernel, requires_grad=True))
+    arguments = operator_arguments(kernel, requires_grad=False)
+    statistics = operators.rows_forward(*arguments)[2]
+    opcheck(operators.rows_backward, (*arguments, statistics, ones, ones))
+    opcheck(operators.rows_forward_backward_, (*arguments, ones, ones))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_compiled_in_one_graph_equals_eager(kernel, dynamic, overwrite):
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        options = {"implementation": kernel, "overwrite_logits": overwrite}
+        return rdrop_loss(z * 1, y, alpha=5.0, label_smoothing=0.1, **options).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for n in (4, 6):
+        case = random_case(n, 33)
+        logits = case.logits.requires_grad_()
+        results = []
+        for function in (compiled, loss):
+            value = function(logits, case.labels)
+            results.append((value.detach(), *torch.autograd.grad(value, logits)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_differentiating_twice_is_refused(kernel, overwrite):
+    case = random_case()
+    logits = case.logits.requires_grad_()
+    loss = loss_of(case, logits * 1, implementation=kernel, overwrite_logits=overwrite).loss
+    with pytest.raises(RuntimeError, match="symmetric_kl can be differentiated once only"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_autocast_changes_nothing(kernel):
+    case = random_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss_of(case, case.logits, implementation=kernel)
+    assert inside == loss_of(case, case.logits, implementation=kernel)
+
+
+# ------------------------------------------------------------------------------------------------ which one runs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"implementation": "gpu"}, r"implementation \(='gpu'\) must be 'auto', 'reference', 'cpu' or 'triton'"),
+        ({"implementation": "cpu", "divergence": lambda z: z.var(0).sum(-1)}, "nothing else"),
+        ({"implementation": "cpu", "weight": torch.ones(40, requires_grad=True)}, "no gradient in the class weights"),
+    ],
+)
+def test_asking_for_what_cannot_run_says_why(options, message):
+    case = random_case()
+    with pytest.raises(ValueError, match=message):
+        loss_of(case, case.logits, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: z.double(), r"the logits are torch.float64; it computes float32(,| and) bfloat16"),
+        (lambda z: z.to("meta"), "the logits are on meta"),
+        (lambda z: z.repeat(33, 1), r"66 passes are more than its (32|8)"),
+    ],
+)
+def test_asking_for_logits_a_kernel_does_not_have_says_why(kernel, change, message):
+    case = random_case()
+    with pytest.raises(ValueError, match=message):
+        rdrop_loss(change(case.logits), case.labels.to(change(case.logits).device), alpha=1.0, implementation=kernel)
+
+
+def test_auto_is_the_kernel_where_it_can_run_and_the_reference_elsewhere(kernel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "forward", lambda *arguments, real=cpu.forward: calls.append(1) or real(*arguments))
+    case = random_case()
+    for logits, expected in ((case.logits, 1), (case.logits.bfloat16(), 1), (case.logits.double(), 0)):
+        calls.clear()
+        loss_of(case, logits)
+        assert len(calls) == expected
+
+
+def test_without_the_library_the_reference_runs_and_one_line_says_so(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "rows.so")
+    caches = (cpu.why_not, operators._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        case = random_case()
+        with caplog.at_level(logging.WARNING, logger="rdrop"):
+            values = [loss_of(case, case.logits) for _ in range(2)]
+        assert values[0] == values[1] == loss_of(case, case.logits, implementation="reference")
+        assert len(caplog.records) == 1
+        assert "rows.so was not built" in caplog.text
+        with pytest.raises(ValueError, match=r"implementation='cpu' cannot compute this loss: rows.so was not built"):
+            loss_of(case, case.logits, implementation="cpu")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def build(folder: Path, **environment: str) -> Path:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    subprocess.run(command, cwd=root, env=os.environ | environment, check=True, capture_output=True)
+    return folder / "lib" / "rdrop" / "kernels" / "rows.so"
+
+
+def test_without_a_compiler_the_build_succeeds_without_the_library(tmp_path):
+    assert not build(tmp_path, CC="/bin/false", CXX="/bin/false").exists()
+
+
+@pytest.mark.long
+def test_with_a_compiler_the_build_makes_the_library(tmp_path):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("there is no C++ compiler")
+    assert build(tmp_path).exists()

@@ -1,0 +1,98 @@
+"""What only the Triton kernel has: blocks smaller than a row, sums that move from class to class, float16.
+
+Its promises are held by tests/kernels/test_rows.py, with every other implementation's.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from benchmarks.accuracy import FAMILIES, Case, Errors, measure, random_cases
+from tests.kernels.test_rows import assert_no_worse_than_the_reference, in_float64, random_case, terms_and_gradient
+from tests.test_accuracy import assert_accurate
+
+from rdrop.kernels import triton
+
+pytestmark = pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.why_not()))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """32 classes at a time."""
+    monkeypatch.setattr(triton, "MAX_BLOCK", 32)
+
+
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("classes", [1, 32, 33, 101])
+def test_error_is_the_references_for_even_and_ragged_rows(small_blocks, classes, dtype):
+    cases = itertools.product((2, 3), ((0.0, False), (0.1, False), (0.1, True)))
+    for m, (smoothing, weighted) in cases:
+        case = random_case(3, classes, m, smoothing=smoothing, weighted=weighted, dtype=dtype, seed=classes)
+        assert_no_worse_than_the_reference(case, "triton")
+
+
+def test_error_is_the_references_for_a_vocabulary_and_for_many_passes():
+    assert_no_worse_than_the_reference(random_case(1, 50_265, smoothing=0.1, dtype=torch.bfloat16), "triton")
+    assert_no_worse_than_the_reference(random_case(1, 3000, 5, smoothing=0.1, weighted=True), "triton")
+
+
+def first_position(case: Case) -> Case:
+    rows = case.logits.unflatten(0, (-1, len(case.labels)))[:, 0]
+    return Case(case.family, rows, case.labels[:1], case.label_smoothing, case.weight)
+
+
+@pytest.mark.parametrize("count", [84, pytest.param(2100, marks=pytest.mark.long)])
+def test_random_cases_against_float64(count):
+    """The smaller of them, and one position of each: the interpreter is slow."""
+    table = {key: Errors() for key in itertools.product(FAMILIES, triton.DTYPES)}
+    for case in random_cases(count, 1, triton.DTYPES):
+        if case.logits.shape[-1] <= 4096:
+            measure(first_position(case), table[case.family, case.logits.dtype], "triton")
+    for (family, dtype), errors in table.items():
+        assert_accurate(family, dtype, errors)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "masked first"])
+def test_the_order_of_the_classes_costs_no_digits(small_blocks, order):
+    # Rising: every block brings a likelier class, and all sums move to it. Masked first: no class to begin from.
+    g = torch.Generator().manual_seed(0)
+    first = (3 * torch.randn(1, 200, generator=g)).sort(descending=order == "falling").values
+    rows = first + 1e-3 * torch.randn(3, 1, 200, generator=g) + torch.tensor([0.0, 7.0, -40.0])[:, None, None]
+    if order == "masked first":
+        rows[..., :70] = -math.inf
+    case = Case("", rows.flatten(0, 1), torch.tensor([150]), 0.0, None)
+    _, divergence, gradient = terms_and_gradient(case, implementation="triton")
+    _, exact_divergence, exact_gradient = in_float64(case)
+    torch.testing.assert_close(divergence.double(), exact_divergence, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
+    near = triton.forward(rows.flatten(0, 1)[:, None], case.labels[:, None], None, 0.0, 3)[2][..., 0] == 0
+    assert near.all()
+
+
+WHY_NOT = """
+from rdrop.kernels import available
+print(available()["triton"])
+"""
+
+
+def test_without_a_gpu_and_without_the_interpreter_it_says_what_is_missing():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-c", WHY_NOT]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "there is no CUDA device; on a CPU it runs, slowly, with TRITON_INTERPRET=1" in said
+
+
+def test_without_the_package_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert triton.why_not.__wrapped__() == "the package triton is not installed: pip install triton"
+
+
+def test_asking_for_it_with_logits_on_a_device_it_does_not_have_says_why(monkeypatch):
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="implementation='triton' cannot compute this loss: the logits are on cpu"):
+        terms_and_gradient(random_case(), implementation="triton")
