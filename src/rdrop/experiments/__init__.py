@@ -1,0 +1,1 @@
+"""Recipes, one training loop, a comparison over seeds, and a report. See `rdrop --help`."""

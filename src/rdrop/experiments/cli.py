@@ -1,0 +1,231 @@
+"""The command line: `rdrop list | train | compare | report | check`.
+
+What needs torch or draws plots is imported in the command that needs it, so that the others answer at once. A command
+raises; `run` turns what it raised into one line on the standard error and an exit status: 0 done, 1 a negative answer
+or a run that failed, 2 a mistake in the command, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from inspect import getdoc
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
+from rdrop.experiments.recipe import Recipe, RecipeError, override
+from rdrop.experiments.recipes import RECIPES, find_recipe
+from rdrop.experiments.results import ResultsError, find_runs
+
+if TYPE_CHECKING:
+    from rdrop.check import CheckReport
+
+# typer imports click or brings its own, by version. This is the UsageError of the one it uses.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    help="R-Drop (regularized dropout): train with and without it, and see whether it helped.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `rdrop list`, or a saved recipe.json.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: alpha=1 data.train_labels=100"),
+]
+RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the folders of the runs are.")]
+DEFAULT_RUNS = Path("runs")
+MOST_SEEDS = 1000
+SEEDS = re.compile(r"\d{1,10}(,\d{1,10})*,?", re.ASCII)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode shows "?" for "±", and does not crash
+            stream.reconfigure(errors="replace")
+    try:
+        return int(app(list(arguments) or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
+    except UsageError as error:
+        return _fail(error.format_message(), status=2)
+    except (RecipeError, ResultsError) as error:
+        return _fail(str(error), status=2)
+    except StoppedError as error:
+        return _fail(f"{error}; go on with: {shlex.join(['rdrop', *arguments])}", status=error.status)
+    except (FailedRunError, OSError) as error:
+        return _fail(str(error), status=1)
+
+
+def _fail(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    Console(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
+    return status
+
+
+@app.command("list")
+def list_recipes(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Show the keys of this one.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show the recipes; or the keys of one recipe, their values and what they mean."""
+    table = _catalogue() if recipe is None else _keys(override(find_recipe(recipe), settings or []))
+    Console().print(table)
+
+
+@app.command()
+def train(recipe: RecipeName, settings: Settings = None, runs: RunsFolder = DEFAULT_RUNS) -> None:
+    """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
+    chosen = override(find_recipe(recipe), settings or [])
+    run = Run.of(f"{chosen.name}, alpha {chosen.alpha:g}, seed {chosen.seed}", chosen, runs)
+    train_all([run], Console(stderr=True))
+    _show_result(run)
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    settings: Settings = None,
+    seeds: Annotated[str, typer.Option(metavar="N|A,B,...", help="How many seeds, from 0; or which ones.")] = "5",
+    runs: RunsFolder = DEFAULT_RUNS,
+    no_double_batch: Annotated[
+        bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
+    ] = False,
+) -> None:
+    """Train the recipe with and without R-Drop over several seeds, and show whether R-Drop helped.
+
+    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated.
+    """
+    if any(setting.startswith("seed=") for setting in settings or []):
+        raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
+    chosen = override(find_recipe(recipe), settings or [])
+    plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
+    train_all(plan, Console(stderr=True))
+    _show_comparisons([run.folder for run in plan])
+    _write_page(runs)
+
+
+@app.command()
+def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
+    """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html."""
+    _show_comparisons([runs])
+    _write_page(runs)
+
+
+@app.command()
+def check(
+    recipe: RecipeName = "digits",
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
+) -> None:
+    """Tell whether R-Drop can act on the recipe's model: are the passes different? Exit status 1 if they are not."""
+    from rdrop import kernels
+
+    chosen = override(find_recipe(recipe), settings or [])
+    found = _check_model(chosen)
+    missing = kernels.available()
+    if as_json:
+        sys.stdout.write(json.dumps({**found.as_dict(), "kernels": missing}, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{found}\n{_kernel_line(missing)}\n")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`"5"` is the seeds 0 to 4, `"3,5"` these two, `"3,"` the one. Anything else is a usage error."""
+    if SEEDS.fullmatch(text):
+        numbers = [int(number) for number in text.split(",") if number]
+        seeds = numbers if "," in text else list(range(min(numbers[0], MOST_SEEDS + 1)))
+        if 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
+            return seeds
+    raise typer.BadParameter(
+        f"{text!r} is neither a number of seeds (5) nor a list of different ones (0,1,2)", param_hint="--seeds"
+    )
+
+
+def _catalogue() -> Table:
+    table = _table("recipe", "task", "R-Drop", "what it is")
+    for recipe in RECIPES.values():
+        table.add_row(Text(recipe.name, "bold"), recipe.task, f"alpha {recipe.alpha:g}", getdoc(type(recipe)) or "")
+    return table
+
+
+def _keys(recipe: Recipe) -> Table:
+    table = _table("key", "value", "what it means")
+    for key, description in recipe.descriptions().items():
+        table.add_row(Text(key, "bold"), json.dumps(recipe.value(key)), description)
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in headings[:-1]:
+        table.add_column(heading, no_wrap=True)
+    table.add_column(headings[-1])
+    return table
+
+
+def _check_model(recipe: Recipe) -> CheckReport:
+    from rdrop.check import check_rdrop
+    from rdrop.experiments.randomness import seed_all
+    from rdrop.experiments.tasks import load_task
+
+    task = load_task(recipe)
+    seed_all(recipe.seed, "model")
+    return check_rdrop(task.build_model().train(), task.train_batch(list(range(recipe.batch_size)), epoch=0))
+
+
+def _kernel_line(missing: dict[str, str | None]) -> str:
+    """Which implementations of the loss are here; for the others, why not."""
+    words = [f"{name}: {'present' if reason is None else reason}" for name, reason in missing.items()]
+    return textwrap.fill("kernels     " + "; ".join(words), width=79, subsequent_indent=" " * 12)
+
+
+def _show_result(run: Run) -> None:
+    from rdrop.experiments.wording import NumberStyle
+
+    result = run.result()
+    assert result is not None  # it has just been trained
+    table = _table("", "valid", "test")
+    for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
+        style = NumberStyle.of(metric, [])
+        table.add_row(style.heading(metric), style.score(result["valid"][metric]), style.score(result["test"][metric]))
+    console = Console(highlight=False)
+    console.print(Text(run.label, "bold"))
+    console.print(table)
+    console.print(
+        f"The weights of update {result['best_step']}, the best on the valid split. {run.folder}", soft_wrap=True
+    )
+
+
+def _show_comparisons(folders: list[Path]) -> None:
+    from rdrop.experiments.compare import comparisons
+    from rdrop.experiments.compare_table import terminal_table
+    from rdrop.experiments.finished import sort_out
+
+    records = [record for folder in folders for record in find_runs(folder)]
+    console = Console(highlight=False)
+    for comparison in comparisons(records):
+        console.print(terminal_table(comparison))
+        console.print(Text(comparison.verdict(), "bold"))
+        console.print()
+    for unusable in sort_out(records)[1]:
+        console.print(Text(f"left out: {unusable.path}: {unusable.problem}", "yellow"), soft_wrap=True)
+
+
+def _write_page(runs: Path) -> None:
+    from rdrop.experiments.report import write_report
+
+    Console(highlight=False).print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)

@@ -1,0 +1,29 @@
+"""Where a run took place: device and versions, as they stand in `result.json`."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from rdrop import __version__
+
+LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
+
+
+def machine(device: torch.device, processes: int) -> dict[str, Any]:
+    """Device, threads of each process, and processes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return {"device": name, "threads": torch.get_num_threads(), "processes": processes}
+
+
+def versions() -> dict[str, str | None]:
+    """Of rdrop, Python and the libraries that decide a run's numbers; null if one is not installed."""
+    return {"rdrop": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

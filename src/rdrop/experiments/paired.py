@@ -1,0 +1,124 @@
+"""Two ways of training over the same seeds: the statistics of their paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+# Scores are float64 averages: differences closer than this, relative to the scores, are the same number.
+ROUNDING = 1e-12
+
+
+class Outcome(Enum):
+    """What the paired differences allow to be said about the arm."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SHOWN = "no difference shown"
+    EQUAL = "equal on every seed"
+    UNDECIDED = "no interval, nothing shown"
+    NO_SEEDS = "no seed in common"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Scores of an arm and of its reference on the seeds that both have, in the order of `seeds`.
+
+    Every difference is arm minus reference. With `higher_is_better` None the direction of the metric is unknown:
+    wins and losses cannot be told and are None.
+    """
+
+    seeds: tuple[int, ...]
+    arm: tuple[float, ...]
+    reference: tuple[float, ...]
+    higher_is_better: bool | None
+
+    @property
+    def per_seed(self) -> tuple[float, ...]:
+        return tuple(self._round(a - r, a, r) for a, r in zip(self.arm, self.reference, strict=True))
+
+    @property
+    def mean(self) -> float | None:
+        """The mean difference; None without a common seed."""
+        return mean(self.per_seed)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the 95 % t interval of the mean difference: t(0.975, n - 1) * sd / sqrt(n).
+
+        None with fewer than two seeds, and None when the differences are all the same: no spread was seen, and an
+        interval of width zero would claim a certainty that n equal numbers do not give.
+        """
+        spread = sd(self.per_seed)
+        if spread is None or self._all_the_same():
+            return None
+        n = len(self.seeds)
+        return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * spread / math.sqrt(n)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % t interval of the mean difference; None where `half_width` is."""
+        if self.mean is None or self.half_width is None:
+            return None
+        return self.mean - self.half_width, self.mean + self.half_width
+
+    @property
+    def wins_ties_losses(self) -> tuple[int, int, int] | None:
+        """On how many seeds the arm is better than, equal to and worse than its reference."""
+        if self.higher_is_better is None:
+            return None
+        gains = self._gains()
+        return sum(g > 0 for g in gains), sum(g == 0 for g in gains), sum(g < 0 for g in gains)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The strongest honest statement. Raises ValueError for a metric whose direction is unknown."""
+        if self.higher_is_better is None:
+            raise ValueError("better or worse cannot be told: higher_is_better is None for this metric")
+        if not self.seeds:
+            return Outcome.NO_SEEDS
+        if len(self.seeds) > 1 and not any(self.per_seed):
+            return Outcome.EQUAL
+        if self.interval is None:
+            return Outcome.UNDECIDED
+        low, high = self.interval
+        if low <= 0 <= high:
+            return Outcome.NOT_SHOWN
+        return Outcome.BETTER if (low > 0) == self.higher_is_better else Outcome.WORSE
+
+    def _gains(self) -> tuple[float, ...]:
+        return self.per_seed if self.higher_is_better else tuple(-d for d in self.per_seed)
+
+    def _all_the_same(self) -> bool:
+        size = max(map(abs, (*self.arm, *self.reference)))
+        return bool(np.ptp(self.per_seed) <= 4 * ROUNDING * size)
+
+    @staticmethod
+    def _round(difference: float, *operands: float) -> float:
+        return 0.0 if abs(difference) <= ROUNDING * max(map(abs, operands)) else difference
+
+
+def paired_difference(
+    arm: Mapping[int, float], reference: Mapping[int, float], higher_is_better: bool | None
+) -> PairedDifference:
+    """Pair two mappings from seed to score over the seeds that both have."""
+    seeds = tuple(sorted(arm.keys() & reference.keys()))
+    return PairedDifference(
+        seeds, tuple(arm[seed] for seed in seeds), tuple(reference[seed] for seed in seeds), higher_is_better
+    )
+
+
+def mean(values: tuple[float, ...]) -> float | None:
+    """The arithmetic mean; None of nothing."""
+    return float(np.mean(values)) if values else None
+
+
+def sd(values: tuple[float, ...]) -> float | None:
+    """The sample standard deviation (n - 1 in the denominator); None with fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

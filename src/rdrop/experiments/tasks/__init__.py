@@ -1,0 +1,54 @@
+"""What is learned: data, model and metric of each task, behind one small protocol."""
+
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rdrop.loss import Divergence, TaskLoss
+
+Batch = dict[str, Any]
+"""What `train_batch` gives and `logits` and `labels` read: tensors by name, the examples in the first dimension."""
+
+TASKS = {"digits": "digits.Digits"}
+"""The module and class of each task, imported when it is asked for: a task brings its own libraries."""
+
+
+class Task(Protocol):
+    """All the training loop knows of a task. A task knows nothing of optimizer, schedule and alpha."""
+
+    metric: str
+    """The score that selects the checkpoint and is compared."""
+    higher_is_better: bool
+    task_loss: TaskLoss
+    divergence: Divergence
+
+    def __init__(self, recipe: Any) -> None:
+        """Loads the data; nothing is trained."""
+
+    def build_model(self) -> nn.Module:
+        """A new model, initialised from torch's global generator, which the caller has seeded."""
+
+    def train_size(self) -> int:
+        """Number of training examples: the indices are `range(train_size())`."""
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`."""
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`(N, ..., V)` for a batch of N examples, which may be repeated: all of pass 1, then all of pass 2."""
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Class indices `(N, ...)`, -100 where there is nothing to learn; or numbers `(N, ..., K)`."""
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """`loss` and the metrics of "valid" or "test": plain, a single pass, with `model` in eval mode."""
+
+
+def load_task(recipe: Any) -> Task:
+    """The task `recipe.task`, with its data loaded. Raises `ValueError` for an unknown name."""
+    if recipe.task not in TASKS:
+        raise ValueError(f"task (={recipe.task!r}) must be one of {', '.join(TASKS)}")
+    module, name = TASKS[recipe.task].split(".")
+    task: Task = getattr(import_module(f"{__name__}.{module}"), name)(recipe)
+    return task

@@ -1,0 +1,360 @@
+"""The command line: one line and the right exit status for every mistake; runs are neither repeated nor lost."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rdrop.experiments import cli, trainer
+from rdrop.experiments.plan import plan_comparison
+from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes.digits import DIGITS
+from rdrop.experiments.results import RunFolder
+
+KEYS = list(DIGITS.descriptions())
+NOT_A_NUMBER = ("", "abc", "true", "[1]", "{}", '"1"', "NaN", "Infinity", "-Infinity", "1e999", "0x10", "1_0", "-1")
+WRONG_VALUES = {
+    int: (*NOT_A_NUMBER, "1.0", "0.5", "1e3", "null", "99999999999999999999", "9" * 5000),
+    float: (*NOT_A_NUMBER, ".5", "1.", "0,1", "1e", "[" * 2000, "9" * 400),
+    str: ("", "null", "3", "true", "../runs", "a/b", "-x", ".x", "a b", "Cosine", "fp16", "\ud800", "x" * 101),
+}
+
+
+def wrong_values() -> Iterator[tuple[str, str]]:
+    for key in KEYS:
+        kind = type(DIGITS.value(key))
+        for value in WRONG_VALUES[kind]:
+            if key != "name" or value not in {"Cosine", "fp16"}:
+                yield key, f"{key}={value}"
+
+
+def wrong_keys() -> Iterator[tuple[str, str]]:
+    for key in KEYS:
+        value = json.dumps(DIGITS.value(key))
+        for wrong in (key[1:], key[:-1], key + "s", key.upper(), f"data.{key}", f"{key}.{key}", key.replace("_", "-")):
+            if wrong not in KEYS:
+                yield wrong, f"{wrong}={value}"
+        yield key, key
+        yield key, f"{key}:{value}"
+
+
+MUTATED = [*wrong_values(), *wrong_keys()]
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(trainer, "train", train)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Training takes no time, scores by the seed and the method, and is noted here."""
+    recipes: list[Recipe] = []
+
+    def train(recipe: Recipe, folder: Path, *, on_progress: Callable[[trainer.Progress], None]) -> dict[str, Any]:
+        recipes.append(recipe)
+        on_progress(trainer.Progress(recipe.updates, recipe.updates, 0.5, {"accuracy": 0.75, "loss": 0.5}, 0.01))
+        return finish(recipe, folder)
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(cli, "_write_page", lambda runs: None)
+    return recipes
+
+
+def finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    accuracy = 0.7 + recipe.seed / 100 + (0.05 + recipe.seed / 1000 if recipe.alpha else 0.0)
+    result = {
+        "format": 1, "recipe": recipe.model_dump(mode="json"), "digest": recipe.digest(),
+        "finished": "2026-01-01T00:00:00Z", "metric": "accuracy", "higher_is_better": True, "best_step": recipe.updates,
+        "valid": {"accuracy": accuracy, "loss": 0.5}, "test": {"accuracy": accuracy, "loss": 0.5},
+        "cost": {"train_seconds": 1.0, "step_milliseconds": 1.0, "peak_extra_bytes": 1000, "parameters": 10},
+        "machine": {}, "versions": {}, "resumed": 0,
+    }  # fmt: skip
+    RunFolder(folder).write_recipe(recipe.model_dump(mode="json"))
+    RunFolder(folder).write_result(result)
+    return result
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on the standard error, without its `rdrop: `."""
+    error = capsys.readouterr().err
+    assert error.startswith("rdrop: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    return error.removeprefix("rdrop: ").strip()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_every_mutated_setting_is_refused_by_one_line_that_names_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(MUTATED) >= 500
+    for key, setting in MUTATED:
+        assert cli.run(["train", "digits", setting, "--runs", str(tmp_path)]) == 2, setting
+        line = complaint(capsys)
+        assert key[:50] in line, setting
+        assert len(line) < 400, setting
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("command", ["train", "compare", "check", "list"])
+def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([command, "digits", "alhpa=1"]) == 2
+    assert complaint(capsys) == "alhpa=1: no such key; the nearest is alpha"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "digits"], "No such command 'trian'"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "digits", "--seed", "3"], "No such option: --seed"),
+        (["train", "digit"], 'recipe="digit": no such recipe; the nearest is digits'),
+        (["train", "alpha=1"], "no such recipe"),
+        (["train", "nowhere/recipe.json"], "nowhere/recipe.json: recipe: No such file or directory"),
+        (["compare", "digits", "--seeds", "0"], "'0' is neither a number of seeds (5) nor a list"),
+        (["compare", "digits", "--seeds", "1,1"], "nor a list of different ones"),
+        (["compare", "digits", "--seeds", "two"], "'two' is neither"),
+        (["compare", "digits", "--seeds", "-3"], "'-3' is neither"),
+        (["compare", "digits", "--seeds", "-1,2"], "'-1,2' is neither"),
+        (["compare", "digits", "--seeds", "1_0"], "'1_0' is neither"),
+        (["compare", "digits", "--seeds", "1,4294967296"], "seed=4294967296: must be less than 4294967296"),
+        (["compare", "digits", "--seeds", "9" * 30], "is neither"),
+        (["compare", "digits", "alpha=0"], "alpha=0: a comparison needs R-Drop, alpha > 0"),
+        (["compare", "digits", "seed=3"], "seed: a comparison has several; say which with --seeds"),
+        (
+            ["compare", "digits", "batch_size=160", "data.train_labels=200"],
+            "2 times the batch; --no-double-batch omits it",
+        ),
+        (["report", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+@pytest.mark.usefixtures("no_training")
+def test_a_wrong_command_is_one_line_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments) == 2
+    assert words in complaint(capsys)
+
+
+def test_markup_in_a_wrong_setting_is_shown_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "digits", "[bold]=1"]) == 2
+    assert "[bold]=1" in complaint(capsys)
+
+
+def test_the_arms_of_a_seed_follow_each_other_and_differ_in_the_method_alone(
+    trained: list[Recipe], tmp_path: Path
+) -> None:
+    assert cli.run(["compare", "digits", "alpha=0.5", "--seeds", "3,7", "--runs", str(tmp_path)]) == 0
+    batch = DIGITS.batch_size
+    arms = [(0.0, batch), (0.5, batch), (0.0, 2 * batch)]
+    assert [(r.seed, r.alpha, r.batch_size) for r in trained] == [(seed, *arm) for seed in (3, 7) for arm in arms]
+    assert len({r.replace(seed=0, alpha=1.0, batch_size=batch).digest() for r in trained}) == 1
+
+
+def test_five_seeds_by_default(trained: list[Recipe], tmp_path: Path) -> None:
+    assert cli.run(["compare", "digits", "--no-double-batch", "--runs", str(tmp_path)]) == 0
+    assert [recipe.seed for recipe in trained] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_the_larger_batch_has_as_many_examples_as_rdrop_has_passes(tmp_path: Path) -> None:
+    plan = plan_comparison(DIGITS.replace(passes=3, batch_size=10), [0], tmp_path, larger_batch=True)
+    assert plan[-1].recipe.batch_size == 30
+    assert plan[-1].label == "baseline, three times the batch, seed 0"
+
+
+def test_a_comparison_shows_table_and_verdict(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["compare", "digits", "--seeds", "3", "--runs", str(tmp_path)]) == 0
+    out, progress = capsys.readouterr()
+    assert "R-Drop is better than the baseline" in " ".join(out.replace(f" (alpha {DIGITS.alpha:g})", "").split())
+    assert progress.splitlines()[0] == "1/9  baseline, seed 0: test accuracy 70.0 %, trained in 1 s"
+    assert len(progress.splitlines()) == len(trained) == 9
+
+
+def test_finished_runs_are_not_repeated(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "digits", "--runs", str(tmp_path), "--seeds"]
+    assert cli.run([*command, "2"]) == 0
+    table = capsys.readouterr().out
+    assert cli.run([*command, "2"]) == 0
+    again, progress = capsys.readouterr()
+    assert len(trained) == 6
+    assert again == table
+    assert progress == "6 of 6 runs finished already\n"
+    assert cli.run([*command, "1,2"]) == 0
+    assert [recipe.seed for recipe in trained[6:]] == [2, 2, 2]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
+    trained: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, calls = trainer.train, count(1)
+
+    def interrupted(*arguments: Any, **options: Any) -> dict[str, Any]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    command = ["compare", "digits", "--seeds", "2", "--runs", str(tmp_path)]
+    assert cli.run(command) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"rdrop: stopped, with 2 of 6 runs finished; go on with: rdrop {' '.join(command)}"
+    assert cli.run(command) == 0
+    assert len(trained) == 6
+    assert len({recipe.digest() for recipe in trained}) == 6
+
+
+def test_a_run_stopped_by_sigterm_has_its_own_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def preempted(*_: Any, **__: Any) -> None:
+        raise trainer.Preempted(15, 10, tmp_path)
+
+    monkeypatch.setattr(trainer, "train", preempted)
+    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 143
+    assert "0 of 1 runs finished" in complaint(capsys)
+
+
+def test_a_run_that_cannot_go_on_is_one_line_and_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise trainer.TrainingError("step 3: loss is nan. Lower learning_rate.")
+
+    monkeypatch.setattr(trainer, "train", failing)
+    assert cli.run(["compare", "digits", "--runs", str(tmp_path)]) == 1
+    assert complaint(capsys) == "baseline, seed 0: step 3: loss is nan. Lower learning_rate."
+
+
+def test_a_damaged_result_is_named_and_not_trained_over(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "digits" / DIGITS.digest()
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{")
+    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 2
+    assert str(folder / "result.json") in complaint(capsys)
+    assert trained == []
+
+
+def test_check_tells_whether_rdrop_can_act(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.layers=1", "model.hidden_size=8", "model.heads=2", "model.intermediate_size=8"]
+    assert cli.run(["check", "digits", *small]) == 0
+    assert "R-Drop can act" in capsys.readouterr().out
+    without = ["alpha=0", "model.dropout=0", "model.attention_dropout=0"]
+    assert cli.run(["check", "digits", *small, *without, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert [finding["code"] for finding in found["findings"]] == ["no-dropout"]
+
+
+def test_report_shows_the_finished_runs_and_names_the_others(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["compare", "digits", "--seeds", "2", "--runs", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    unfinished = tmp_path / "digits" / "unfinished"
+    RunFolder(unfinished).write_recipe(DIGITS.model_dump(mode="json"))
+    assert cli.run(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(table)
+    assert f"left out: {unfinished}: unfinished" in shown
+
+
+def test_a_saved_recipe_replays_the_run(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", "digits", "alpha=0.5", "seed=3", "--runs", str(tmp_path / "a")]) == 0
+    saved = next((tmp_path / "a").rglob("recipe.json"))
+    assert cli.run(["train", str(saved), "--runs", str(tmp_path / "b")]) == 0
+    assert trained[0] == trained[1]
+    assert (tmp_path / "b" / saved.relative_to(tmp_path / "a")).exists()
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_list_shows_every_key_of_a_recipe_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "digits", "alpha=0.625"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.625" in shown
+    assert all(f" {key} " in shown for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("1", [0]), ("3", [0, 1, 2]), ("7,", [7]), ("3,5", [3, 5]), ("5,3,", [5, 3])]
+)
+def test_seeds_are_a_number_of_them_or_a_list(text: str, seeds: list[int]) -> None:
+    assert cli.parse_seeds(text) == seeds
+
+
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 0
+    assert "Usage: rdrop" in capsys.readouterr().out
+
+
+def test_list_and_help_import_neither_torch_nor_plotting() -> None:
+    # The package's contents page imports torch; the stand-in shows what the command itself asks for.
+    program = """
+import sys, types, pathlib
+package = types.ModuleType("rdrop")
+package.__path__ = [str(pathlib.Path("src/rdrop").resolve())]
+sys.modules["rdrop"] = package
+from rdrop.experiments.cli import run
+assert run(["list"]) == run(["list", "digits"]) == run(["--help"]) == 0
+heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "scipy", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "pydantic"])
+def test_without_the_extra_the_command_says_how_to_install_it(missing: str) -> None:
+    program = f"import sys, runpy; sys.modules[{missing!r}] = None; runpy.run_module('rdrop', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"rdrop: the command needs {missing}, which is not installed; "
+        "in a clone of the repository: pip install '.[experiments]'\n"
+    )
+
+
+def test_bars_show_the_run_and_all_runs_in_80_columns() -> None:
+    console = Console(record=True, force_terminal=True, width=80)
+    recipes = [DIGITS.replace(seed=seed) for seed in range(3)]
+    with show_progress(console, recipes, recipes[1:]) as display:
+        assert isinstance(display, Bars)
+        display.start("baseline, twice the batch, seed 1", recipes[1])
+        display.update(trainer.Progress(10, recipes[1].updates, 0.5, {"accuracy": 0.75, "loss": 0.6}, 0.01))
+        console.print(display.live.get_renderable())
+        display.finish("2/3  baseline, twice the batch, seed 1: done")
+    lines = console.export_text().splitlines()
+    assert any("all runs" in line and "1/3" in line and line.rstrip().endswith("left") for line in lines)
+    assert any("baseline, twice the batch, seed 1" in line and f"10/{recipes[1].updates}" in line for line in lines)
+    assert any("100 updates/s, loss 0.5, valid accuracy 0.75" in line for line in lines)
+    assert any(line.startswith("2/3  baseline") for line in lines)
+
+
+def test_lines_are_sparse() -> None:
+    console = Console(record=True, width=80)
+    times = iter([0.0, 1.0, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES + 1])
+    display = Lines(console, clock=lambda: next(times))
+    display.start("baseline, seed 0", DIGITS)
+    for step in (1, 2, 3):
+        display.update(trainer.Progress(step, 400, 0.5, None, 0.01))
+    assert console.export_text() == "baseline, seed 0: 2/400, 100 updates/s, loss 0.5\n"

@@ -1,0 +1,106 @@
+"""The digits: which images a run sees, and a network that has something for R-Drop to act on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipes.digits import DIGITS, DigitsRecipe
+from rdrop.experiments.results import RunFolder
+from rdrop.experiments.tasks import load_task
+from rdrop.experiments.tasks.digits import Digits, stratified_draw
+from rdrop.experiments.trainer import train
+
+SMALL = DIGITS.replace(
+    **{"data.train_labels": 40, "data.valid_size": 30, "data.test_size": 50},
+    **{"model.layers": 1, "model.hidden_size": 16, "model.intermediate_size": 16, "model.heads": 2},
+)
+
+
+def rows(recipe: DigitsRecipe) -> dict[str, list[int]]:
+    return {name: split.tolist() for name, split in Digits(recipe).splits.items()}
+
+
+def test_the_splits_are_disjoint_and_have_their_sizes() -> None:
+    splits = rows(DIGITS)
+    data = DIGITS.data
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [
+        data.train_labels,
+        data.valid_size,
+        data.test_size,
+    ]
+    assert len({row for split in splits.values() for row in split}) == sum(map(len, splits.values()))
+
+
+def test_the_seed_draws_the_labels_and_leaves_the_scored_images_alone() -> None:
+    first, second = rows(SMALL), rows(SMALL.replace(seed=1))
+    assert first["train"] != second["train"]
+    assert first["valid"] == second["valid"]
+    assert first["test"] == second["test"]
+    assert rows(SMALL.replace(**{"data.split_seed": 1}))["test"] != first["test"]
+
+
+def test_nothing_but_seed_and_data_decides_the_labels() -> None:
+    changed = SMALL.replace(alpha=0.0, batch_size=16, updates=50, **{"model.layers": 2, "model.dropout": 0.3})
+    assert rows(changed) == rows(SMALL)
+
+
+@pytest.mark.parametrize("size", [1, 10, 37, 400])
+def test_labels_are_drawn_evenly_over_the_classes(size: int) -> None:
+    labels = np.arange(1000) % 10
+    drawn = stratified_draw(np.arange(500), labels, size, seed=0)
+    counts = np.bincount(labels[drawn], minlength=10)
+    assert len(set(drawn.tolist())) == size
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_class_that_is_rare_gives_all_it_has() -> None:
+    labels = np.array([0] * 3 + [1] * 97)
+    assert np.bincount(labels[stratified_draw(np.arange(100), labels, 50, seed=0)]).tolist() == [3, 47]
+
+
+def test_batches_are_images_in_minus_one_to_one_with_their_labels() -> None:
+    task = Digits(SMALL)
+    batch = task.train_batch([3, 1], epoch=0)
+    assert batch["pixel_values"].shape == (2, 1, 8, 8)
+    assert batch["pixel_values"].min() >= -1
+    assert batch["pixel_values"].max() <= 1
+    again = task.train_batch([1, 3], epoch=5)
+    assert torch.equal(again["pixel_values"].flip(0), batch["pixel_values"])
+    assert torch.equal(again["labels"].flip(0), batch["labels"])
+
+
+def test_the_recipe_builds_the_network_it_says() -> None:
+    recipe = SMALL.replace(**{"model.dropout": 0.25, "model.attention_dropout": 0.35, "model.layers": 3})
+    task = load_task(recipe)
+    model = task.build_model().train()
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 16, 2)
+    assert task.logits(model, task.train_batch([0, 1, 2], epoch=0)).shape == (3, 10)
+    rates = {source.rate for source in dropout_sources(model) if source.active}
+    assert rates == {0.25, 0.35}
+
+
+def test_attention_dropout_alone_makes_two_passes_differ() -> None:
+    task = Digits(SMALL.replace(**{"model.dropout": 0.0, "model.attention_dropout": 0.5}))
+    model = task.build_model().train()
+    batch = task.train_batch([0, 0], epoch=0)
+    first, second = task.logits(model, batch)
+    assert not torch.equal(first, second)
+
+
+def test_an_unknown_task_is_named() -> None:
+    with pytest.raises(ValueError, match=r"task \(='digit'\) must be one of digits"):
+        load_task(SMALL.model_copy(update={"task": "digit"}))
+
+
+def test_both_losses_learn_the_labelled_images(tmp_path: Path) -> None:
+    recipe = SMALL.replace(updates=60, warmup_steps=6, evaluate_every=20, batch_size=20, learning_rate=1e-2)
+    for alpha in (0.0, 1.0):
+        result = train(recipe.replace(alpha=alpha), tmp_path / str(alpha))
+        losses = [row["task_loss"] for row in RunFolder(tmp_path / str(alpha)).metrics() if row["kind"] == "train"]
+        assert losses[-1] < losses[0]
+        assert result["metric"] == "accuracy"
+        assert set(result["valid"]) == set(result["test"]) == {"accuracy", "loss"}

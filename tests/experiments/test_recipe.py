@@ -1,0 +1,213 @@
+"""A recipe is complete, strict and replayable; a wrong one is one error that names the key and the rule."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name, override
+from rdrop.experiments.recipes import RECIPES, find_recipe
+from rdrop.experiments.recipes.digits import DIGITS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+# The digits recipe with numbers of this file's own, so that tuning the recipe breaks no test.
+BASE = override(DIGITS, [
+    "name=digits", "alpha=1", "passes=2", "every=1", "updates=400", "batch_size=32", "accumulation=1",
+    "learning_rate=0.001", "schedule=cosine", "warmup_steps=40", "weight_decay=0.01", "clip_norm=1",
+    "label_smoothing=0", "precision=fp32", "evaluate_every=40", "checkpoint_every=100", "keep_checkpoints=2",
+    "seed=0", "data.train_labels=300", "data.valid_size=300", "data.test_size=1000", "data.split_seed=0",
+    "model.layers=4", "model.hidden_size=64", "model.heads=4", "model.intermediate_size=128",
+    "model.patch_size=2", "model.dropout=0.1", "model.attention_dropout=0.1",
+])  # fmt: skip
+
+
+def refusal(*settings: str) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        override(BASE, settings)
+    return caught.value
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_saved_recipe_loads_as_the_same_value_with_the_same_digest(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe.to_json())
+    loaded = load_recipe(path)
+    assert loaded == recipe
+    assert type(loaded) is type(recipe)
+    assert loaded.digest() == recipe.digest()
+
+
+def test_the_digest_has_12_hexadecimal_digits_and_ignores_how_a_number_is_written() -> None:
+    assert len(BASE.digest()) == 12
+    assert int(BASE.digest(), 16) >= 0
+    assert override(BASE, ["alpha=1"]).digest() == override(BASE, ["alpha=1.0"]).digest()
+
+
+def test_every_key_changes_the_digest() -> None:
+    other = {
+        "name": '"other"', "alpha": "2", "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
+        "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_steps": "41",
+        "weight_decay": "0.02", "clip_norm": "null", "label_smoothing": "0.1", "precision": '"bf16"',
+        "evaluate_every": "41", "checkpoint_every": "99", "keep_checkpoints": "3", "seed": "1",
+        "data.train_labels": "299", "data.valid_size": "299", "data.test_size": "999", "data.split_seed": "1",
+        "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",
+        "model.patch_size": "4", "model.dropout": "0.2", "model.attention_dropout": "0.2",
+    }  # fmt: skip
+    assert {*other, "task"} == set(BASE.descriptions())
+    digests = {override(BASE, [f"{key}={value}"]).digest() for key, value in other.items()}
+    assert len(digests) == len(other)
+    assert BASE.digest() not in digests
+
+
+def test_override_changes_the_named_keys_and_no_other() -> None:
+    changed = override(BASE, ["alpha=0.5", "data.train_labels=100", "clip_norm=null", "schedule=linear"])
+    assert (changed.alpha, changed.data.train_labels, changed.clip_norm, changed.schedule) == (0.5, 100, None, "linear")
+    assert changed.replace(**{key: BASE.value(key) for key in BASE.descriptions()}) == BASE
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError):
+        BASE.alpha = 2.0  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        BASE.data.train_labels = 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "nearest"),
+    [
+        ("alhpa=1", "alpha"),
+        ("batchsize=8", "batch_size"),
+        ("lr=0.1", "learning_rate"),
+        ("dropout=0.1", "model.dropout"),
+        ("train_labels=10", "data.train_labels"),
+        ("data.labels=10", "data.train_labels"),
+        ("model.layer=1", "model.layers"),
+        ("alpha.x=1", "alpha"),
+    ],
+)
+def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str) -> None:
+    error = refusal(setting)
+    assert error.nearest == nearest
+    assert error.key == setting.partition("=")[0]
+    assert str(error) == f"{error.key}={setting.partition('=')[2]}: no such key; the nearest is {nearest}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["alpha=-1"], "alpha=-1: must be greater than or equal to 0"),
+        (["alpha=Infinity"], "alpha=Infinity: must be a finite number"),
+        (["alpha=.5"], 'alpha=".5": must be a number as JSON writes it, e.g. 0.3 or 1e-3'),
+        (["updates=400.0"], "updates=400.0: must be a whole number"),
+        (["seed=true"], "seed=true: must be a whole number"),
+        (["passes=1"], "passes=1: must be greater than or equal to 2"),
+        (["schedule=step"], "schedule=\"step\": must be 'constant', 'linear' or 'cosine'"),
+        (["accumulation=5"], "batch_size=32: must be divisible by accumulation (=5)"),
+        (["updates=20"], "warmup_steps=40: must be at most updates (=20)"),
+        (["every=500"], "every=500: must be at most updates (=400)"),
+        (["alpha"], "alpha: a setting is written key=value, e.g. alpha=..."),
+        (["alpha=1", "alpha=1"], 'alpha="1": given twice'),
+        (["model.heads=5"], "model.hidden_size=64: must be divisible by model.heads (=5)"),
+        (["model.patch_size=3"], "model.patch_size=3: must divide the edge of the image, 8 pixels"),
+        (["data.train_labels=31"], "batch_size=32: must be at most data.train_labels (=31)"),
+        (
+            ["data.valid_size=498"],
+            "data.train_labels=300: with data.valid_size and data.test_size it makes 1798 images, but there are 1797",
+        ),
+    ],
+)
+def test_a_refusal_names_key_value_and_rule(settings: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        override(BASE, settings)
+    assert str(caught.value) == message
+
+
+def test_a_section_is_set_key_by_key() -> None:
+    assert "set one of its keys: data.train_labels" in str(refusal("data=3"))
+
+
+def test_rdrop_without_any_dropout_is_refused_and_plain_training_without_dropout_is_not() -> None:
+    without = ["model.dropout=0", "model.attention_dropout=0"]
+    assert "alpha=0 for plain training" in str(refusal("alpha=1", *without))
+    assert override(BASE, ["alpha=1", *without[:1]]).alpha == 1
+    assert override(BASE, ["alpha=0", *without]).alpha == 0
+
+
+def test_a_value_that_floods_the_line_is_cut() -> None:
+    assert len(str(refusal("alpha=" + "x" * 10_000))) < 200
+    assert len(str(refusal("alpha=" + "[" * 10_000))) < 200
+    assert len(str(refusal("x" * 10_000 + "=1"))) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "message"),
+    [
+        ("", "recipe", "is not JSON"),
+        ("[1, 2]", "recipe", "must be a JSON object"),
+        ("{" * 100_000, "recipe", "is not JSON"),
+        ("[" * 100_000, "recipe", "is nested too deeply"),
+        ('{"alpha": 1, "alpha": 2}', "alpha", "given twice"),
+        ('{"alpha": 1}', "task", "must be one of digits"),
+        ('{"task": "digts"}', "task", "must be one of digits"),
+        (json.dumps({**BASE.model_dump(), "alhpa": 1}), "alhpa", "the nearest is alpha"),
+        (json.dumps({**BASE.model_dump(), "alpha": "1"}), "alpha", "must be a number"),
+        (json.dumps({**BASE.model_dump(), "alpha": float("nan")}), "alpha", "must be a finite number"),
+        (json.dumps({**BASE.model_dump(), "data": {"train_labels": 3}}), "data.valid_size", "is missing"),
+        (json.dumps({**BASE.model_dump(), "model": None}), "model", "must be a valid dictionary"),
+        (" " * (2**20 + 1), "recipe", "at most 1048576 bytes"),
+    ],
+)
+def test_a_damaged_recipe_file_is_one_error_with_its_path(text: str, named: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert caught.value.key == named
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_no_key_of_a_saved_recipe_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    for key in BASE.model_dump():
+        path.write_text(json.dumps({name: value for name, value in BASE.model_dump().items() if name != key}))
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert caught.value.key == key
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is not UTF-8"):
+        load_recipe(tmp_path / "recipe.json")
+
+
+def test_a_recipe_is_found_by_name_or_by_path(tmp_path: Path) -> None:
+    assert find_recipe("digits") is DIGITS
+    (tmp_path / "recipe.json").write_text(BASE.to_json())
+    assert find_recipe(str(tmp_path / "recipe.json")) == BASE
+    with pytest.raises(RecipeError, match="the nearest is digits"):
+        find_recipe("digit")
+
+
+def test_every_key_is_described() -> None:
+    for recipe in RECIPES.values():
+        for key, description in recipe.descriptions().items():
+            assert description.endswith("."), key
+
+
+def test_the_nearest_name_prefers_the_last_part_then_the_initials() -> None:
+    names = ["learning_rate", "model.dropout", "every"]
+    assert nearest_name("dropout", names) == "model.dropout"
+    assert nearest_name("lr", names) == "learning_rate"
+    assert nearest_name("evry", names) == "every"
+
+
+def test_the_table_of_keys_in_the_documentation_is_the_code_s() -> None:
+    rows = [f"| `{key}` | {description} |" for key, description in DIGITS.descriptions().items()]
+    table = "\n".join(["| key | meaning |", "|---|---|", *rows])
+    assert table in (DOCS / "recipes.md").read_text(), f"docs/recipes.md must hold this table:\n{table}"
