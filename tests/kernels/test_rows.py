@@ -411,6 +411,18 @@ def operator_arguments(kernel: str, *, requires_grad: bool) -> tuple:
     return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, kernel
 
 
+def test_every_output_is_written_ignored_positions_too(kernel):
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
+    try:
+        task, divergence, statistics = operators.rows_forward(*operator_arguments(kernel, requires_grad=False))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert task.isfinite().all()
+    assert divergence.isfinite().all()
+    assert statistics.isfinite().all()
+    assert (statistics[0, 1] == 0).all()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside opcheck
 def test_operators_pass_torchs_own_check(kernel):
     ones = torch.ones(2, 3)

@@ -74,6 +74,9 @@ def rows(
         if FORWARD:
             tl.store(task + n, value)
             tl.store(divergence + n, 0.0)
+            tl.store(statistics, 0.0)
+            for a in tl.static_range(M):
+                _keep(statistics, a, 0.0, 0.0, 0.0, 0.0)
         if BACKWARD:
             _fill(out, gradient_pass_stride, classes, value, M, BLOCK)
     else:
@@ -170,10 +173,10 @@ def _pass(statistics, a: tl.constexpr):
 @triton.jit
 def _keep(statistics, a: tl.constexpr, base, scale, mean, growth):
     at = statistics + 1 + 4 * a
-    tl.store(at, base.to(tl.float64))
-    tl.store(at + 1, scale.to(tl.float64))
-    tl.store(at + 2, mean.to(tl.float64))
-    tl.store(at + 3, growth.to(tl.float64))
+    tl.store(at, base)
+    tl.store(at + 1, scale)
+    tl.store(at + 2, mean)
+    tl.store(at + 3, growth)
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic
