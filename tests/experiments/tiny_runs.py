@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,9 +37,18 @@ RECIPE = TinyRecipe(
     alpha=2.0,
     passes=2,
     every=1,
+    dropout=None,
+    cutoff=None,
+    cutoff_ratio=0.0,
+    task_passes="all",
     updates=8,
     batch_size=8,
+    batch_tokens=None,
     accumulation=2,
+    optimizer="adamw",
+    beta1=0.9,
+    beta2=0.999,
+    epsilon=1e-8,
     learning_rate=0.05,
     schedule="linear",
     warmup_steps=2,
@@ -46,7 +56,12 @@ RECIPE = TinyRecipe(
     clip_norm=1.0,
     label_smoothing=0.1,
     precision="fp32",
+    compile=False,
+    fused=False,
+    encoder_once=False,
     evaluate_every=2,
+    patience=None,
+    average_last=1,
     checkpoint_every=3,
     keep_checkpoints=2,
     seed=0,
@@ -77,6 +92,15 @@ class TinyTask:
 
     def train_size(self) -> int:
         return 28
+
+    def train_lengths(self) -> np.ndarray:
+        return (self.targets[:28] != -100).sum(1).clamp(min=1).numpy()
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def unknown_id(self) -> None:
+        return None
 
     def train_batch(self, indices: list[int], epoch: int) -> dict[str, Tensor]:
         type(self).on_event("batch")

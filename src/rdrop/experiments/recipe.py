@@ -55,6 +55,22 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class DataFiles(Section):
+    """Where the examples come from, by the first of these that is set: `tiny`, `train`, `folder`, `hub`.
+
+    What the folder and the files look like, docs/tasks/ says for each task.
+    """
+
+    hub: str | None = Field(description="Id of a data set on the Hugging Face hub.")
+    hub_config: str | None = Field(description="Its configuration.")
+    folder: str | None = Field(description="A folder of files in the layout of this task.")
+    train: str | None = Field(description="A file of your own to train on.")
+    valid: str | None = Field(description="Its file to choose the checkpoint. null: a tenth of `train`, by `split_seed`.")
+    test: str | None = Field(description="Its file for the final score. null: another tenth of `train`.")
+    split_seed: Seed = Field(description="Decides those tenths; apart from `seed`, so that seeds share them.")
+    tiny: bool = Field(description="Examples made up by the task: seconds to train on, and of no meaning.")
+
+
 class ModelSection(Section):
     """The network. Its dropout rates are the fields called `dropout` or `<where>_dropout`."""
 
@@ -84,18 +100,39 @@ class Recipe(BaseModel):
     every: Count = Field(
         description="Apply R-Drop at every this many updates; the others are plain. Unused when alpha is 0."
     )
+    dropout: list[Probability] | None = Field(
+        description="A dropout rate for each pass, which then has a forward of its own. null: the model's own rates."
+    )
+    cutoff: Literal["token", "span", "feature", "unknown", "embedding"] | None = Field(
+        description="What is cut from the input of every pass but the first. null: nothing, which is plain R-Drop."
+    )
+    cutoff_ratio: Probability = Field(description="Share of the tokens, or of the features, that the cutoff takes.")
+    task_passes: Literal["all", "first"] = Field(
+        description="Which passes carry the task loss: all; or the first, which is SimCut where the others are cut."
+    )
 
     updates: Count = Field(description="Length of the training, in optimizer steps.")
-    batch_size: Count = Field(
-        description="Examples per update, over all processes and accumulation steps, before they are repeated."
+    batch_size: Count | None = Field(
+        description="Examples per update, over all processes and accumulation steps, before they are repeated. null: "
+        "batch_tokens decides."
+    )
+    batch_tokens: Count | None = Field(
+        description="Tokens per update, padding included, in batches of examples of like length. null: batch_size."
     )
     accumulation: Count = Field(description="Forward and backward passes into which the batch of one update is cut.")
-    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        description="Course of the learning rate after the warmup: constant, or down to 0 at the last update."
+    optimizer: Literal["adamw", "sgd", "nag"] = Field(
+        description="AdamW; stochastic gradient descent with momentum; the same with Nesterov's momentum."
+    )
+    beta1: Probability = Field(description="Decay of the running mean of the gradient; of sgd and nag, the momentum.")
+    beta2: Probability = Field(description="Decay of the running mean of its square. AdamW only.")
+    epsilon: float = Field(gt=0, description="Added to the root of that mean. AdamW only.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = Field(
+        description="Course of the learning rate after the warmup: constant; down to 0 at the last update; or falling "
+        "with the square root of the step."
     )
     warmup_steps: int = Field(ge=0, description="Updates in which the learning rate rises linearly to its peak.")
-    weight_decay: float = Field(ge=0, description="Decoupled weight decay of AdamW, on matrices and embeddings.")
+    weight_decay: float = Field(ge=0, description="Decoupled weight decay, on matrices and embeddings.")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         description="Largest L2 norm of the gradient; longer ones are scaled down to it. null: never."
     )
@@ -103,8 +140,22 @@ class Recipe(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         description="Arithmetic of the forward pass. The weights and the loss stay in fp32."
     )
+    compile: bool = Field(description="Whether torch.compile compiles the model for training.")
+    fused: bool = Field(
+        description="Compute R-Drop's loss of a language model from its hidden states: the logits are never stored."
+    )
+    encoder_once: bool = Field(
+        description="Run an encoder in which nothing is random once for all passes, instead of once for each."
+    )
 
     evaluate_every: Count = Field(description="Updates between scores on the valid split. The last update is scored.")
+    patience: Count | None = Field(
+        description="Scores in a row that are no new best, after which training ends before `updates`. null: never."
+    )
+    average_last: Count = Field(
+        description="How many of the last scored weights are averaged for the final score. 1: none are, the weights "
+        "with the best valid score are taken."
+    )
     checkpoint_every: Count = Field(description="Updates between checkpoints to resume from. The last one is saved.")
     keep_checkpoints: Count = Field(description="How many of the newest checkpoints are kept.")
 
@@ -127,12 +178,17 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
-        if self.batch_size % self.accumulation:
+        self._method_fits()
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise RecipeError("batch_size", "set either it or batch_tokens, and the other to null", value=self.batch_size)
+        if self.batch_size is not None and self.batch_size % self.accumulation:
             raise RecipeError(
                 "batch_size",
                 f"must be divisible by accumulation (={self.accumulation})",
                 value=self.batch_size,
             )
+        if self.schedule == "inverse-sqrt" and self.warmup_steps == 0:
+            raise RecipeError("warmup_steps", "must be at least 1 for the schedule inverse-sqrt", value=0)
         if self.warmup_steps > self.updates:
             raise RecipeError(
                 "warmup_steps",
@@ -141,8 +197,21 @@ class Recipe(BaseModel):
             )
         if self.every > self.updates:
             raise RecipeError("every", f"must be at most updates (={self.updates})", value=self.every)
+        return self
+
+    def _method_fits(self) -> None:
+        if self.dropout is not None and len(self.dropout) != self.passes:
+            raise RecipeError("dropout", f"must have a rate for each of the passes (={self.passes})", value=self.dropout)
+        if self.dropout is not None and self.cutoff is not None:
+            raise RecipeError("dropout", "must be null with a cutoff: cut passes share one forward", value=self.dropout)
+        if self.cutoff is not None and self.cutoff_ratio == 0:
+            raise RecipeError("cutoff_ratio", f"must be above 0 for cutoff (={self.cutoff})", value=0)
+        if self.fused and (self.dropout is not None or self.task_passes != "all"):
+            raise RecipeError("fused", 'must be false where dropout is set, or task_passes is not "all"', value=True)
+        if self.encoder_once and (self.dropout is not None or self.cutoff is not None):
+            raise RecipeError("encoder_once", "must be false where dropout or cutoff make the passes differ", value=True)
         rates = self.model.dropout_rates()
-        if self.alpha > 0 and rates and not any(rates.values()):
+        if self.alpha > 0 and rates and not any(rates.values()) and self.cutoff is None:
             keys = " and ".join(f"model.{name}" for name in rates)
             raise RecipeError(
                 "alpha",
@@ -150,7 +219,13 @@ class Recipe(BaseModel):
                 "set a dropout rate above 0, or alpha=0 for plain training",
                 value=self.alpha,
             )
-        return self
+
+    def tiny(self) -> Self:
+        """This experiment in seconds, on any machine and without a network: a toy model on data made up by the task.
+
+        A task's subclass says how; its result means nothing but that everything works.
+        """
+        raise RecipeError("tiny", f"{self.name} has no tiny form", value=True)
 
     @classmethod
     def descriptions(cls) -> dict[str, str]:
@@ -203,7 +278,8 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
     """The recipe changed by settings as they are typed: `override(recipe, ["alpha=1", "data.train_labels=100"])`.
 
-    A value is read as JSON (`3`, `0.1`, `null`, `[0.1, 0.3]`) and, where it is none, as text.
+    A value is read as JSON (`3`, `0.1`, `null`, `[0.1, 0.3]`) and, where it is none, as text. `tiny=true` is no key of a
+    recipe: the other settings change its `tiny()`.
     """
     changes: dict[str, object] = {}
     for setting in settings:
@@ -213,7 +289,10 @@ def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
         if key in changes:
             raise RecipeError(key, "given twice", value=text)
         changes[key] = _read_value(text)
-    return recipe.replace(**changes)
+    tiny = changes.pop("tiny", False)
+    if not isinstance(tiny, bool):
+        raise RecipeError("tiny", "must be true or false", value=tiny)
+    return (recipe.tiny() if tiny else recipe).replace(**changes)
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -1,9 +1,28 @@
-"""The catalogue: every recipe by its name."""
+"""The catalogue: every recipe by its name, and what is published about it."""
 
+from collections.abc import Mapping
+from importlib import import_module
+
+from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name
-from rdrop.experiments.recipes.digits import DIGITS
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS,)}
+MODULES = ("digits",)
+"""One a task, in the order in which they are listed. Each has `RECIPES` and `PUBLISHED`, by the names of the recipes."""
+
+
+def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]]]:
+    recipes: dict[str, Recipe] = {}
+    published: dict[str, tuple[Published, ...]] = {}
+    for name in MODULES:
+        module = import_module(f"{__name__}.{name}")
+        own: tuple[Recipe, ...] = module.RECIPES
+        reported: Mapping[str, tuple[Published, ...]] = module.PUBLISHED
+        recipes |= {recipe.name: recipe for recipe in own}
+        published |= reported
+    return recipes, published
+
+
+RECIPES, PUBLISHED = _collect()
 
 
 def find_recipe(name: str) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Count, ModelSection, Probability, Recipe, RecipeError, Section, Seed
 
 IMAGES = 1797
@@ -42,6 +43,9 @@ class DigitsRecipe(Recipe):
     data: DigitsData
     model: DigitsModel
 
+    def tiny(self) -> Self:
+        return self.replace(name=f"{self.name}-tiny", updates=20, warmup_steps=2, evaluate_every=10, checkpoint_every=10)
+
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         data, model = self.data, self.model
@@ -52,7 +56,7 @@ class DigitsRecipe(Recipe):
                 f"with data.valid_size and data.test_size it makes {wanted} images, but there are {IMAGES}",
                 value=data.train_labels,
             )
-        if self.batch_size > data.train_labels:
+        if self.batch_size is not None and self.batch_size > data.train_labels:
             raise RecipeError(
                 "batch_size",
                 f"must be at most data.train_labels (={data.train_labels})",
@@ -81,9 +85,18 @@ DIGITS = DigitsRecipe(
     alpha=1.0,  # the upper end of the paper's range for classification, 0.1 to 1
     passes=2,  # the paper's method
     every=1,  # the paper's best of 1, 2, 5 and 10
+    dropout=None,
+    cutoff=None,
+    cutoff_ratio=0.0,
+    task_passes="all",
     updates=500,  # 167 epochs of 100 labels: the training loss is down to 0.01
     batch_size=32,
+    batch_tokens=None,
     accumulation=1,
+    optimizer="adamw",
+    beta1=0.9,  # PyTorch's defaults for AdamW, these three
+    beta2=0.999,
+    epsilon=1e-8,
     learning_rate=1e-3,
     schedule="cosine",
     warmup_steps=50,  # a tenth of the updates
@@ -91,7 +104,12 @@ DIGITS = DigitsRecipe(
     clip_norm=1.0,
     label_smoothing=0.0,  # off, to leave R-Drop the only regularizer besides dropout
     precision="fp32",
+    compile=False,
+    fused=False,
+    encoder_once=False,
     evaluate_every=50,
+    patience=None,
+    average_last=1,
     checkpoint_every=100,
     keep_checkpoints=2,  # a damaged newest one falls back on the one before
     seed=0,
@@ -111,3 +129,6 @@ DIGITS = DigitsRecipe(
         attention_dropout=0.1,
     ),
 )
+
+RECIPES = (DIGITS,)
+PUBLISHED: dict[str, tuple[Published, ...]] = {}

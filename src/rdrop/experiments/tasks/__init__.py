@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop.loss import Divergence, TaskLoss
@@ -10,7 +12,14 @@ from rdrop.loss import Divergence, TaskLoss
 Batch = dict[str, Any]
 """What `train_batch` gives and `logits` and `labels` read: tensors by name, the examples in the first dimension."""
 
-TASKS = {"digits": "digits.Digits"}
+TASKS = {
+    "digits": "digits.Digits",
+    "translation": "translation.Translation",
+    "summarization": "summarization.Summarization",
+    "text-classification": "text_classification.TextClassification",
+    "language-modelling": "language_modelling.LanguageModelling",
+    "image-classification": "image_classification.ImageClassification",
+}
 """The module and class of each task, imported when it is asked for: a task brings its own libraries."""
 
 
@@ -24,16 +33,28 @@ class Task(Protocol):
     divergence: Divergence
 
     def __init__(self, recipe: Any) -> None:
-        """Loads the data; nothing is trained."""
+        """Loads the data; nothing is trained. Raises `DataError` for data that are not what they should be."""
 
     def build_model(self) -> nn.Module:
-        """A new model, initialised from torch's global generator, which the caller has seeded."""
+        """A new model, initialised from torch's global generator, which the caller has seeded; or a pre-trained one."""
 
     def train_size(self) -> int:
         """Number of training examples: the indices are `range(train_size())`."""
 
+    def train_lengths(self) -> NDArray[np.int64] | None:
+        """Tokens of each training example, of its longest sequence; None where `batch_tokens` has no meaning."""
+
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
-        """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`."""
+        """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`.
+
+        For a cutoff its tensors have the names that transformers' models give them: `input_ids`, `attention_mask`, ...
+        """
+
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that a cutoff leaves alone: padding, beginning, end, unknown, mask. Empty where it has none."""
+
+    def unknown_id(self) -> int | None:
+        """The token that stands for any other; None where the vocabulary has none, or there is no vocabulary."""
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """`(N, ..., V)` for a batch of N examples, which may be repeated: all of pass 1, then all of pass 2."""

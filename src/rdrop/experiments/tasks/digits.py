@@ -65,6 +65,15 @@ class Digits:
     def train_size(self) -> int:
         return len(self.splits["train"])
 
+    def train_lengths(self) -> None:
+        return None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def unknown_id(self) -> None:
+        return None
+
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
         rows = self.splits["train"][indices]
         return {"pixel_values": self._images[rows], "labels": self._labels[rows]}

@@ -1,0 +1,27 @@
+"""What the literature reports for a recipe's data set, beside which our own runs stand."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published comparison: a metric of a data set without and with R-Drop, and where it is stated.
+
+    `recalled` marks figures that were written down from memory: the difference is confirmed, or not even that. They are
+    shown as such, and never as a fact.
+    """
+
+    dataset: str
+    """As the paper names it: "IWSLT14 De-En"."""
+    metric: str
+    """As a reader says it: "BLEU", "ROUGE-L", "accuracy", "perplexity"."""
+    model: str
+    """As the paper names it, without the method: "Transformer"."""
+    baseline: float | None
+    rdrop: float | None
+    source: str
+    """Where the figures stand: "Liang et al. 2021, table 1"."""
+    method: str = "R-Drop"
+    """What `rdrop` was made with: "R-Drop + Cutoff", "SimCut"."""
+    recalled: bool = False
+    higher_is_better: bool = True
