@@ -4,6 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 from .check import CheckReport as CheckReport
 from .check import check_rdrop as check_rdrop
+from .cutoff import CUTOFF as CUTOFF
+from .cutoff import RDROP as RDROP
+from .cutoff import SIMCUT as SIMCUT
+from .cutoff import Cutoff as Cutoff
+from .cutoff import View as View
+from .cutoff import perturb_batch as perturb_batch
+from .cutoff import task_passes_of as task_passes_of
+from .cutoff import views_of as views_of
 from .dropout import dropout_rate as dropout_rate
 from .legacy import legacy_alpha as legacy_alpha
 from .loss import LossTerms as LossTerms
@@ -11,6 +19,7 @@ from .loss import bernoulli_kl as bernoulli_kl
 from .loss import binary_cross_entropy as binary_cross_entropy
 from .loss import check_logits as check_logits
 from .loss import cross_entropy as cross_entropy
+from .loss import kl_from_first as kl_from_first
 from .loss import rdrop_loss as rdrop_loss
 from .loss import squared_difference as squared_difference
 from .loss import squared_error as squared_error

@@ -10,7 +10,8 @@ same at any batch size, sequence length, number of accumulation steps, processes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -57,8 +58,7 @@ def symmetric_kl(passes: Tensor) -> Tensor:
     With `e_a = log p_a - mean_b log p_b`, the mean over pairs is `sum_a (p_a - pbar) . e_a / (m - 1)`, and its gradient
     in the logits of pass a is `(p_a * (e_a - p_a . e_a) + p_a - pbar) / (m - 1)`.
     """
-    if passes.dim() < 2 or passes.shape[0] < 2:
-        raise ValueError(f"passes {tuple(passes.shape)} must be (m, ..., V) with m >= 2 passes in the first dimension")
+    _require_two_passes(passes)
     value: Tensor = _SymmetricKL.apply(_at_least_float32(passes), torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return value
 
@@ -87,11 +87,50 @@ def squared_difference(passes: Tensor) -> Tensor:
     return 2 * (passes - passes[0]).var(0).mean(-1)
 
 
+def kl_from_first(passes: Tensor) -> Tensor:
+    """`KL(p||q)` from pass 1 to each other pass, mean over those: `(m, ..., V)` logits to `(...)`.
+
+    For SimCut, whose first pass is the clean one. For two passes this computes ::
+
+        p, q = passes.log_softmax(-1)
+        (p.exp() * (p - q)).sum(-1)
+
+    with gradients into both, accurate where the passes nearly agree; classes at -inf as in `symmetric_kl`, which it
+    equals to second order. Differentiable once. No kernel computes it: `symmetric_kl` is faster.
+
+    With `r_a = log p_a - log p_1`, the gradient in the logits of pass a is `(p_a - p_1) / (m - 1)`, and in those of
+    pass 1 `-p_1 * (rbar - p_1 . rbar)`, where rbar is the mean of the r_a over the other passes.
+    """
+    _require_two_passes(passes)
+    value: Tensor = _KLFromFirst.apply(_at_least_float32(passes), torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return value
+
+
+class _KLFromFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient_wanted: bool) -> Tensor:
+        p = _softmax(logits)
+        log_ratio = _log_ratio_to_first(logits, p)[1:]
+        surplus = torch.where(log_ratio.abs() < 1, p[0] * torch.expm1(log_ratio.clamp(-1, 1)), p[1:] - p[0])
+        mean_log_ratio = log_ratio.mean(0)
+        if gradient_wanted:
+            expected = (p[0] * mean_log_ratio).sum(-1, keepdim=True)
+            of_first = -p[0] * (mean_log_ratio - expected)
+            ctx.save_for_backward(torch.cat([of_first[None], surplus / len(log_ratio)]))
+        # p_a - p_1 sums to 0 over the classes: adding it makes every term >= 0 up to rounding.
+        return (surplus - p[0] * log_ratio).clamp_min(0).sum(-1).mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative("kl_from_first")
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[None, ..., None], None
+
+
 class _SymmetricKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, gradient_wanted: bool) -> Tensor:
-        p = (logits - logits.amax(-1, keepdim=True)).exp()
-        p = p / p.sum(-1, keepdim=True)  # not softmax: on CPU its running sum is off by 2e-5 at V = 250,000
+        p = _softmax(logits)
         log_ratio = _log_ratio_to_first(logits, p)  # log p_a - log p_1
         excess = log_ratio - log_ratio.mean(0)
         # p_a - mean_b p_b. Where the passes nearly agree that difference cancels; expm1 against the largest does not.
@@ -116,13 +155,24 @@ class _SymmetricKL(torch.autograd.Function):
         return gradient * upstream[None, ..., None], None
 
 
-def refuse_second_derivative() -> None:
+def _require_two_passes(passes: Tensor) -> None:
+    if passes.dim() < 2 or passes.shape[0] < 2:
+        raise ValueError(f"passes {tuple(passes.shape)} must be (m, ..., V) with m >= 2 passes in the first dimension")
+
+
+def refuse_second_derivative(name: str = "symmetric_kl") -> None:
     """For the backward of a formula that has no graph of its own."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # backward(create_graph=True)
         raise RuntimeError(
-            "symmetric_kl can be differentiated once only: its gradient is a formula of its own, without a graph. "
+            f"{name} can be differentiated once only: its gradient is a formula of its own, without a graph. "
             "For second derivatives (create_graph=True) pass a divergence written in plain PyTorch"
         )
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Not torch's: on CPU its running sum is off by 2e-5 at V = 250,000."""
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    return p / p.sum(-1, keepdim=True)
 
 
 def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
@@ -202,6 +252,7 @@ def rdrop_loss(
     num_items: int | Tensor | None = None,
     divergence: Divergence = symmetric_kl,
     task_loss: TaskLoss = cross_entropy,
+    task_passes: Sequence[int] | None = None,
     implementation: Implementation = "auto",
     overwrite_logits: bool = False,
 ) -> LossTerms:
@@ -239,11 +290,15 @@ def rdrop_loss(
             `F.cross_entropy`); "sum"; or "none", terms of shape `(N, ...)` with 0 at ignored positions.
         num_items: for gradient accumulation and several processes: the number of valid positions in the whole
             update. Divides the sum of both terms; needs `reduction="mean"`.
-        divergence: `symmetric_kl` (default), `bernoulli_kl`, `squared_difference`, or any callable from
-            `(m, N, ..., V)` to `(N, ...)`.
+        divergence: `symmetric_kl` (default), `bernoulli_kl`, `squared_difference`, `kl_from_first`, or any callable
+            from `(m, N, ..., V)` to `(N, ...)`.
         task_loss: `cross_entropy` (default), `binary_cross_entropy`, `squared_error`, or any callable from
             `(M, ..., V)` and labels `(M, ...)` to `(M, ...)`. Ignored positions reach neither callable: both see
             zero logits and label 0 there.
+        task_passes: the passes, counted from 0, whose mean is the task loss; None: all of them. `(0,)` is SimCut: only
+            the first pass, the clean one, learns from the labels. `()` is for unlabelled data: the divergence alone
+            is the loss, and a label only says whether its position counts, any value but `ignore_index`. The
+            divergence, and what `alpha` means, are the same for all of them.
         implementation: "auto" takes the fastest that can compute these arguments here: for `cross_entropy` of class
             indices with `symmetric_kl` a compiled kernel, else the PyTorch "reference". "cpu" (float32 and bfloat16
             logits) and "triton" (float16 too) ask for one kernel, and fail where it cannot run. The values are the
@@ -253,8 +308,8 @@ def rdrop_loss(
             call their content is undefined, and so is that of every tensor that shares their memory. Needs contiguous
             logits that are neither a leaf nor a view. `backward` can run once. What autograd can see of a wrong use
             is an error in `backward`: an operation that kept the logits (a `tanh` that returned them, another loss
-            before this one), or a differentiable use after. No effect where no gradient is wanted, on the reference
-            and under `torch.compile`.
+            before this one), or a differentiable use after. No effect where no gradient is wanted, on the reference,
+            under `torch.compile` and with some passes in `task_passes` only.
 
     Returns:
         `LossTerms(loss, task_loss, divergence)`. A batch without a valid position gives 0 with zero gradients.
@@ -279,11 +334,18 @@ def rdrop_loss(
     ):  # regression, last dimension left out
         logits, labels = logits[:, None], labels[:, None]
     passes = _split_passes(logits, labels)
+    learning = _learning_passes(task_passes, passes.shape[0], alpha)
     indices = labels.dim() == logits.dim() - 1
     valid = (
         labels != ignore_index if indices else torch.ones(passes.shape[1:-1], dtype=torch.bool, device=logits.device)
     )
-    if per_position.func is cross_entropy:
+    if not learning:  # labels only say which positions count: class 0 is as good as any
+        labels, weight, per_position = (
+            torch.zeros_like(labels, dtype=torch.long),
+            None,
+            _task_loss(cross_entropy, 0, None),
+        )
+    elif per_position.func is cross_entropy:
         _check_labels(labels, valid, num_classes=logits.shape[-1], indices=indices)
 
     if overwrite_logits:
@@ -292,21 +354,27 @@ def rdrop_loss(
     task_count, count = _counts(reduction, num_items, labels, valid, weight if indices else None)
     losses = None
     if kernel is None:
-        tasks, disagreements = _reference_terms(per_position, divergence, passes, labels, valid, alpha, indices=indices)
+        tasks, disagreements = _reference_terms(
+            per_position, divergence, passes, labels, valid, alpha, learning=learning, indices=indices
+        )
     else:
         from . import kernels
 
-        options = {**per_position.keywords, "passes": passes.shape[0], "implementation": kernel}
+        options = {**per_position.keywords, "implementation": kernel}
         targets = labels.long().masked_fill(~valid, kernels.IGNORED)
-        if overwrite_logits and _gradient_wanted(logits):
+        if len(learning) < passes.shape[0]:
+            tasks, disagreements = _kernel_terms_apart(logits, targets, learning, alpha, options)
+        elif overwrite_logits and _gradient_wanted(logits):
             ones = torch.ones(valid.shape, device=logits.device)
             scales = _divide(ones, task_count), alpha / 2 * _divide(ones, count)
-            losses, tasks, disagreements = kernels.overwriting_loss(logits, targets, *scales, **options)
+            losses, tasks, disagreements = kernels.overwriting_loss(
+                logits, targets, *scales, passes=passes.shape[0], **options
+            )
         else:
-            tasks, disagreements = kernels.row_terms(logits, targets, **options)
+            tasks, disagreements = kernels.row_terms(logits, targets, passes=passes.shape[0], **options)
             disagreements = disagreements if alpha > 0 else disagreements.detach()
     if _values_may_be_read(logits) and not (tasks.sum() + disagreements.sum()).isfinite():
-        check_logits(logits, labels.masked_fill(~valid, ignore_index) if indices else labels, ignore_index=ignore_index)
+        _check_rows(passes, valid, labels if indices and learning else None)
         raise ValueError(_not_finite(tasks, disagreements))
 
     tasks, disagreements = tasks.masked_fill(~valid, 0.0), disagreements.masked_fill(~valid, 0.0)
@@ -327,6 +395,7 @@ def _reference_terms(
     valid: Tensor,
     alpha: float,
     *,
+    learning: tuple[int, ...],
     indices: bool,
 ) -> tuple[Tensor, Tensor]:
     """Task loss and divergence per position, `(N, ...)`, in plain PyTorch."""
@@ -334,10 +403,39 @@ def _reference_terms(
     if indices:
         passes = passes.masked_fill(~valid[None, ..., None], 0.0)
         labels = labels.masked_fill(~valid, 0)
-    tasks = _task_loss_of_passes(task_loss, passes, labels)
+    if learning:
+        tasks = _task_loss_of_passes(task_loss, _chosen(passes, learning), labels)
+    else:
+        tasks = passes.new_zeros(valid.shape)
     with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
         disagreements = _one_value_per_position(divergence(passes), valid.shape, "divergence", divergence)
     return tasks, disagreements
+
+
+def _kernel_terms_apart(
+    logits: Tensor, targets: Tensor, learning: tuple[int, ...], alpha: float, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The same with a kernel, where the task loss has fewer passes than the divergence: a call for each of the two."""
+    from . import kernels
+
+    n = targets.shape[0]
+    passes = logits.shape[0] // n if n else 2
+    with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
+        _, disagreements = kernels.row_terms(logits, targets, passes=passes, **options)
+    if not learning:
+        return torch.zeros_like(disagreements), disagreements
+    rows = _chosen(logits.reshape(passes, n, *logits.shape[1:]), learning).flatten(0, 1)
+    repeated = targets.expand(len(learning), *targets.shape)
+    tasks, _ = kernels.row_terms(rows, repeated.flatten(0, 1), passes=1, **options)
+    return tasks.view_as(repeated).mean(0), disagreements
+
+
+def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
+    """The passes `which`, in ascending order: a view where they are neighbours."""
+    first, last = which[0], which[-1]
+    if last - first + 1 == len(which):
+        return passes[first : last + 1]
+    return torch.stack([passes[index] for index in which])
 
 
 def _task_loss(task_loss: TaskLoss, label_smoothing: float, weight: Tensor | None) -> partial[Tensor]:
@@ -423,13 +521,16 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) ->
     """
     passes = _split_passes(logits, labels)
     indices = labels.dim() == logits.dim() - 1
-    valid = (labels != ignore_index)[..., None] if indices else torch.ones_like(passes[0], dtype=torch.bool)
+    valid = labels != ignore_index if indices else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
+    _check_rows(passes, valid, labels if indices and not labels.is_floating_point() else None)
+
+
+def _check_rows(passes: Tensor, valid: Tensor, labels: Tensor | None) -> None:
     masked = passes == -torch.inf
     bad_label = torch.zeros_like(masked[0])
-    if indices and not labels.is_floating_point():
-        bad_label = bad_label.scatter(-1, labels.masked_fill(labels == ignore_index, 0)[..., None], True) & masked.any(
-            0
-        )
+    if labels is not None:
+        at_label = bad_label.scatter(-1, labels.masked_fill(~valid, 0)[..., None], True)
+        bad_label = at_label & masked.any(0)
     for found, what in (
         (passes.isnan().any(0), "is NaN: the model or its input already is"),
         ((passes == torch.inf).any(0), "is +inf: the model overflowed"),
@@ -439,7 +540,7 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) ->
         ),
         (bad_label, "is -inf and the label: its cross-entropy is infinite"),
     ):
-        places = (found & valid).nonzero()
+        places = (found & valid[..., None]).nonzero()
         if len(places):
             *row, column = places[0].tolist()
             raise ValueError(f"logit at example {_place(row)}, class {column} {what} ({len(places)} such logits)")
@@ -463,6 +564,24 @@ def _checked_alpha(alpha: float) -> float:
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha (={alpha}) must be a finite number >= 0")
     return alpha
+
+
+def _learning_passes(task_passes: Sequence[int] | None, passes: int, alpha: float) -> tuple[int, ...]:
+    """The passes that carry the task loss, ascending."""
+    if task_passes is None:
+        return tuple(range(passes))
+    try:
+        chosen = tuple(sorted(operator.index(index) for index in task_passes))
+    except TypeError:
+        raise ValueError(f"task_passes (={task_passes!r}) must be a sequence of pass numbers, such as (0,)") from None
+    if len(set(chosen)) < len(chosen) or any(not 0 <= index < passes for index in chosen):
+        raise ValueError(
+            f"task_passes (={task_passes!r}) must be different pass numbers from 0 to {passes - 1}: these logits have "
+            f"{passes} passes"
+        )
+    if not chosen and alpha == 0:
+        raise ValueError("task_passes=() leaves the divergence alone, which needs alpha > 0: this loss would be 0")
+    return chosen
 
 
 def _split_passes(logits: Tensor, labels: Tensor) -> Tensor:
