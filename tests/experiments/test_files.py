@@ -1,11 +1,14 @@
 """Data files: what is there is read, all of it and as it is; anything else is one error that names file and line."""
 
+import csv
 import gzip
+import io
 import json
 import lzma
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 from rdrop.experiments.files import (
     LONGEST_LINE_BYTES,
     DataError,
+    Row,
     find_file,
     load_hub,
     read_lines,
@@ -262,8 +266,7 @@ def test_mutated_files_are_read_whole_or_refused_with_their_line(tmp_path: Path)
             assert message is None or re.fullmatch(rf"{re.escape(str(path))}:\d+: .+; .+", message), message
         refused += rows is None
         if rows is not None:
-            assert [int(row.where.rpartition(":")[2]) for row in rows] == line_numbers(lines, kind)
-            assert all(set(row.values) == {"text", "label"} for row in rows)
+            assert [row.values for row in rows] == [values for part in parts(rows, lines, kind) for values in part]
     assert MUTATED_FILES // 2 < refused < MUTATED_FILES
 
 
@@ -281,11 +284,15 @@ def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
     return content[:place] if chance.random() < 0.5 else content[:place] + flipped + content[place + 1 :]
 
 
-def line_numbers(lines: list[str], kind: str) -> list[int]:
-    """Where the rows of a table begin: in CSV, where the quotes before it are even in number."""
-    numbers, quotes = [], 0
-    for number, line in enumerate(lines, start=1):
-        if quotes % 2 == 0 and (number > 1 or kind == ".jsonl"):
-            numbers.append(number)
-        quotes += line.count('"') if kind == ".csv" else 0
-    return numbers
+def parts(rows: list[Row], lines: list[str], kind: str) -> Iterator[list[dict[str, str]]]:
+    """The rows again, each from its own lines alone: together these are all the lines after the header."""
+    starts = [int(row.where.rpartition(":")[2]) - 1 for row in rows]
+    assert starts[0] == (kind != ".jsonl")
+    for start, end in pairwise([*starts, len(lines)]):
+        own = "\n".join(lines[start:end])
+        if kind == ".csv":
+            yield list(csv.DictReader(io.StringIO(f"{lines[0]}\n{own}", newline="\n")))
+        elif kind == ".tsv":
+            yield [dict(zip(lines[0].split("\t"), own.split("\t"), strict=True))]
+        else:
+            yield [{key: str(value) for key, value in json.loads(own).items()}]
