@@ -429,6 +429,28 @@ def test_shapes_that_do_not_fit_are_named(logits, labels, message):
         rdrop_loss(torch.zeros(logits), torch.ones(labels, dtype=torch.long), alpha=1.0)
 
 
+@pytest.mark.parametrize("alpha", [None, "strong"])
+def test_alpha_that_is_no_number_is_named(alpha):
+    with pytest.raises(TypeError, match=r"alpha \(=.*\) must be a number >= 0"):
+        rdrop_loss(torch.zeros(4, 3), torch.tensor([0, 1]), alpha=alpha)
+
+
+@pytest.mark.parametrize("labels", [(2,), (2, 1)])
+def test_numbers_are_never_broadcast_to_several_outputs(labels):
+    with pytest.raises(ValueError, match=r"labels .* must be of the shape of the logits, \(4, 4\)|they differ after"):
+        rdrop_loss(
+            torch.zeros(4, 4), torch.ones(labels), alpha=1.0, task_loss=squared_error, divergence=squared_difference
+        )
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.bool])
+def test_class_indices_may_have_any_whole_dtype(dtype, implementation):
+    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    expected = rdrop_loss(logits, labels, alpha=1.0, implementation=implementation)
+    assert rdrop_loss(logits, labels.to(dtype), alpha=1.0, implementation=implementation) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -437,7 +459,14 @@ def test_shapes_that_do_not_fit_are_named(logits, labels, message):
         ({"label_smoothing": 1.5}, r"label_smoothing \(=1.5\) must be in \[0, 1\)"),
         ({"reduction": "avg"}, r"reduction \(='avg'\) must be 'mean', 'sum' or 'none'"),
         ({"reduction": "sum", "num_items": 3}, r"num_items divides the mean"),
-        ({"num_items": -3}, r"num_items \(=-3\) must be >= 0"),
+        ({"num_items": -3}, r"num_items \(=-3\) must be >= 0 and finite"),
+        ({"num_items": torch.tensor(float("nan"))}, r"num_items \(=nan\) must be >= 0 and finite"),
+        ({"num_items": torch.ones(2)}, r"num_items, of shape \(2,\), must be one number"),
+        ({"num_items": 0}, r"num_items \(=0\) must be the number of valid positions .* this batch alone has 2"),
+        ({"weight": torch.ones(2)}, r"weight \(=\(2,\)\) must be a tensor \(3,\): one number for each class"),
+        ({"weight": [1.0, 1.0, 1.0]}, r"weight \(=\[1.0, 1.0, 1.0\]\) must be a tensor \(3,\)"),
+        ({"task_loss": binary_cross_entropy}, r"symmetric_kl compares softmax .* pass divergence=bernoulli_kl"),
+        ({"task_loss": squared_error}, r"symmetric_kl compares softmax .* pass divergence=squared_difference"),
         ({"task_loss": squared_error, "label_smoothing": 0.1}, "belong to the cross-entropy"),
         ({"divergence": lambda z: z.sum()}, r"divergence=<lambda> returned shape \(\); it must return one value per"),
         ({"task_loss": lambda z, y: z}, r"task_loss=<lambda> returned shape \(4, 3\); it must return one value per"),

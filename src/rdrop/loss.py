@@ -234,6 +234,11 @@ def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
     """`F.mse_loss`, averaged over the K outputs: twice `(M, ..., K)` (labels `(M, ...)` if K = 1) to `(M, ...)`."""
     if labels.dim() == logits.dim() - 1 and logits.shape[-1] == 1:
         labels = labels[..., None]
+    if labels.shape != logits.shape:  # mse_loss would broadcast them
+        raise ValueError(
+            f"squared_error compares numbers one by one: labels {tuple(labels.shape)} must be of the shape of the "
+            f"logits, {tuple(logits.shape)}"
+        )
     return F.mse_loss(logits, labels.to(logits.dtype), reduction="none").mean(-1)
 
 
@@ -324,6 +329,7 @@ def rdrop_loss(
     """
     alpha = _checked_alpha(alpha)
     per_position = _task_loss(task_loss, label_smoothing, weight)
+    _check_divergence(task_loss, divergence)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction (={reduction!r}) must be 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
@@ -336,6 +342,8 @@ def rdrop_loss(
     passes = _split_passes(logits, labels)
     learning = _learning_passes(task_passes, passes.shape[0], alpha)
     indices = labels.dim() == logits.dim() - 1
+    if indices and not labels.is_floating_point():
+        labels = labels.long()
     valid = (
         labels != ignore_index if indices else torch.ones(passes.shape[1:-1], dtype=torch.bool, device=logits.device)
     )
@@ -347,6 +355,7 @@ def rdrop_loss(
         )
     elif per_position.func is cross_entropy:
         _check_labels(labels, valid, num_classes=logits.shape[-1], indices=indices)
+        _check_weight(weight, num_classes=logits.shape[-1])
 
     if overwrite_logits:
         _check_overwritable(logits)
@@ -361,7 +370,7 @@ def rdrop_loss(
         from . import kernels
 
         options = {**per_position.keywords, "implementation": kernel}
-        targets = labels.long().masked_fill(~valid, kernels.IGNORED)
+        targets = labels.masked_fill(~valid, kernels.IGNORED)
         if len(learning) < passes.shape[0]:
             tasks, disagreements = _kernel_terms_apart(logits, targets, learning, alpha, options)
         elif overwrite_logits and _gradient_wanted(logits):
@@ -522,7 +531,7 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) ->
     passes = _split_passes(logits, labels)
     indices = labels.dim() == logits.dim() - 1
     valid = labels != ignore_index if indices else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    _check_rows(passes, valid, labels if indices and not labels.is_floating_point() else None)
+    _check_rows(passes, valid, labels.long() if indices and not labels.is_floating_point() else None)
 
 
 def _check_rows(passes: Tensor, valid: Tensor, labels: Tensor | None) -> None:
@@ -560,10 +569,25 @@ def _not_finite(tasks: Tensor, disagreements: Tensor) -> str:
 
 
 def _checked_alpha(alpha: float) -> float:
-    alpha = float(alpha)
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha (={alpha}) must be a finite number >= 0")
-    return alpha
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha (={alpha!r}) must be a number >= 0") from None
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"alpha (={value}) must be a finite number >= 0")
+    return value
+
+
+def _check_divergence(task_loss: TaskLoss, divergence: Divergence) -> None:
+    """The softmax of logits that no softmax is trained on means nothing; of a single output it is constant."""
+    if divergence is not symmetric_kl and divergence is not kl_from_first:
+        return
+    for other, own in ((binary_cross_entropy, bernoulli_kl), (squared_error, squared_difference)):
+        if task_loss is other:
+            raise ValueError(
+                f"divergence={divergence.__name__} compares softmax distributions, which the logits of "
+                f"task_loss={other.__name__} are not; pass divergence={own.__name__}"
+            )
 
 
 def _learning_passes(task_passes: Sequence[int] | None, passes: int, alpha: float) -> tuple[int, ...]:
@@ -633,6 +657,31 @@ def _check_labels(labels: Tensor, valid: Tensor, *, num_classes: int, indices: b
         )
 
 
+def _check_weight(weight: Tensor | None, *, num_classes: int) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or weight.shape != (num_classes,):
+        given = tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(
+            f"weight (={given}) must be a tensor ({num_classes},): one number for each class of the logits"
+        )
+
+
+def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(f"num_items, of shape {tuple(num_items.shape)}, must be one number")
+    if not _values_may_be_read(valid) or (isinstance(num_items, Tensor) and num_items.device.type != "cpu"):
+        return
+    value = float(num_items)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"num_items (={value:g}) must be >= 0 and finite")
+    if value == 0 and valid.any():
+        raise ValueError(
+            f"num_items (=0) must be the number of valid positions in the whole update; this batch alone has "
+            f"{int(valid.sum())}"
+        )
+
+
 def _one_value_per_position(values: Tensor, expected: torch.Size, argument: str, function: Any) -> Tensor:
     if values.shape != expected:
         name = getattr(function, "__name__", repr(function))
@@ -664,7 +713,9 @@ def _counts(
     if reduction != "mean":
         return 1, 1
     if num_items is not None:
-        return num_items, num_items
+        _check_num_items(num_items, valid)
+        total = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+        return total, total
     count = valid.sum()
     return count if weight is None else _label_weights(weight, labels.masked_fill(~valid, 0), valid), count
 
@@ -673,6 +724,4 @@ def _divide(total: Tensor, count: int | Tensor) -> Tensor:
     """`total / count`; nothing divided by no valid position is 0."""
     if isinstance(count, Tensor):
         return total / torch.where(count == 0, 1, count)
-    if count < 0:
-        raise ValueError(f"num_items (={count}) must be >= 0")
     return total / max(count, 1)
