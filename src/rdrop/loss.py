@@ -670,12 +670,12 @@ def _check_weight(weight: Tensor | None, *, num_classes: int) -> None:
 def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
         raise ValueError(f"num_items, of shape {tuple(num_items.shape)}, must be one number")
-    if not _values_may_be_read(valid) or (isinstance(num_items, Tensor) and num_items.device.type != "cpu"):
+    if torch.compiler.is_compiling() or (isinstance(num_items, Tensor) and num_items.device.type != "cpu"):
         return
     value = float(num_items)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"num_items (={value:g}) must be >= 0 and finite")
-    if value == 0 and valid.any():
+    if value == 0 and _values_may_be_read(valid) and valid.any():
         raise ValueError(
             f"num_items (=0) must be the number of valid positions in the whole update; this batch alone has "
             f"{int(valid.sum())}"
