@@ -76,13 +76,13 @@ def instruction_sets() -> tuple[str, ...]:
     return INSTRUCTIONS[: _library().rdrop_rows_instructions() + 1]
 
 
-def _instructions() -> int:
+def instructions() -> str:
     """The processor's best instruction set, or, for tests, what the variable RDROP_CPU_INSTRUCTIONS names."""
     present = instruction_sets()
     name = os.environ.get("RDROP_CPU_INSTRUCTIONS", present[-1])
     if name not in present:
         raise ValueError(f"RDROP_CPU_INSTRUCTIONS (={name!r}) must be one of {present} here")
-    return present.index(name)
+    return name
 
 
 def statistics_for(labels: Tensor, passes: int) -> Tensor:
@@ -158,7 +158,7 @@ class _Call:
             passes=passes,
             bfloat16=logits.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
-            instructions=_instructions(),
+            instructions=INSTRUCTIONS.index(instructions()),
         )
 
     def _pointer(self, tensor: Tensor, dtype: torch.dtype) -> int:

@@ -1,0 +1,241 @@
+"""Time and peak memory of several calls, side by side in one run, and the record that is kept of them.
+
+Rounds are interleaved: in each, every call runs once, so that a busy machine is as busy for all. Memory is the highest
+in use during a call above that before it: on a GPU the allocator's count, on a CPU the resident set of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rdrop import __version__, kernels
+from rdrop.bench.records import Record
+from rdrop.kernels import cpu
+from rdrop.loss import Implementation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+KERNELS: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
+"""The implementation of the loss that is measured as ours, by the type of device."""
+
+T = TypeVar("T")
+Call = Callable[[], object]
+Prepare = Callable[[], Call]
+"""Makes what one call uses up, and returns the call; only the call is measured."""
+
+
+class BenchError(ValueError):
+    """What was asked for cannot be measured here; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How to measure.
+
+    Args:
+        clock: "wall", or "processor": the time all threads of this process were on a core, which other processes hardly
+            change. A GPU is timed by its own events.
+        forms: which of a benchmark's forms, besides those it compares with; empty: all.
+        compiled: whether those that go through `torch.compile` are among all.
+        command: what the records name as their origin.
+        say: is told what is being measured.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 5
+    clock: str = "wall"
+    forms: tuple[str, ...] = ()
+    compiled: bool = True
+    command: str = ""
+    say: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        if self.device not in KERNELS:
+            raise BenchError(f"device (={self.device!r}) must be one of {tuple(KERNELS)}")
+        if self.dtype not in DTYPES:
+            raise BenchError(f"dtype (={self.dtype!r}) must be one of {tuple(DTYPES)}")
+        if self.clock not in CLOCKS:
+            raise BenchError(f"clock (={self.clock!r}) must be one of {tuple(CLOCKS)}")
+        if self.rounds < 1 or self.threads < 1:
+            raise BenchError(f"rounds (={self.rounds}) and threads (={self.threads}) must be >= 1")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchError("device='cuda': torch sees no CUDA device here; take device='cpu'")
+        if self.device == "cpu" and self.dtype == "float16":
+            raise BenchError("dtype='float16' has no kernel on a CPU; take 'float32' or 'bfloat16'")
+        if reason := kernels.available()[KERNELS[self.device]]:
+            raise BenchError(f"there is no compiled kernel to measure on device={self.device!r}: {reason}")
+
+    @property
+    def kernel(self) -> Implementation:
+        return KERNELS[self.device]
+
+    def chosen(self, table: Mapping[str, T], compared_with: Collection[str]) -> dict[str, T]:
+        """The forms that are to be measured, in the order of the table."""
+        wanted = {*self.forms, *compared_with} if self.forms else set(table)
+        if not self.forms and not self.compiled:
+            wanted = {name for name in table if not name.endswith("_compiled")}
+        return {name: form for name, form in table.items() if name in wanted}
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """With as many threads as asked for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The seconds of each round, empty where memory did not suffice, and the peak memory in bytes, None if unknown."""
+
+    seconds: list[float]
+    peak_extra_bytes: int | None
+
+
+def measure(calls: Mapping[str, Prepare], conditions: Conditions) -> dict[str, Measurement]:
+    """Each call once to load, compile and warm up, once for its memory, then `rounds` times in turn with the others."""
+    memory: dict[str, int | None] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name, prepare in calls.items():
+        conditions.say(f"warming up {name}")
+        try:
+            prepare()()
+            memory[name] = _peak_extra_bytes(prepare(), conditions.device)
+        except torch.OutOfMemoryError:
+            conditions.say(f"{name} does not fit into memory")
+    for number in range(conditions.rounds):
+        conditions.say(f"round {number + 1} of {conditions.rounds}")
+        for name in memory:
+            seconds[name].append(_seconds(calls[name](), conditions))
+    return {name: Measurement(seconds[name], memory.get(name)) for name in calls}
+
+
+def _seconds(call: Call, conditions: Conditions) -> float:
+    if conditions.device == "cuda":
+        return _device_seconds(call)
+    clock = CLOCKS[conditions.clock]
+    start = clock()
+    call()
+    return clock() - start
+
+
+def _device_seconds(call: Call) -> float:
+    """Between two events. The device is kept busy first, so that it need not wait for the host to launch kernels."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # clock cycles: about 10 ms
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _peak_extra_bytes(call: Call, device: str) -> int | None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory the allocator kept from earlier calls would hide this one's
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _resident_bytes("VmRSS")
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        return None
+    call()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def record(benchmark: str, form: str, what: str, measured: Measurement, conditions: Conditions, **size: Any) -> Record:
+    """One measurement with all that is needed to make it again."""
+    median, p20, p80 = _quantiles(measured.seconds)
+    return {
+        "benchmark": benchmark,
+        "form": form,
+        "what": f"{form}: {what}",
+        "unit": "s",
+        "clock": conditions.clock if conditions.device == "cpu" else "device",
+        "median": median,
+        "p20": p20,
+        "p80": p80,
+        "rounds": len(measured.seconds),
+        "peak_extra_bytes": measured.peak_extra_bytes,
+        **size,
+        "dtype": conditions.dtype,
+        "device": _device_name(conditions.device),
+        "threads": conditions.threads,
+        "versions": _versions(conditions.device),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": conditions.command,
+    }
+
+
+def _quantiles(seconds: list[float]) -> tuple[float | None, ...]:
+    """The median and the quantiles 0.2 and 0.8."""
+    if not seconds:
+        return None, None, None
+    of = torch.tensor(seconds, dtype=torch.float64)
+    return tuple(float(of.quantile(q)) for q in (0.5, 0.2, 0.8))
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name} ({platform.machine()}, {os.cpu_count()} cores, {cpu.instructions()})"
+
+
+def _versions(device: str) -> dict[str, str]:
+    versions = {"rdrop": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return versions
+
+
+def _commit() -> str | None:
+    """Of the checkout this package lies in, "-dirty" where its source differs from that; None where it is installed."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "src/rdrop/bench/measure.py").exists():
+        return None
+    commit, changes = (
+        subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=False).stdout.strip()
+        for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "src"))
+    )
+    return (commit + ("-dirty" if changes else "")) or None
