@@ -1,4 +1,4 @@
-"""The command line: `rdrop list | train | compare | report | check`.
+"""The command line: `rdrop list | train | compare | report | check | bench`.
 
 What needs torch or draws plots is imported in the command that needs it, so that the others answer at once. A command
 raises; `run` turns what it raised into one line on the standard error and an exit status: 0 done, 1 a negative answer
@@ -141,6 +141,41 @@ def check(
         sys.stdout.write(f"{found}\n{_kernel_line(missing)}\n")
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    benchmarks: Annotated[list[str] | None, typer.Argument(metavar="[logits|hidden|steps]")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="N, positions of a batch; not in steps.")] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="V.")] = None,
+    features: Annotated[int | None, typer.Option(min=1, help="D, the width of hidden states.")] = None,
+    batch: Annotated[int | None, typer.Option(min=2, help="Examples of a training step.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of the longest example of a step.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the encoder, and of the decoder, in steps.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda, where there is one, unless set.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or, on a GPU, float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="As many as torch takes, unless set.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, every form runs once.")] = 5,
+    clock: Annotated[str, typer.Option(help="wall or, for a busy machine, processor.")] = "wall",
+    form: Annotated[list[str] | None, typer.Option(help="These only, beside what they are compared with.")] = None,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Without compiled forms.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the records, one JSON a line.")] = None,
+) -> None:
+    """Measure time and memory of the loss beside other forms of it: from logits, from hidden states, in whole steps."""
+    import torch
+
+    from rdrop.bench.measure import BenchError, Conditions
+    from rdrop.bench.suite import Sizes, run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = threads or torch.get_num_threads()
+    sizes = Sizes(pairs, classes, features, batch, length, layers)
+    command = shlex.join(["rdrop", *sys.argv[1:]])
+    try:
+        conditions = Conditions(device, dtype, threads, rounds, clock, tuple(form or ()), not no_compile, command)
+        run(benchmarks or (), sizes, conditions, Console(highlight=False), output)
+    except BenchError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def parse_seeds(text: str) -> list[int]:
