@@ -1,0 +1,204 @@
+"""The tables and plots of docs/speed.md from the committed records: `python benchmarks/pages.py`.
+
+Each part of the page between `<!-- name -->` and `<!-- /name -->` is written anew; a test holds that it is what the
+records give. The records come from `make bench`, in benchmarks/results: rows.jsonl, linear.jsonl and steps.jsonl of a
+CPU, gpu.jsonl of a GPU, which may be missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rdrop.bench.plots import draw, svg
+from rdrop.bench.records import Record, comparisons, read
+from rdrop.bench.table import compare, layout_of, markdown_table, number
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE, PLOTS = ROOT / "benchmarks/results", ROOT / "docs/speed.md", ROOT / "docs/plots"
+
+
+def cpu_records() -> list[Record]:
+    return [r for name in ("rows", "linear", "steps") for r in read(RESULTS / f"{name}.jsonl")]
+
+
+def gpu_records() -> list[Record]:
+    path = RESULTS / "gpu.jsonl"
+    return read(path) if path.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------- parts of the page
+
+
+def parts() -> dict[str, str]:
+    """By the name they have in the page."""
+    records = cpu_records()
+    found = {
+        f"{benchmark} {dtype}": _table_with_origin(_of(records, benchmark=benchmark, dtype=dtype))
+        for benchmark in ("rows", "linear")
+        for dtype in ("float32", "bfloat16")
+    }
+    found["dtypes"] = _dtypes(records)
+    found["steps"] = _table_with_origin(_of(records, benchmark="steps"))
+    found["figures"] = figures_table(records)
+    found["gpu"] = _gpu(gpu_records())
+    return found
+
+
+def _of(records: Sequence[Record], **facts: object) -> list[list[Record]]:
+    return comparisons(r for r in records if all(r.get(key) == value for key, value in facts.items()))
+
+
+def _table_with_origin(found: list[list[Record]]) -> str:
+    return f"{markdown_table(found)}\n\n{_origin(found)}"
+
+
+def _origin(found: list[list[Record]]) -> str:
+    """Where the figures are from, in a sentence."""
+    first = found[0][0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    dates = sorted({r["date"][:10] for records in found for r in records})
+    commands = dict.fromkeys(r["command"] for records in found for r in records)
+    by = " and ".join(f"`{command}`" for command in commands)
+    threads = "" if first["clock"] == "device" else f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}"
+    return (
+        f"{first['device']}, {first['clock']} time{threads}, medians of {first['rounds']} interleaved rounds; "
+        f"{versions}; {' and '.join(dates)}; by {by}."
+    )
+
+
+def _dtypes(records: Sequence[Record]) -> str:
+    """Milliseconds in float32 and bfloat16 of what was measured in both."""
+    rows = ["| milliseconds | float32 | bfloat16 |", "|---|---|---|"]
+    for benchmark in ("rows", "linear"):
+        in_dtype = {
+            (layout_of(of_size).size(of_size[0]), of_size[0]["dtype"]): {line.form: line for line in compare(of_size)}
+            for of_size in _of(records, benchmark=benchmark)
+        }
+        for (size, dtype), lines in in_dtype.items():
+            if dtype != "bfloat16":
+                continue
+            for form, line in lines.items():
+                if form.startswith("ours"):
+                    other = in_dtype[size, "float32"][form]
+                    rows.append(f"| {line.words}, {size} | {1e3 * other.median:.1f} | {1e3 * line.median:.1f} |")
+    return "\n".join(rows)
+
+
+def _gpu(records: list[Record]) -> str:
+    if not records:
+        return (
+            "Not measured: no GPU was at hand. `rdrop bench --dtype bfloat16 --output gpu.jsonl` does it where there is\n"
+            "one, with a copy of the logits beside it as the yardstick of bandwidth."
+        )
+    by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
+    return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)
+
+
+# ---------------------------------------------------------------------------------------------- figures to hold
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio of two records of one comparison, and the most it may be."""
+
+    what: str
+    benchmark: str
+    form: str
+    base: str
+    key: str
+    limit: float
+    facts: dict[str, object]
+
+
+_FIRST_ROWS = {"pairs": 1024, "classes": 32_768, "dtype": "float32"}
+_FIRST_LINEAR = {"pairs": 1024, "features": 512, "classes": 32_768, "dtype": "float32"}
+TIME, MEMORY = "median", "peak_extra_bytes"
+
+FIGURES = (
+    *(
+        Figure(what, "rows", form, base, key, limit, _FIRST_ROWS)
+        for what, form, base, key, limit in (
+            ("from logits, in place: time to `F.cross_entropy`", "ours_overwriting", "cross_entropy", TIME, 0.20),
+            ("the same: memory", "ours_overwriting", "cross_entropy", MEMORY, 0.02),
+            ("from logits, kept: time to `F.cross_entropy`", "ours", "cross_entropy", TIME, 0.45),
+            ("the same: memory", "ours", "cross_entropy", MEMORY, 0.35),
+            ("from logits, in place: time to the official form", "ours_overwriting", "official", TIME, 1 / 25),
+            ("from logits: time to plain cross-entropy by the same kernel", "ours_overwriting", "ours_cross_entropy",
+             TIME, 1.2),
+        )
+    ),
+    *(
+        Figure(what, "linear", form, base, key, limit, _FIRST_LINEAR)
+        for what, form, base, key, limit in (
+            ("from hidden states: time to linear and `F.cross_entropy`", "ours", "cross_entropy", TIME, 0.78),
+            ("the same, 30 % padding", "ours_30_percent_padding", "cross_entropy", TIME, 0.56),
+            ("from hidden states: memory", "ours", "cross_entropy", MEMORY, 0.20),
+            ("from hidden states: time to plain cross-entropy by the same technique", "ours", "ours_cross_entropy",
+             TIME, 1.05),
+        )
+    ),
+    *(
+        Figure(f"{what}, V = {classes:,}", "steps", form, base, key, limit,
+               {"model": "translation", "classes": classes})
+        for classes in (10_000, 50_000)
+        for what, form, base, key, limit in (
+            ("whole step: time to a plain step on 2B", "ours_fused", "plain_twice_the_batch", TIME, 1.03),
+            ("whole step: time to the official step", "ours_fused", "official", TIME, 0.67 if classes > 10_000 else 1),
+            ("whole step, micro-batches: memory to a plain step on B", "ours_fused_micro_batches", "plain", MEMORY,
+             1.2),
+        )
+    ),
+)  # fmt: skip
+
+
+def measured_figure(records: Sequence[Record], figure: Figure) -> float:
+    [of_size] = _of(records, benchmark=figure.benchmark, **figure.facts)
+    form, base = (next(r for r in of_size if r["form"] == name) for name in (figure.form, figure.base))
+    return float(form[figure.key] / base[figure.key])
+
+
+def figures_table(records: Sequence[Record]) -> str:
+    rows = ["| ratio | at most | measured |", "|---|---|---|"]
+    for figure in FIGURES:
+        measured = measured_figure(records, figure)
+        rows.append(f"| {figure.what} | {number(figure.limit)} | {number(measured)} |")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def page_with(text: str, found: dict[str, str]) -> str:
+    for name, part in found.items():
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        text, count = pattern.subn(lambda _, name=name, part=part: f"<!-- {name} -->\n{part}\n<!-- /{name} -->", text)
+        if count != 1:
+            raise ValueError(f"{PAGE.name} must have one part <!-- {name} --> ... <!-- /{name} -->; it has {count}")
+    return text
+
+
+def plots() -> dict[str, str]:
+    """SVG by file name: one of each benchmark, float32."""
+    records = cpu_records()
+    return {
+        f"{name}.svg": svg(draw(_of(records, benchmark=name, dtype="float32"))) for name in ("rows", "linear", "steps")
+    }
+
+
+def main() -> None:
+    PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), parts()), encoding="utf-8")
+    PLOTS.mkdir(exist_ok=True)
+    for name, drawn in plots().items():
+        (PLOTS / name).write_text(drawn, encoding="utf-8")
+    for figure in FIGURES:
+        measured = measured_figure(cpu_records(), figure)
+        print(
+            f"{'held  ' if measured <= figure.limit else 'MISSED'} {measured:6.3f} <= {figure.limit:.3f}  {figure.what}"
+        )
+
+
+if __name__ == "__main__":
+    main()
