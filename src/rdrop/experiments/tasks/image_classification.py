@@ -68,12 +68,9 @@ class ImageClassification:
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data)
         self.classes = self.splits["train"].images.classes
-        self._config = _configuration(self._model, self._data.image_size, len(self.classes))
+        self._config = _configuration(self._model, self._data.image_size, self.classes)
         self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalisation(self._model.name)
-        # A pre-trained model has positions for its own image size; for another one it interpolates between them.
-        own_size = getattr(self._config, "image_size", self._data.image_size)
-        other_size = own_size not in (self._data.image_size, [self._data.image_size] * 2)
-        self._options = {"interpolate_pos_encoding": True} if other_size else {}
+        self._options: dict[str, bool] = {}  # of the model's forward
 
     def _with_tiny_images(self, data: ImageData) -> ImageData:
         folder = tempfile.mkdtemp(prefix="rdrop-images-")
@@ -85,15 +82,23 @@ class ImageClassification:
         name = self._model.name
         new = ViTForImageClassification
         model = new(self._config) if name is None else _pretrained(name, self._config)  # type: ignore[arg-type]
-        if self._options and "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
-            raise RecipeError(
-                "data.image_size",
-                f"must be {self._config.image_size}: {type(model).__name__} takes no other size",
-                value=self._data.image_size,
-            )
+        self._accept_image_size(model)
         if self._model.zero_head:
             _zero(_head(model))
         return model
+
+    def _accept_image_size(self, model: nn.Module) -> None:
+        """A transformer has positions for its own image size; for another one it interpolates between them."""
+        size = self._data.image_size
+        if getattr(self._config, "image_size", size) in (size, [size, size], (size, size)):
+            return
+        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            self._options = {"interpolate_pos_encoding": True}
+        try:
+            self.logits(model.eval(), {"pixel_values": torch.zeros(1, len(self._mean), size, size)})
+        except (ValueError, RuntimeError) as error:
+            rule = f"{type(model).__name__} does not take images of this size ({error}); its own is "
+            raise RecipeError("data.image_size", f"{rule}{self._config.image_size}", value=size) from error
 
     def train_size(self) -> int:
         return len(self.splits["train"].rows)
@@ -152,10 +157,11 @@ class ImageClassification:
         return to_pixel_values(list(pool.map(read, split.rows.tolist())), self._mean, self._std)
 
 
-def _configuration(model: ImageModel, image_size: int, classes: int) -> PreTrainedConfig:
+def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...]) -> PreTrainedConfig:
     # Dropout is read when the model is built; setting it later has no effect.
     options: dict[str, Any] = {field: getattr(model, key) for key, field in DROPOUT_FIELDS.items()}
-    options["num_labels"] = classes
+    options["id2label"] = dict(enumerate(classes))
+    options["label2id"] = {name: label for label, name in enumerate(classes)}
     if model.name is None:
         shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
         return ViTConfig(image_size=image_size, **shape, **options)

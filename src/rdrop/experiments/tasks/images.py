@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,14 +99,11 @@ def read_npz(path: Path) -> ImageSet:
     There are as many classes as the highest label plus one. Nothing in the file is executed: no pickles are read.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: is no .npz file; write it with numpy.savez(path, images=..., labels=...)")
-            images, labels = (_member(archive, name, path) for name in ("images", "labels"))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be read as .npz ({error}); get it again, or write it with savez") from error
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check the file") from error
+    with file, _archive(file, path) as archive:
+        images, labels = (_member(archive, name, path) for name in ("images", "labels"))
     _require_images(images, f"{path}:images")
     _require_labels(labels, len(images), f"{path}:labels")
     names = tuple(map(str, range(int(labels.max()) + 1)))
@@ -178,6 +175,16 @@ def _images_of(folder: Path) -> list[Path]:
             shown = " ".join(sorted(SUFFIXES))
             raise DataError(f"{entry}: is no image by its name ({shown}); move it away")
     return entries
+
+
+def _archive(file: BinaryIO, path: Path) -> Any:
+    try:
+        archive = np.load(file, allow_pickle=False)  # given a path, it would leave a broken file open
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as .npz ({error}); get it again, or write it with savez") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DataError(f"{path}: is no .npz file; write it with numpy.savez(path, images=..., labels=...)")
+    return archive
 
 
 def _member(archive: Any, name: str, path: Path) -> NDArray[Any]:
