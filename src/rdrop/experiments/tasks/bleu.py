@@ -1,0 +1,56 @@
+"""BLEU in the forms that papers print, by sacreBLEU, each under a name of its own.
+
+`bleu`                  sacreBLEU of the text as it is written: the form to compare with other papers
+`bleu_tokenized`        of the words as they came, apart by spaces: what multi-bleu.perl gives
+`bleu_tokenized_split`  of the lower-cased words, compounds split at their hyphens: the form of R-Drop's figures
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from sacrebleu.metrics.bleu import BLEU
+from sacremoses import MosesDetokenizer
+
+HYPHEN = re.compile(r"(\S)-(\S)")
+
+
+class BleuScorer:
+    """Scores of text in `language`; `tokenized`: its words are apart by spaces, and escaped, as Moses leaves them.
+
+    Text as it is written has the first and the last form, the last on the tokens that sacreBLEU makes of it. Of
+    tokenized text the first form is that of Moses's detokenizer, on both sides.
+    """
+
+    def __init__(self, language: str, *, tokenized: bool) -> None:
+        written = BLEU(tokenize="zh" if language == "zh" else "13a")
+        tokens = BLEU(tokenize="none", force=True)  # force: it would warn of tokenized text
+        split = BLEU(tokenize="none", lowercase=True, force=True)
+        self._forms: dict[str, tuple[BLEU, Callable[[str], str]]] = {}
+        if tokenized:
+            moses = MosesDetokenizer(lang=language)
+            self._forms["bleu"] = written, lambda line: moses.detokenize(line.split(" "))
+            self._forms["bleu_tokenized"] = tokens, str
+            self._forms["bleu_tokenized_split"] = split, split_hyphens
+        else:
+            self._forms["bleu"] = written, str
+            self._forms["bleu_tokenized_split"] = split, lambda line: split_hyphens(written.tokenizer(line))
+        self.signatures: dict[str, str] = {}
+        """sacreBLEU's signature of each form, once something was scored."""
+
+    def __call__(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Each form of BLEU of the corpus, in 0..100; one reference for each hypothesis."""
+        scores = {}
+        for name, (bleu, prepared) in self._forms.items():
+            result = bleu.corpus_score(
+                [prepared(line) for line in hypotheses], [[prepared(line) for line in references]]
+            )
+            scores[name] = float(result.score)
+            self.signatures[name] = str(bleu.get_signature())
+        return scores
+
+
+def split_hyphens(line: str) -> str:
+    """ "a well-known fact" as "a well ##AT##-##AT## known fact": more words can match, so the score rises."""
+    return HYPHEN.sub(r"\1 ##AT##-##AT## \2", line)
