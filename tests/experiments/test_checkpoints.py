@@ -291,6 +291,7 @@ def test_the_tree_never_unpickles_and_never_runs_what_it_reads() -> None:
                 assert (node.module or "").split(".")[0] not in forbidden_modules, path
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in forbidden_calls, path
+                without_pickles = any(ast.unparse(keyword) == "allow_pickle=False" for keyword in node.keywords)
+                assert called not in forbidden_calls or (called == "np.load" and without_pickles), path
                 assert called.rpartition(".")[2] not in forbidden_methods, path
                 assert "trust_remote_code" not in {keyword.arg for keyword in node.keywords}, path

@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ WRONG_VALUES = {
     int: (*NOT_A_NUMBER, "1.0", "0.5", "1e3", "null", "99999999999999999999", "9" * 5000),
     float: (*NOT_A_NUMBER, ".5", "1.", "0,1", "1e", "[" * 2000, "9" * 400),
     str: ("", "null", "3", "true", "../runs", "a/b", "-x", ".x", "a b", "Cosine", "fp16", "\ud800", "x" * 101),
+    bool: ("", "null", "1", "True", "yes", '"true"', "[]", "0.5"),
+    NoneType: ("", "abc", "true", "-1", '"1"', "[2]", "NaN", "[" * 2000),
 }
 
 
@@ -61,7 +64,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Training takes no time, scores by the seed and the method, and is noted here."""
     recipes: list[Recipe] = []
 
-    def train(recipe: Recipe, folder: Path, *, on_progress: Callable[[trainer.Progress], None]) -> dict[str, Any]:
+    def train(
+        recipe: Recipe, folder: Path, *, on_progress: Callable[[trainer.Progress], None], trackers: Sequence[str]
+    ) -> dict[str, Any]:
         recipes.append(recipe)
         on_progress(trainer.Progress(recipe.updates, recipe.updates, 0.5, {"accuracy": 0.75, "loss": 0.5}, 0.01))
         return finish(recipe, folder)

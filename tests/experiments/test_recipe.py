@@ -49,6 +49,9 @@ def test_the_digest_has_12_hexadecimal_digits_and_ignores_how_a_number_is_writte
 def test_every_key_changes_the_digest() -> None:
     other = {
         "name": '"other"', "alpha": "2", "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
+        "dropout": "[0.1,0.3]", "cutoff_ratio": "0.1", "task_passes": '"first"', "divergence": '"from-first"',
+        "optimizer": '"sgd"', "beta1": "0.8", "beta2": "0.98", "epsilon": "1e-6", "compile": "true", "fused": "true",
+        "encoder_once": "true", "patience": "3", "average_last": "5",
         "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_steps": "41",
         "weight_decay": "0.02", "clip_norm": "null", "label_smoothing": "0.1", "precision": '"bf16"',
         "evaluate_every": "41", "checkpoint_every": "99", "keep_checkpoints": "3", "seed": "1",
@@ -56,7 +59,7 @@ def test_every_key_changes_the_digest() -> None:
         "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",
         "model.patch_size": "4", "model.dropout": "0.2", "model.attention_dropout": "0.2",
     }  # fmt: skip
-    assert {*other, "task"} == set(BASE.descriptions())
+    assert {*other, "task", "cutoff", "batch_tokens"} == set(BASE.descriptions())  # those two need another key
     digests = {override(BASE, [f"{key}={value}"]).digest() for key, value in other.items()}
     assert len(digests) == len(other)
     assert BASE.digest() not in digests
@@ -81,7 +84,7 @@ def test_a_recipe_cannot_be_changed_in_place() -> None:
         ("alhpa=1", "alpha"),
         ("batchsize=8", "batch_size"),
         ("lr=0.1", "learning_rate"),
-        ("dropout=0.1", "model.dropout"),
+        ("hidden_dropout=0.1", "model.dropout"),
         ("train_labels=10", "data.train_labels"),
         ("data.labels=10", "data.train_labels"),
         ("model.layer=1", "model.layers"),
@@ -104,7 +107,29 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["updates=400.0"], "updates=400.0: must be a whole number"),
         (["seed=true"], "seed=true: must be a whole number"),
         (["passes=1"], "passes=1: must be greater than or equal to 2"),
-        (["schedule=step"], "schedule=\"step\": must be 'constant', 'linear' or 'cosine'"),
+        (["schedule=step"], "schedule=\"step\": must be 'constant', 'linear', 'cosine' or 'inverse-sqrt'"),
+        (
+            ["dropout=0.1"],
+            "dropout=0.1: must be a list, a rate for each pass: [0.1,0.3]; the model's is model.dropout",
+        ),
+        (["dropout=[0.1,0.2,0.3]"], "dropout=[...]: must have passes (=2) rates, one for each"),
+        (
+            ["dropout=[0.1,0.2]", "cutoff=token", "cutoff_ratio=0.1"],
+            "dropout=[...]: must be null with a cutoff, whose passes share a forward",
+        ),
+        (["cutoff=token"], "cutoff_ratio=0: must be above 0 for cutoff (=token)"),
+        (["batch_tokens=100"], "batch_size=32: set either it or batch_tokens, and the other to null"),
+        (["batch_size=null"], "batch_size=null: set either it or batch_tokens, and the other to null"),
+        (
+            ["schedule=inverse-sqrt", "warmup_steps=0"],
+            "warmup_steps=0: must be at least 1 for the schedule inverse-sqrt",
+        ),
+        (["optimizer=nag", "beta1=0"], "beta1=0: must be above 0 for the optimizer nag: it is the momentum"),
+        (
+            ["fused=true", "task_passes=first"],
+            'fused=true: must be false where dropout is set, or task_passes is not "all"',
+        ),
+        (["tiny=1"], "tiny=1: must be true or false"),
         (["accumulation=5"], "batch_size=32: must be divisible by accumulation (=5)"),
         (["updates=20"], "warmup_steps=40: must be at most updates (=20)"),
         (["every=500"], "every=500: must be at most updates (=400)"),

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from rdrop import rdrop_loss, squared_difference, squared_error
 from rdrop.experiments import trainer
 from rdrop.experiments.checkpoints import load, load_newest_good
+from rdrop.experiments.method import count_positions, plain_loss, uses_rdrop
 from rdrop.experiments.optimization import build_optimizer, learning_rate_at
+from rdrop.experiments.order import DataOrder
 from rdrop.experiments.preemption import Preempted
-from rdrop.experiments.randomness import data_order, derived_seed, seed_all
+from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.results import RunFolder
-from rdrop.experiments.trainer import Progress, TrainingError, count_positions, plain_loss, train, uses_rdrop
+from rdrop.experiments.trainer import Progress, TrainingError, train
 from rdrop.views import repeat_batch
 
 WITHOUT_CHANCE = {"plain": {"alpha": 0.0, "model.dropout": 0.0}, "r-drop": {"alpha": 2.0, "model.fixed": True}}
@@ -63,7 +65,7 @@ def hand_written_loop(recipe: tiny_runs.TinyRecipe, loss_of: Callable[..., Tenso
     model = task.build_model().train()
     optimizer = build_optimizer(recipe, model)
     for step in range(recipe.updates):
-        epoch, indices = data_order(step, recipe, task.train_size())
+        epoch, indices = DataOrder(recipe, task.train_size(), None).at(step)
         batch = task.train_batch(indices.tolist(), epoch)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate_at(step, recipe)
         seed_all(recipe.seed, "step", step, 0, 0)
@@ -211,7 +213,7 @@ def test_an_update_without_any_label_changes_no_weight(tmp_path: Path, monkeypat
 
 def test_order_of_the_data_is_a_pure_function_of_seed_and_epoch() -> None:
     def order(recipe: tiny_runs.TinyRecipe) -> list[tuple[int, list[int]]]:
-        return [(epoch, rows.tolist()) for epoch, rows in (data_order(step, recipe, 28) for step in range(7))]
+        return [(epoch, rows.tolist()) for epoch, rows in map(DataOrder(recipe, 28, None).at, range(7))]
 
     first = order(RECIPE)
     np.random.seed(1), torch.manual_seed(1)
@@ -466,7 +468,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert run.result() == result
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
-        *("cost", "machine", "versions", "resumed"),
+        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps"),
     }
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}
     assert result["cost"]["parameters"] == sum(parameter.numel() for parameter in TinyNetwork(0.0).parameters())

@@ -41,6 +41,7 @@ RECIPE = TinyRecipe(
     cutoff=None,
     cutoff_ratio=0.0,
     task_passes="all",
+    divergence="symmetric",
     updates=8,
     batch_size=8,
     batch_tokens=None,

@@ -59,9 +59,15 @@ class Checkpoint:
 
     def restore_model(self, model: nn.Module) -> None:
         """Copies the weights into `model`; its names and shapes must be those of the saved one."""
-        tensors = safetensors.torch.load(self._files[MODEL])
+        self._load_into(model, self.weights())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors, each once: tied ones under their first name."""
+        return safetensors.torch.load(self._files[MODEL])
+
+    def _load_into(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         names: dict[str, str] = self._stored["model_aliases"]
-        tensors |= {alias: tensors[name] for alias, name in names.items()}
+        tensors = tensors | {alias: tensors[name] for alias, name in names.items()}
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -83,9 +89,9 @@ def save(
 ) -> Path:
     """Writes `folder/step-<step>` and removes what is older than the `keep` newest.
 
-    `state` is any JSON object. Its entry `best_step`, if it is not None, names a checkpoint that stays as long as this
-    one does. Raises `StorageError` (path, bytes needed, bytes free) if it cannot be written: the previous checkpoints
-    are then untouched and nothing of this one is left.
+    `state` is any JSON object. Its entries `best_step`, if it is not None, and `averaged_steps` name checkpoints that
+    stay as long as this one does. Raises `StorageError` (path, bytes needed, bytes free) if it cannot be written: the
+    previous checkpoints are then untouched and nothing of this one is left.
     """
     files = _serialize(model, optimizer, state)
     path = _path_of(folder, step)
@@ -106,7 +112,7 @@ def save(
 
 
 def load_newest_good(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as written, and whose best checkpoint is too; None if none was saved.
+    """The newest checkpoint whose every byte is as written, and those it needs too; None if none was saved.
 
     If newer ones are damaged, one `CheckpointWarning` names them and the one used instead. If all are damaged,
     `CheckpointError`: starting again in silence would hide the loss.
@@ -134,11 +140,23 @@ def load(folder: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"{error}. To start the run again, delete {folder}.") from error
 
 
+def restore_average(folder: Path, steps: list[int], model: nn.Module) -> None:
+    """Copies the mean of the weights of these checkpoints into `model`; what is no floating point, from the last."""
+    *others, last = [load(folder, step) for step in steps]
+    total = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in last.weights().items()}
+    for checkpoint in others:
+        for name, tensor in checkpoint.weights().items():
+            if tensor.is_floating_point():
+                total[name] += tensor.double()
+    last._load_into(
+        model, {name: tensor / len(steps) if tensor.is_floating_point() else tensor for name, tensor in total.items()}
+    )
+
+
 def _load(folder: Path, step: int) -> Checkpoint:
     checkpoint = _read(_path_of(folder, step))
-    best_step = checkpoint.state.get("best_step")
-    if best_step not in (None, step):
-        _read(_path_of(folder, best_step))
+    for other in _needed_steps(checkpoint.state) - {step}:
+        _read(_path_of(folder, other))
     return checkpoint
 
 
@@ -228,19 +246,24 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _prune(folder: Path, newest_step: int, keep: int) -> None:
-    """Keeps the `keep` newest up to `newest_step` and the best of each. Those after it are the damaged, passed over."""
+    """Keeps the `keep` newest up to `newest_step` and what these need. Those after it are the damaged, passed over."""
     saved = sorted(step for step in _saved_steps(folder))
     newest = [step for step in saved if step <= newest_step][-keep:]
-    needed = {*newest, *(_best_step(_path_of(folder, step)) for step in newest)}
+    needed = set(newest).union(*(_needed_steps(_state_in(_path_of(folder, step))) for step in newest))
     _remove(_path_of(folder, step) for step in saved if step not in needed)
 
 
-def _best_step(path: Path) -> int | None:
+def _needed_steps(state: dict[str, Any]) -> set[int]:
+    """The checkpoints whose weights the final score may want."""
+    return {step for step in (state.get("best_step"), *state.get("averaged_steps", [])) if step is not None}
+
+
+def _state_in(path: Path) -> dict[str, Any]:
     try:
-        step: int | None = json.loads((path / STATE).read_bytes())["state"].get("best_step")
+        state: dict[str, Any] = json.loads((path / STATE).read_bytes())["state"]
     except (OSError, ValueError, KeyError):
-        return None
-    return step
+        return {}
+    return state
 
 
 def _remove(paths: Any) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rdrop.experiments.files import DataError
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
 from rdrop.experiments.recipe import Recipe, RecipeError, override
 from rdrop.experiments.recipes import RECIPES, find_recipe
@@ -45,9 +46,20 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: alpha=1 data.train_labels=100"),
 ]
+DataFolder = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="Local files in the recipe's layout: data.folder.")
+]
+TrainFile = Annotated[str | None, typer.Option("--train", metavar="FILE", help="Your own data: data.train.")]
+ValidFile = Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Chooses the checkpoint: data.valid.")]
+TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Scores it, once: data.test.")]
+ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A hub id or a folder: model.name.")]
+Trackers = Annotated[
+    list[str] | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ...; may be given twice.")
+]
 RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the folders of the runs are.")]
 DEFAULT_RUNS = Path("runs")
 MOST_SEEDS = 1000
+CHECKED_EXAMPLES = 8
 SEEDS = re.compile(r"\d{1,10}(,\d{1,10})*,?", re.ASCII)
 
 
@@ -60,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         return int(app(list(arguments) or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error.format_message(), status=2)
-    except (RecipeError, ResultsError) as error:
+    except (RecipeError, ResultsError, DataError) as error:
         return _fail(str(error), status=2)
     except StoppedError as error:
         return _fail(f"{error}; go on with: {shlex.join(['rdrop', *arguments])}", status=error.status)
@@ -85,11 +97,21 @@ def list_recipes(
 
 
 @app.command()
-def train(recipe: RecipeName, settings: Settings = None, runs: RunsFolder = DEFAULT_RUNS) -> None:
+def train(
+    recipe: RecipeName,
+    settings: Settings = None,
+    data: DataFolder = None,
+    train: TrainFile = None,
+    valid: ValidFile = None,
+    test: TestFile = None,
+    model: ModelName = None,
+    tracker: Trackers = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
-    chosen = override(find_recipe(recipe), settings or [])
+    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
     run = Run.of(f"{chosen.name}, alpha {chosen.alpha:g}, seed {chosen.seed}", chosen, runs)
-    train_all([run], Console(stderr=True))
+    train_all([run], Console(stderr=True), trackers=tracker or ())
     _show_result(run)
 
 
@@ -98,6 +120,12 @@ def compare(
     recipe: RecipeName,
     settings: Settings = None,
     seeds: Annotated[str, typer.Option(metavar="N|A,B,...", help="How many seeds, from 0; or which ones.")] = "5",
+    data: DataFolder = None,
+    train: TrainFile = None,
+    valid: ValidFile = None,
+    test: TestFile = None,
+    model: ModelName = None,
+    tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
     no_double_batch: Annotated[
         bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
@@ -109,9 +137,9 @@ def compare(
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
-    chosen = override(find_recipe(recipe), settings or [])
+    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
-    train_all(plan, Console(stderr=True))
+    train_all(plan, Console(stderr=True), trackers=tracker or ())
     _show_comparisons([run.folder for run in plan])
     _write_page(runs)
 
@@ -127,13 +155,15 @@ def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS)
 def check(
     recipe: RecipeName = "digits",
     settings: Settings = None,
+    data: DataFolder = None,
+    train: TrainFile = None,
+    model: ModelName = None,
     as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
 ) -> None:
     """Tell whether R-Drop can act on the recipe's model: are the passes different? Exit status 1 if they are not."""
     from rdrop import kernels
 
-    chosen = override(find_recipe(recipe), settings or [])
-    found = _check_model(chosen)
+    found = _check_model(_chosen(recipe, settings, data=data, train=train, model=model))
     missing = kernels.available()
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "kernels": missing}, indent=2) + "\n")
@@ -178,6 +208,13 @@ def bench(
         raise typer.BadParameter(str(error)) from error
 
 
+def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:
+    """The recipe with the settings, and with the options, which are settings by a shorter name."""
+    given = {"data.folder": files.pop("data", None), "model.name": model} | {f"data.{key}": files[key] for key in files}
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    return override(find_recipe(name), [*(settings or []), *options])
+
+
 def parse_seeds(text: str) -> list[int]:
     """`"5"` is the seeds 0 to 4, `"3,5"` these two, `"3,"` the one. Anything else is a usage error."""
     if SEEDS.fullmatch(text):
@@ -219,7 +256,8 @@ def _check_model(recipe: Recipe) -> CheckReport:
 
     task = load_task(recipe)
     seed_all(recipe.seed, "model")
-    return check_rdrop(task.build_model().train(), task.train_batch(list(range(recipe.batch_size)), epoch=0))
+    model = task.build_model().train()
+    return check_rdrop(model, task.train_batch(list(range(min(CHECKED_EXAMPLES, task.train_size()))), epoch=0))
 
 
 def _kernel_line(missing: dict[str, str | None]) -> str:

@@ -1,9 +1,10 @@
 """Finished runs in, comparisons out: every arm against its baseline over the seeds that both have.
 
 Runs belong together when their recipes agree on everything except the seed and `ARM_KEYS`. An arm is what the runs of
-one column share. Plain training (`alpha=0`) makes one pass whatever `passes` and `every` say, so these do not tell
-two baselines apart. For a baseline of `batch_size` B the comparison also holds plain training with `m * B` examples an
-update, where m is 2 or the number of passes of an R-Drop arm: what the compute of the extra passes could have bought.
+one column share. Plain training (`alpha=0`) makes one pass whatever the other keys of the method say, so these do not
+tell two baselines apart. For a baseline of batch B (examples or tokens) the comparison also holds plain training with
+`m * B` an update, where m is 2 or the number of passes of an R-Drop arm: what the compute of the extra passes could
+have bought.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from rdrop.experiments.paired import PairedDifference, paired_difference
 from rdrop.experiments.results import RunRecord
 from rdrop.experiments.wording import NumberStyle, verdict
 
-ARM_KEYS = ("alpha", "passes", "every", "batch_size")
+ARM_KEYS = (
+    *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
+    *("fused", "encoder_once", "batch_size", "batch_tokens"),
+)
+_MODES = {"fused": "fused", "encoder_once": "encoder once"}
 _BATCH_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 
 
@@ -29,29 +34,55 @@ class Method(NamedTuple):
     alpha: float
     passes: int
     every: int
-    batch_size: int
+    details: tuple[str, ...]
+    """What else is not as in plain R-Drop, in words."""
+    name: str
+    batch: int
+    """Examples or tokens per update; all runs that are compared count the same."""
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> Method:
+        batch = recipe["batch_size"] or recipe["batch_tokens"]
         if recipe["alpha"] == 0:
-            return cls(0.0, 1, 1, recipe["batch_size"])
-        return cls(*(recipe[key] for key in ARM_KEYS))
+            return cls(0.0, 1, 1, (), "baseline", batch)
+        return cls(recipe["alpha"], recipe["passes"], recipe["every"], _details(recipe), _name(recipe), batch)
 
     @property
     def is_plain(self) -> bool:
         return self.alpha == 0
 
-    def label(self, baseline_batch_size: int) -> str:
+    def label(self, baseline_batch: int) -> str:
         """The arm's name for a reader, e.g. "R-Drop (alpha 1)" or "baseline, twice the batch"."""
         if self.is_plain:
-            times = self.batch_size // baseline_batch_size
+            times = self.batch // baseline_batch
             return "baseline" if times == 1 else f"baseline, {_BATCH_WORDS.get(times, f'{times} times')} the batch"
         details = [f"alpha {self.alpha:g}"]
         if self.passes != 2:
             details.append(f"{self.passes} passes")
         if self.every != 1:
             details.append(f"every {self.every} steps")
-        return f"R-Drop ({', '.join(details)})"
+        return f"{self.name} ({', '.join([*details, *self.details])})"
+
+
+def _name(recipe: Mapping[str, Any]) -> str:
+    if recipe["cutoff"] is None:
+        return "R-Drop"
+    if recipe["cutoff"] == "embedding" and recipe["task_passes"] == "first":
+        return "SimCut"
+    return f"R-Drop + {recipe['cutoff']} cutoff"
+
+
+def _details(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    details = []
+    if recipe["cutoff"] is not None:
+        details.append(f"cutoff {recipe['cutoff_ratio']:g}")
+    elif recipe["task_passes"] == "first":
+        details.append("task loss of the first pass")
+    if recipe["divergence"] != "symmetric":
+        details.append("KL from the first pass")
+    if recipe["dropout"] is not None:
+        details.append(f"dropout {' and '.join(f'{rate:g}' for rate in recipe['dropout'])}")
+    return (*details, *(word for key, word in _MODES.items() if recipe[key]))
 
 
 @dataclass(frozen=True)
@@ -232,24 +263,24 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
         runs.setdefault(Method.of(run.recipe), []).append(run)
 
     shown: set[Method] = set()
-    for batch_size in sorted({method.batch_size for method in runs}):
-        own = [method for method in runs if method.batch_size == batch_size]
+    for batch in sorted({method.batch for method in runs}):
+        own = [method for method in runs if method.batch == batch]
         # A larger plain batch that a smaller one already shows as its "twice the batch" is not told twice.
         if shown.issuperset(own):
             continue
         multiples = {2, *(method.passes for method in own if not method.is_plain)}
-        larger = [m for m in runs if m.is_plain and m.batch_size in {k * batch_size for k in multiples}]
+        larger = [m for m in runs if m.is_plain and m.batch in {k * batch for k in multiples}]
         methods = sorted(own) + sorted(larger)
         shown.update(methods)
-        yield _comparison(batch_size, {method: runs[method] for method in methods})
+        yield _comparison(batch, {method: runs[method] for method in methods})
 
 
-def _comparison(batch_size: int, runs: Mapping[Method, list[FinishedRun]]) -> Comparison:
+def _comparison(batch: int, runs: Mapping[Method, list[FinishedRun]]) -> Comparison:
     arms, repeats = [], []
     for method, of_method in runs.items():
         # The latest run of a seed counts, whatever order the folders were read in.
         latest = {run.seed: run for run in sorted(of_method, key=lambda run: (run.result["finished"], str(run.path)))}
-        arms.append(Arm(method.label(batch_size), method, tuple(latest[seed] for seed in sorted(latest))))
+        arms.append(Arm(method.label(batch), method, tuple(latest[seed] for seed in sorted(latest))))
         repeats += [run for run in of_method if latest[run.seed] is not run]
     first = arms[0].runs[0]
     return Comparison(

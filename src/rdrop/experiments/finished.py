@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rdrop.experiments.results import RunRecord
 
 _NUMBER = (int, float)
 _RECIPE_TYPES = {
-    "name": str, "seed": int, "alpha": _NUMBER, "passes": int, "every": int, "batch_size": int
+    "name": str, "seed": int, "alpha": _NUMBER, "passes": int, "every": int, "dropout": (list, NoneType),
+    "cutoff": (str, NoneType), "cutoff_ratio": _NUMBER, "task_passes": str, "divergence": str, "fused": bool,
+    "encoder_once": bool, "batch_size": (int, NoneType), "batch_tokens": (int, NoneType),
 }  # fmt: skip
 _RESULT_TYPES = {
     "metric": str, "higher_is_better": bool, "finished": str, "test": dict, "valid": dict, "cost": dict,
@@ -63,6 +66,7 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     mismatch = (
         _wrong_entry("recipe.json", record.recipe, _RECIPE_TYPES)
         or _wrong_entry("result.json", record.result, _RESULT_TYPES)
+        or _no_batch(record.recipe)
         or _other_recipe(record.recipe, record.result)
     )
     if mismatch:
@@ -72,9 +76,15 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
 
 def _wrong_entry(file: str, entries: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
     for key, kind in types.items():
-        if not isinstance(entries.get(key), kind):
+        if key not in entries or not isinstance(entries[key], kind):
             return f"{file}: {key!r} is missing or not what it should be. The file is damaged; run the recipe again."
     return None
+
+
+def _no_batch(recipe: Mapping[str, Any]) -> str | None:
+    if recipe["batch_size"] or recipe["batch_tokens"]:
+        return None
+    return "recipe.json: neither 'batch_size' nor 'batch_tokens' is above 0. The file is damaged; run the recipe again."
 
 
 def _other_recipe(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:

@@ -12,17 +12,24 @@ def learning_rate_at(step: int, recipe: Recipe) -> float:
     """The learning rate of the update after `step` updates: linearly to the peak, then the schedule."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "inverse-sqrt":
+        return recipe.learning_rate * math.sqrt(recipe.warmup_steps / (step + 1))
     progress = (step - recipe.warmup_steps) / max(recipe.updates - recipe.warmup_steps, 1)
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return recipe.learning_rate * factors[recipe.schedule]
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and embeddings, not on biases and norms."""
+    """The recipe's; weight decay on matrices and embeddings, not on biases and norms."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     # Fused: on a CPU, a small model's optimizer step would else cost a tenth of the whole update.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, fused=True)
+    if recipe.optimizer == "adamw":
+        betas = (recipe.beta1, recipe.beta2)
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.epsilon, fused=True)
+    nesterov = recipe.optimizer == "nag"
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.beta1, nesterov=nesterov, fused=True)

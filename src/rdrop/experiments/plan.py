@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def plan_comparison(recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_
     ]
 
 
-def train_all(runs: list[Run], console: Console) -> None:
+def train_all(runs: list[Run], console: Console, *, trackers: Sequence[str] = ()) -> None:
     """Trains the runs that are not finished, showing the progress.
 
     Raises:
@@ -73,7 +73,7 @@ def train_all(runs: list[Run], console: Console) -> None:
         with show_progress(console, [run.recipe for run in runs], [run.recipe for run in waiting]) as display:
             for number, run in enumerate(waiting, start=len(runs) - len(waiting) + 1):
                 display.start(run.label, run.recipe)
-                result = _train(run, display)
+                result = _train(run, display, trackers)
                 if len(runs) > 1:
                     display.finish(f"{number:>{len(str(len(runs)))}}/{len(runs)}  {run.label}: {summary(result)}")
     except KeyboardInterrupt as cause:
@@ -81,11 +81,11 @@ def train_all(runs: list[Run], console: Console) -> None:
         raise StoppedError(finished, len(runs), cause) from None
 
 
-def _train(run: Run, display: Display) -> dict[str, Any]:
+def _train(run: Run, display: Display, trackers: Sequence[str]) -> dict[str, Any]:
     from rdrop.experiments import checkpoints, trainer
 
     try:
-        return trainer.train(run.recipe, run.folder, on_progress=display.update)
+        return trainer.train(run.recipe, run.folder, on_progress=display.update, trackers=trackers)
     except (trainer.TrainingError, checkpoints.CheckpointError) as cause:
         raise FailedRunError(f"{run.label}: {cause}") from cause
 
@@ -103,8 +103,9 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _with_larger_batch(baseline: Recipe) -> Recipe:
+    unit = "batch_size" if baseline.batch_tokens is None else "batch_tokens"
     try:
-        return baseline.replace(batch_size=baseline.batch_size * baseline.passes)
+        return baseline.replace(**{unit: getattr(baseline, unit) * baseline.passes})
     except RecipeError as error:
         rule = f"{error.rule}; this is the baseline with {baseline.passes} times the batch; --no-double-batch omits it"
         raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None
@@ -113,4 +114,4 @@ def _with_larger_batch(baseline: Recipe) -> Recipe:
 def _label(arm: Recipe, recipe: Recipe) -> str:
     from rdrop.experiments.compare import Method
 
-    return Method.of(arm.model_dump()).label(recipe.batch_size)
+    return Method.of(arm.model_dump()).label(Method.of(recipe.model_dump()).batch)

@@ -111,9 +111,9 @@ def show_progress(console: Console, recipes: list[Recipe], waiting: list[Recipe]
 
 
 def forward_examples(recipe: Recipe) -> float:
-    """The cost of a run, for the time left: examples that go through the network in training."""
+    """The cost of a run, for the time left: examples, or tokens, that go through the network in training."""
     extra_passes = (recipe.passes - 1) / recipe.every if recipe.alpha > 0 else 0
-    return recipe.updates * recipe.batch_size * (1 + extra_passes)
+    return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * (1 + extra_passes)
 
 
 def pace(progress: trainer.Progress) -> str:

@@ -25,6 +25,7 @@ TYPE_RULES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number as JSON writes it, e.g. 0.3 or 1e-3",
+    "list_type": "must be a list, a rate for each pass: [0.1,0.3]; the model's is model.dropout",
     "string_type": "must be text; text that looks like a number needs quotes of its own, '\"3\"'",
 }
 
@@ -65,8 +66,8 @@ class DataFiles(Section):
     hub_config: str | None = Field(description="Its configuration.")
     folder: str | None = Field(description="A folder of files in the layout of this task.")
     train: str | None = Field(description="A file of your own to train on.")
-    valid: str | None = Field(description="Its file to choose the checkpoint. null: a tenth of `train`, by `split_seed`.")
-    test: str | None = Field(description="Its file for the final score. null: another tenth of `train`.")
+    valid: str | None = Field(description="The one that chooses the checkpoint. null: a tenth of `train`.")
+    test: str | None = Field(description="The one for the final score. null: another tenth of `train`.")
     split_seed: Seed = Field(description="Decides those tenths; apart from `seed`, so that seeds share them.")
     tiny: bool = Field(description="Examples made up by the task: seconds to train on, and of no meaning.")
 
@@ -110,6 +111,10 @@ class Recipe(BaseModel):
     task_passes: Literal["all", "first"] = Field(
         description="Which passes carry the task loss: all; or the first, which is SimCut where the others are cut."
     )
+    divergence: Literal["symmetric", "from-first"] = Field(
+        description="Between which passes: all pairs, both ways, as in the paper; or from the first to each of the "
+        "others, as in SimCut."
+    )
 
     updates: Count = Field(description="Length of the training, in optimizer steps.")
     batch_size: Count | None = Field(
@@ -132,7 +137,10 @@ class Recipe(BaseModel):
         "with the square root of the step."
     )
     warmup_steps: int = Field(ge=0, description="Updates in which the learning rate rises linearly to its peak.")
-    weight_decay: float = Field(ge=0, description="Decoupled weight decay, on matrices and embeddings.")
+    weight_decay: float = Field(
+        ge=0,
+        description="Weight decay, on matrices and embeddings: AdamW's own; of sgd and nag, added to the gradient.",
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         description="Largest L2 norm of the gradient; longer ones are scaled down to it. null: never."
     )
@@ -180,7 +188,9 @@ class Recipe(BaseModel):
     def _fields_fit_together(self) -> Self:
         self._method_fits()
         if (self.batch_size is None) == (self.batch_tokens is None):
-            raise RecipeError("batch_size", "set either it or batch_tokens, and the other to null", value=self.batch_size)
+            raise RecipeError(
+                "batch_size", "set either it or batch_tokens, and the other to null", value=self.batch_size
+            )
         if self.batch_size is not None and self.batch_size % self.accumulation:
             raise RecipeError(
                 "batch_size",
@@ -189,6 +199,8 @@ class Recipe(BaseModel):
             )
         if self.schedule == "inverse-sqrt" and self.warmup_steps == 0:
             raise RecipeError("warmup_steps", "must be at least 1 for the schedule inverse-sqrt", value=0)
+        if self.optimizer == "nag" and self.beta1 == 0:
+            raise RecipeError("beta1", "must be above 0 for the optimizer nag: it is the momentum", value=0)
         if self.warmup_steps > self.updates:
             raise RecipeError(
                 "warmup_steps",
@@ -201,15 +213,15 @@ class Recipe(BaseModel):
 
     def _method_fits(self) -> None:
         if self.dropout is not None and len(self.dropout) != self.passes:
-            raise RecipeError("dropout", f"must have a rate for each of the passes (={self.passes})", value=self.dropout)
+            raise RecipeError("dropout", f"must have passes (={self.passes}) rates, one for each", value=self.dropout)
         if self.dropout is not None and self.cutoff is not None:
-            raise RecipeError("dropout", "must be null with a cutoff: cut passes share one forward", value=self.dropout)
+            raise RecipeError("dropout", "must be null with a cutoff, whose passes share a forward", value=self.dropout)
         if self.cutoff is not None and self.cutoff_ratio == 0:
             raise RecipeError("cutoff_ratio", f"must be above 0 for cutoff (={self.cutoff})", value=0)
         if self.fused and (self.dropout is not None or self.task_passes != "all"):
             raise RecipeError("fused", 'must be false where dropout is set, or task_passes is not "all"', value=True)
         if self.encoder_once and (self.dropout is not None or self.cutoff is not None):
-            raise RecipeError("encoder_once", "must be false where dropout or cutoff make the passes differ", value=True)
+            raise RecipeError("encoder_once", "must be false with dropout or cutoff set: passes differ", value=True)
         rates = self.model.dropout_rates()
         if self.alpha > 0 and rates and not any(rates.values()) and self.cutoff is None:
             keys = " and ".join(f"model.{name}" for name in rates)
@@ -278,8 +290,8 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
     """The recipe changed by settings as they are typed: `override(recipe, ["alpha=1", "data.train_labels=100"])`.
 
-    A value is read as JSON (`3`, `0.1`, `null`, `[0.1, 0.3]`) and, where it is none, as text. `tiny=true` is no key of a
-    recipe: the other settings change its `tiny()`.
+    A value is read as JSON (`3`, `0.1`, `null`, `[0.1, 0.3]`) and, where it is none, as text. `tiny=true` is no key:
+    it means the recipe's `tiny()`, which the other settings change.
     """
     changes: dict[str, object] = {}
     for setting in settings:

@@ -42,7 +42,7 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
         differing = [
             key
             for key in _keys(namesakes)
-            if key not in {"seed", *(set(ARM_KEYS) - {"batch_size"})}
+            if key not in {"seed", *(set(ARM_KEYS) - {"batch_size", "batch_tokens"})}
             and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
         ]
         settings.append({key: recipe.get(key) for key in differing})

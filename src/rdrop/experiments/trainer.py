@@ -18,8 +18,8 @@ Three properties hold for every task, and tests hold them:
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
@@ -28,25 +28,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from rdrop.dropout import dropout_sources
 from rdrop.experiments import checkpoints
 from rdrop.experiments.cost import CostMeter
 from rdrop.experiments.machine import machine, versions
+from rdrop.experiments.method import Method, MethodError, count_positions, uses_rdrop
 from rdrop.experiments.optimization import build_optimizer, learning_rate_at
+from rdrop.experiments.order import DataOrder, OrderError
 from rdrop.experiments.preemption import Preempted, StopRequestedError, StopSignals
-from rdrop.experiments.randomness import data_order, seed_all, updates_per_epoch
+from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.results import FORMAT, RunFolder
-from rdrop.experiments.tasks import Batch, Task, load_task
-from rdrop.loss import LossTerms, cross_entropy, rdrop_loss
-from rdrop.views import repeat_batch
+from rdrop.experiments.tasks import Batch, load_task
+from rdrop.loss import LossTerms
 
-IGNORE_INDEX = -100
 TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
 
 
@@ -76,6 +74,9 @@ class RunState:
     evaluated_step: int = 0
     best_step: int | None = None
     best_score: float | None = None
+    scores_since_best: int = 0
+    averaged_steps: list[int] = field(default_factory=list)
+    """The last scores whose weights the final score averages, if it does."""
     seconds: float = 0.0
     resumed: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -84,15 +85,22 @@ class RunState:
 
 
 def train(
-    recipe: Recipe, folder: str | PathLike[str], *, on_progress: Callable[[Progress], None] | None = None
+    recipe: Recipe,
+    folder: str | PathLike[str],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains the recipe in `folder`, or resumes it there, and returns its result (the content of `result.json`).
 
     A finished run is not repeated: its result is returned. Under `torchrun` or `accelerate launch` every process calls
-    this; the first one writes. Python's, numpy's and torch's global generators are seeded.
+    this; the first one writes. Python's, numpy's and torch's global generators are seeded. `trackers` are names that
+    Accelerate knows ("tensorboard", "wandb", ...): they are told what `metrics.jsonl` is told.
 
     Raises:
-        TrainingError: the folder belongs to another recipe, R-Drop has nothing to act on, a number is not finite.
+        TrainingError: the folder belongs to another recipe, the recipe does not fit its task, R-Drop has nothing to act
+            on, a number is not finite.
+        DataError: the data are not what they should be: which file and line.
         CheckpointError: checkpoints are there, and all are damaged.
         StorageError: the disk is full or cannot be written. What was saved before stays good.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call resumes it.
@@ -102,28 +110,42 @@ def train(
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path)
         return result
-    return _Training(recipe, run, on_progress or (lambda progress: None)).run()
+    return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
 
 
 class _Training:
-    def __init__(self, recipe: Recipe, folder: RunFolder, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, on_progress: Callable[[Progress], None], trackers: Sequence[str]
+    ) -> None:
         self.recipe, self.folder, self.on_progress = recipe, folder, on_progress
         self.checkpoint_folder = folder.path / "checkpoints"
         # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
-        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=folder.path,
+        )
         self.stop = StopSignals(self.any_process)
 
         self.write_recipe()
         self.task = load_task(recipe)
-        _require_fitting_recipe(recipe, self.task, self.accelerator.num_processes)
+        self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
         self.model = self.task.build_model().to(self.accelerator.device)  # what is evaluated and saved
-        _require_randomness(recipe, self.model)
+        with _refusals():
+            size, lengths = self.task.train_size(), self.task.train_lengths()
+            self.order = DataOrder(recipe, size, lengths, parts=self.parts)
+            self.method = Method(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
         self.state = RunState()
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         self.parallel_model = self.accelerator.prepare_model(self.model)  # what is trained: under DDP, its wrapper
+        if recipe.compile:
+            self.parallel_model = torch.compile(self.parallel_model)
+        if trackers:
+            self.accelerator.init_trackers(recipe.name)
 
         self.cost = CostMeter(self.accelerator.device, self.state.seconds)
         self.started_at, self.started_step = time.perf_counter(), self.state.step
@@ -135,9 +157,9 @@ class _Training:
                 while True:
                     if self.must_evaluate():
                         self.evaluate()
-                    if self.is_due(self.recipe.checkpoint_every) or self.state.best_step == self.state.step:
+                    if self.must_save():
                         self.save()
-                    if self.state.step == self.recipe.updates:
+                    if self.is_over():
                         return self.finish()
                     self.update()
             except StopRequestedError:
@@ -191,33 +213,18 @@ class _Training:
 
     def microbatches(self, step: int) -> list[Batch]:
         """This process's part of the update's batch, in `accumulation` parts."""
-        epoch, indices = data_order(step, self.recipe, self.task.train_size())
+        epoch, indices = self.order.at(step)
         processes = self.accelerator.num_processes
-        parts = np.array_split(indices, self.recipe.accumulation * processes)
+        parts = np.array_split(indices, self.parts)
         own = parts[self.accelerator.process_index :: processes]
         return [self.task.train_batch(part.tolist(), epoch) for part in own]
 
     def loss(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
-        """R-Drop's loss or, with one pass, the plain one; both in fp32, their sums divided by `num_items`."""
-        recipe, task = self.recipe, self.task
-        labels = task.labels(batch)
-        if not uses_rdrop(step, recipe):
-            logits = self.logits(batch)
-            return plain_loss(logits, labels, task, label_smoothing=recipe.label_smoothing, num_items=num_items)
-        logits = self.logits(repeat_batch(batch, recipe.passes))
         try:
-            return rdrop_loss(
-                logits,
-                labels,
-                alpha=recipe.alpha,
-                label_smoothing=recipe.label_smoothing,
-                num_items=num_items,
-                divergence=task.divergence,
-                task_loss=task.task_loss,
-            )
-        except ValueError as error:  # on CPU, rdrop_loss names the logit that is not finite
-            if not logits.isfinite().all():
-                self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
+            with _refusals():
+                return self.method.terms(batch, step, num_items)
+        except FloatingPointError as error:
+            self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
             raise TrainingError(f"step {step + 1}: {error}. {self.advice()}") from error
 
     def logits(self, batch: Batch) -> Tensor:
@@ -247,6 +254,17 @@ class _Training:
     def must_evaluate(self) -> bool:
         return self.is_due(self.recipe.evaluate_every) and self.state.evaluated_step < self.state.step
 
+    def must_save(self) -> bool:
+        """For a resume; or because the final score may want these weights."""
+        wanted = (self.state.best_step, *self.state.averaged_steps)
+        return self.is_due(self.recipe.checkpoint_every) or self.state.step in wanted
+
+    def is_over(self) -> bool:
+        patience = self.recipe.patience
+        return self.state.step == self.recipe.updates or (
+            patience is not None and self.state.scores_since_best >= patience
+        )
+
     def evaluate(self) -> None:
         """Scores the valid split, writes both rows of this step, and notes whether it is the best so far."""
         self.valid = self.score("valid")
@@ -255,8 +273,11 @@ class _Training:
         self.append_row("valid", state.step, self.valid)
         state.sums, state.counts, state.evaluated_step = {}, {}, state.step
         score = self.valid[self.task.metric]
+        state.scores_since_best += 1
         if state.best_score is None or self.is_better(score, state.best_score):
-            state.best_step, state.best_score = state.step, score
+            state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
+        if self.recipe.average_last > 1:
+            state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
         self.report_progress(means["loss"])
 
     def is_better(self, score: float, other: float) -> bool:
@@ -276,14 +297,15 @@ class _Training:
         return scores
 
     def finish(self) -> dict[str, Any]:
-        """Scores the best weights. The test split is used here, once, and decides nothing.
-
-        The last update has a checkpoint by now: a stop from here on has nothing more to save.
-        """
+        """Scores the best weights, or the mean of the last. The test split is used here, once, and decides nothing."""
         state, recipe = self.state, self.recipe
         assert state.best_step is not None  # the last update is always scored
         self.accelerator.wait_for_everyone()
-        checkpoints.load(self.checkpoint_folder, state.best_step).restore_model(self.model)
+        self.save()  # a stop from here on must not save the weights that are scored as those of the last update
+        if state.averaged_steps:
+            checkpoints.restore_average(self.checkpoint_folder, state.averaged_steps, self.model)
+        else:
+            checkpoints.load(self.checkpoint_folder, state.best_step).restore_model(self.model)
         result = {
             "format": FORMAT,
             "recipe": recipe.model_dump(mode="json"),
@@ -291,7 +313,9 @@ class _Training:
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "metric": self.task.metric,
             "higher_is_better": self.task.higher_is_better,
+            "updates": state.step,
             "best_step": state.best_step,
+            "averaged_steps": state.averaged_steps,
             "valid": self.score("valid"),
             "test": self.score("test"),
             "cost": self.cost.report(self.model),
@@ -301,6 +325,8 @@ class _Training:
         }
         if self.accelerator.is_main_process:
             self.folder.write_result(result)
+        for tracker in self.accelerator.trackers:  # not end_training, which would end the process group too
+            tracker.finish()
         self.accelerator.wait_for_everyone()
         return result
 
@@ -353,9 +379,11 @@ class _Training:
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            epoch = step / updates_per_epoch(self.recipe, self.task.train_size())
+            epoch = step / self.order.updates_per_epoch
             row = {"kind": kind, "step": step, "epoch": epoch, "seconds": self.state.seconds}
             self.folder.append_metrics(row | values)
+            measured = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            self.accelerator.log(measured | {"epoch": epoch}, step=step)
 
     def report_progress(self, loss: float) -> None:
         steps = self.state.step - self.started_step
@@ -370,36 +398,6 @@ class _Training:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.sum_over_processes(torch.tensor(int(flag), device=self.accelerator.device)).item())
-
-
-def uses_rdrop(step: int, recipe: Recipe) -> bool:
-    """Whether the update after `step` updates is one with several passes (k-step R-Drop: updates k, 2k, ...)."""
-    return recipe.alpha > 0 and (step + 1) % recipe.every == 0
-
-
-def plain_loss(
-    logits: Tensor, labels: Tensor, task: Task, *, label_smoothing: float, num_items: int | Tensor
-) -> LossTerms:
-    """For a classifier, `F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=...) / num_items`.
-
-    A logit at a position without a label never matters, not even a NaN.
-    """
-    if task.task_loss is cross_entropy:
-        rows, targets = logits.flatten(0, -2).float(), labels.flatten(0, logits.dim() - 2)
-        if targets.dim() == 1:
-            rows = rows.masked_fill((targets == IGNORE_INDEX)[:, None], 0.0)
-        total = F.cross_entropy(rows, targets, reduction="sum", label_smoothing=label_smoothing)
-    else:
-        total = task.task_loss(logits.float(), labels).sum()
-    loss = total / num_items
-    return LossTerms(loss, loss.detach(), torch.zeros_like(loss))
-
-
-def count_positions(labels: Tensor) -> Tensor:
-    """Positions with something to learn: labels that are not -100; of targets `(N, ..., K)`, the `(N, ...)`."""
-    if labels.is_floating_point():
-        return torch.tensor(len(labels) if labels.dim() == 1 else labels.shape[:-1].numel(), device=labels.device)
-    return (labels != IGNORE_INDEX).sum()
 
 
 def _parse_state(checkpoint: checkpoints.Checkpoint) -> RunState:
@@ -425,27 +423,10 @@ def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> N
         )
 
 
-def _require_fitting_recipe(recipe: Recipe, task: Task, processes: int) -> None:
-    if recipe.label_smoothing and task.task_loss is not cross_entropy:
-        raise TrainingError(
-            f"label_smoothing (={recipe.label_smoothing}) must be 0: {recipe.task} has no cross-entropy"
-        )
-    if recipe.batch_size > task.train_size():
-        raise TrainingError(
-            f"batch_size (={recipe.batch_size}) must be at most the number of training examples (={task.train_size()})"
-        )
-    if recipe.batch_size < recipe.accumulation * processes:
-        raise TrainingError(
-            f"batch_size (={recipe.batch_size}) must be at least accumulation (={recipe.accumulation}) times the "
-            f"number of processes (={processes})"
-        )
-
-
-def _require_randomness(recipe: Recipe, model: nn.Module) -> None:
-    # Layerdrop is left out: the passes of one forward share its coin.
-    acts = any(source.active and source.kind != "layerdrop" for source in dropout_sources(model.train()))
-    if recipe.alpha > 0 and not acts:
-        raise TrainingError(
-            f"alpha (={recipe.alpha}) asks for R-Drop, but the model has no dropout: all passes would be the same. "
-            "Set a dropout rate of the model above 0, or alpha=0 for plain training."
-        )
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What data order and method refuse, as a `TrainingError`."""
+    try:
+        yield
+    except (OrderError, MethodError) as error:
+        raise TrainingError(str(error)) from error

@@ -7,7 +7,7 @@ from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name
 
 MODULES = ("digits",)
-"""One a task, in the order in which they are listed. Each has `RECIPES` and `PUBLISHED`, by the names of the recipes."""
+"""One a task, in the order in which they are listed. Each has `RECIPES`, and `PUBLISHED` by the name of the recipe."""
 
 
 def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]]]:

@@ -44,7 +44,9 @@ class DigitsRecipe(Recipe):
     model: DigitsModel
 
     def tiny(self) -> Self:
-        return self.replace(name=f"{self.name}-tiny", updates=20, warmup_steps=2, evaluate_every=10, checkpoint_every=10)
+        return self.replace(
+            name=f"{self.name}-tiny", updates=20, warmup_steps=2, evaluate_every=10, checkpoint_every=10
+        )
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
@@ -89,6 +91,7 @@ DIGITS = DigitsRecipe(
     cutoff=None,
     cutoff_ratio=0.0,
     task_passes="all",
+    divergence="symmetric",
     updates=500,  # 167 epochs of 100 labels: the training loss is down to 0.01
     batch_size=32,
     batch_tokens=None,
