@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 LOADED_BY_RDROP = """
 import sys, torch
 before = set(sys.modules)
@@ -15,3 +17,31 @@ def test_core_imports_only_torch_and_the_standard_library():
     output = subprocess.run([sys.executable, "-c", LOADED_BY_RDROP], capture_output=True, text=True, check=True).stdout
     foreign = set(output.split()) - set(sys.stdlib_module_names) - {"rdrop", "torch"}
     assert foreign == set()
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
+import rdrop
+import rdrop.integrations.transformers
+"""
+
+OLD_TRANSFORMERS = """
+import transformers
+transformers.__version__ = "5.5.4"
+import rdrop.integrations.transformers
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (WITHOUT_TRANSFORMERS, "needs transformers, which is not installed; in a clone of the repository: pip install"),
+        (OLD_TRANSFORMERS, "needs transformers 5.6 or later"),
+    ],
+)
+def test_the_integration_says_what_to_install(program, message):
+    pytest.importorskip("transformers")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert message in run.stderr.splitlines()[-1]

@@ -116,6 +116,16 @@ def test_gradient_checkpointing_keeps_the_dropout_masks(folder: str) -> None:
     assert worst_difference(gradients(True), gradients(False)) < 1e-12
 
 
+def test_gradient_checkpointing_that_loses_the_dropout_masks_is_refused(folder: str) -> None:
+    settings = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False},
+    }
+    model = bert_classifier(num_labels=3, hidden_dropout_prob=0.3).double()
+    with pytest.raises(ValueError, match=r"new dropout masks.*bert\.encoder.* Do not pass preserve_rng_state=False"):
+        train(RDropTrainer, model, CLASSIFY.batches[:1], folder, settings, alpha=1.0)
+
+
 def test_a_compiled_model_is_recognised(folder: str) -> None:
     model = build(CLASSIFY)
     compiled = torch.compile(build(CLASSIFY), backend="eager")
@@ -309,6 +319,24 @@ def test_resuming_ends_in_the_same_bits(every: int, tmp_path: Any) -> None:
         assert logged(resumed, name) == logged(uninterrupted, name)
 
 
+def test_a_vit_resumes_to_the_same_bits_if_it_is_built_from_the_checkpoint(tmp_path: Any) -> None:
+    """The stock Trainer loads nothing into a class whose weights have other names in files: it only logs that."""
+    batches = CASES["image classification"].batches * 2
+
+    def trainer(model: nn.Module) -> RDropTrainer:
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        args = arguments(str(tmp_path), **settings)
+        return RDropTrainer(model=model, args=args, train_dataset=batches, data_collator=only_item, alpha=1.0)
+
+    torch.manual_seed(0)
+    model = ViTForImageClassification(vit_config(hidden_dropout_prob=0.2)).double()
+    trainer(model).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = ViTForImageClassification.from_pretrained(checkpoint, dtype=torch.float64)
+    trainer(resumed).train(resume_from_checkpoint=checkpoint)
+    assert same_bits(weights_of(resumed), weights_of(model))
+
+
 # ----------------------------------------------------------------------------------------------- losses of one's own
 
 
@@ -411,6 +439,7 @@ def refuses(message: str, model: nn.Module, folder: str, **options: Any) -> None
     [
         ({"alpha": -1.0}, r"alpha \(=-1.0\) must be a finite number >= 0"),
         ({"alpha": float("nan")}, r"alpha \(=nan\)"),
+        ({"alpha": None}, r"alpha \(=None\) must be a number >= 0"),
         ({"passes": 1}, r"passes \(=1\) must be an integer >= 2; for plain training set alpha=0"),
         ({"every": 0}, r"every \(=0\) must be an integer >= 1"),
     ],

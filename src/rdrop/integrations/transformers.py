@@ -21,9 +21,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
-from transformers.models.auto import modeling_auto as auto
 
+try:
+    import transformers
+    from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+    from transformers.models.auto import modeling_auto as auto
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"rdrop.integrations.transformers needs {error.name}, which is not installed; in a clone of the repository: "
+        "pip install '.[transformers]'",
+        name=error.name,
+    ) from error
+
+from rdrop.check import check_rdrop
 from rdrop.dropout import dropout_sources
 from rdrop.integrations.transformers_forward import (
     EncoderOnce,
@@ -52,6 +62,12 @@ from rdrop.loss import (
     symmetric_kl,
 )
 from rdrop.views import repeat_batch, split_passes
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
+    raise ImportError(
+        f"rdrop.integrations.transformers needs transformers 5.6 or later, whose Trainer scales accumulated losses as "
+        f"this code expects; version {transformers.__version__} is installed: pip install 'transformers>=5.6,<6'"
+    )
 
 Batch = dict[str, Any]
 IGNORED = -100
@@ -358,6 +374,8 @@ class RDropMixin(Trainer):
     ) -> tuple[Tensor, Any]:
         label_smoothing = self._label_smoothing(inputs, targets)
         _check_not_packed(self._inner_model(), inputs)
+        if self._checks_left == CHECKED_MICRO_BATCHES:
+            _check_recomputation(self.model_wrapped)
         repeated = repeat_batch(inputs, self.passes, batch_size=len(targets[0].labels))
         with self._encoder_forward(inputs, targets):
             if self._is_fused(model, inputs, targets, outputs_wanted):
@@ -661,6 +679,10 @@ def _depends_on(loss: Tensor, count: Tensor) -> bool:
 
 
 def _check_settings(alpha: float, passes: int, every: int, micro_batches: int) -> None:
+    try:
+        math.isfinite(alpha)
+    except TypeError:
+        raise TypeError(f"alpha (={alpha!r}) must be a number >= 0") from None
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha (={alpha}) must be a finite number >= 0")
     if not (isinstance(passes, int) and passes >= 2):
@@ -712,6 +734,13 @@ def _check_not_packed(model: nn.Module, inputs: Batch) -> None:
             "this batch is packed (padding-free), and repeated it would attend across its sequences; use a collator "
             "that pads, e.g. DataCollatorForLanguageModeling or DataCollatorWithPadding"
         )
+
+
+def _check_recomputation(model: nn.Module) -> None:
+    """Backward must see the dropout masks of the forward: the gradient is wrong otherwise, and nothing shows it."""
+    for finding in check_rdrop(model).findings:
+        if finding.code in ("checkpoint-rng", "compile-memory-budget"):
+            raise ValueError(f"{finding.message} {finding.remedy}")
 
 
 def _check_randomness(model: Any, logits: list[Tensor], passes: int) -> None:
