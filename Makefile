@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 RUNS ?= runs
 
-.PHONY: help demo demo-short test test-long lint types check clean
+.PHONY: help demo demo-short test test-long bench lint types check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,19 @@ test: $(VENV)/installed  ## the default tests, with the README's code blocks
 
 test-long: $(VENV)/installed  ## what takes minutes: 10,000 random cases, many kills
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m long --timeout 3600
+
+# One thread and the processor's clock: what else runs on the machine hardly shows.
+BENCH := OMP_NUM_THREADS=1 $(BIN)/rdrop bench --threads 1 --clock processor
+
+bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and plots from them, in about 12 minutes
+	rm -rf build/bench && mkdir -p build/bench
+	$(BENCH) logits --output build/bench/rows.jsonl
+	$(BENCH) logits --dtype bfloat16 --pairs 1024 --output build/bench/rows.jsonl
+	$(BENCH) hidden --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
+	$(BENCH) hidden --dtype bfloat16 --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
+	$(BENCH) steps --rounds 3 --output build/bench/steps.jsonl
+	mv build/bench/*.jsonl benchmarks/results/
+	$(BIN)/python benchmarks/pages.py
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .
