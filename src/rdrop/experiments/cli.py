@@ -13,7 +13,6 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +25,7 @@ from rich.text import Text
 from rdrop.experiments.files import DataError
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
 from rdrop.experiments.recipe import Recipe, RecipeError, override
-from rdrop.experiments.recipes import RECIPES, find_recipe
+from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.results import ResultsError, find_runs
 
 if TYPE_CHECKING:
@@ -90,10 +89,13 @@ def _fail(message: str, status: int) -> int:
 def list_recipes(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Show the keys of this one.")] = None,
     settings: Settings = None,
+    runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
-    """Show the recipes; or the keys of one recipe, their values and what they mean."""
-    table = _catalogue() if recipe is None else _keys(override(find_recipe(recipe), settings or []))
-    Console().print(table)
+    """Show the recipes, with what is published and what the finished runs scored; or the keys of one recipe."""
+    from rdrop.experiments.catalogue import catalogue
+
+    table = catalogue(runs) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
+    Console(highlight=False).print(table)
 
 
 @app.command()
@@ -146,7 +148,7 @@ def compare(
 
 @app.command()
 def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
-    """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html."""
+    """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html and RUNS/results.html."""
     _show_comparisons([runs])
     _write_page(runs)
 
@@ -227,13 +229,6 @@ def parse_seeds(text: str) -> list[int]:
     )
 
 
-def _catalogue() -> Table:
-    table = _table("recipe", "task", "R-Drop", "what it is")
-    for recipe in RECIPES.values():
-        table.add_row(Text(recipe.name, "bold"), recipe.task, f"alpha {recipe.alpha:g}", getdoc(type(recipe)) or "")
-    return table
-
-
 def _keys(recipe: Recipe) -> Table:
     table = _table("key", "value", "what it means")
     for key, description in recipe.descriptions().items():
@@ -300,5 +295,8 @@ def _show_comparisons(folders: list[Path]) -> None:
 
 def _write_page(runs: Path) -> None:
     from rdrop.experiments.report import write_report
+    from rdrop.experiments.results_page import write_results
 
-    Console(highlight=False).print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)
+    console = Console(highlight=False)
+    console.print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)
+    console.print(f"Beside the published figures: {write_results(runs)}", soft_wrap=True)
