@@ -24,9 +24,9 @@ def catalogue(runs: Path) -> Table:
     own = {comparison.name: comparison for comparison in comparisons(find_runs(runs) if runs.is_dir() else [])}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=CAPTION, caption_justify="left")
     table.add_column("recipe", no_wrap=True)
-    table.add_column("model")
+    table.add_column("model", overflow="fold", min_width=11)
     table.add_column("published", no_wrap=True)
-    table.add_column("ours")
+    table.add_column("ours", no_wrap=True)
     task = None
     for name, recipe in RECIPES.items():
         if recipe.task != task:
@@ -40,9 +40,9 @@ def catalogue(runs: Path) -> Table:
 
 
 def _published(published: Published) -> str:
-    figures = [f"{value:g}" for value in (published.baseline, published.rdrop) if value is not None]
-    method = "" if published.method == "R-Drop" else f" ({published.method})"
-    return f"{published.metric} {f' {ARROW} '.join(figures)}{method}{' *' if published.recalled else ''}"
+    baseline, rdrop = ("" if value is None else f"{value:g}" for value in (published.baseline, published.rdrop))
+    method = "" if published.method == "R-Drop" else f" ({published.method.removeprefix('R-Drop ')})"
+    return f"{published.metric} {baseline} {ARROW} {rdrop}{method}{' *' if published.recalled else ''}"
 
 
 def _own(comparison: Comparison | None) -> str:
@@ -50,7 +50,7 @@ def _own(comparison: Comparison | None) -> str:
         return ""
     style = comparison.results()[0].style
     scores = [style.score(_mean(arm, comparison.metric)) for arm in (comparison.baseline, *_rdrop(comparison))]
-    return f"{style.heading(comparison.metric)} {f' {ARROW} '.join(scores)}"
+    return f" {ARROW} ".join(scores)
 
 
 def _rdrop(comparison: Comparison) -> list[Arm]:
