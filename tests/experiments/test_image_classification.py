@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,23 @@ def test_a_damaged_byte_in_a_member_is_noticed(tmp_path: Path) -> None:
     raw[2000] ^= 1
     path.write_bytes(raw)
     assert f"{path}:images: cannot be read" in refusal(read_npz, path)
+
+
+def test_a_damaged_npz_is_read_or_refused_and_never_crashes(tmp_path: Path) -> None:
+    path, draw = write_npz(tmp_path / "x.npz", 4, images=np.zeros((4, 2, 2, 3), dtype=np.uint8)), random.Random(0)
+    raw = path.read_bytes()
+    refusals = []
+    for number in range(300):
+        damaged = bytearray(raw[: draw.randrange(len(raw))] if number % 5 == 0 else raw)
+        for _ in range(draw.randint(1, 3) if damaged else 0):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_npz(path)
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 200
+    assert all(message.startswith(f"{path}:") for message in refusals)
 
 
 # ----------------------------------------------------------------------------------------- CIFAR-100's binary and hub

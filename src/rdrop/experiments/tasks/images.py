@@ -27,6 +27,9 @@ CIFAR_100_RECORD = 2 + 3 * CIFAR_EDGE**2  # coarse label, fine label, red, green
 # All that Pillow raises for a file that is no image, or a damaged one.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
+# All that zipfile and NumPy raise for a file that is no .npz, or a damaged one.
+DAMAGED_NPZ = (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -180,7 +183,7 @@ def _images_of(folder: Path) -> list[Path]:
 def _archive(file: BinaryIO, path: Path) -> Any:
     try:
         archive = np.load(file, allow_pickle=False)  # given a path, it would leave a broken file open
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         raise DataError(f"{path}: cannot be read as .npz ({error}); get it again, or write it with savez") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"{path}: is no .npz file; write it with numpy.savez(path, images=..., labels=...)")
@@ -193,7 +196,7 @@ def _member(archive: Any, name: str, path: Path) -> NDArray[Any]:
         raise DataError(f"{path}: has no member {name!r}, only {members}; write it with savez(path, images=, labels=)")
     try:
         member: NDArray[Any] = archive[name]
-    except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_NPZ as error:
         raise DataError(f"{path}:{name}: cannot be read ({error}); get the file again") from error
     return member
 
