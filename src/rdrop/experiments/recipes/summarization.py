@@ -1,0 +1,317 @@
+"""Summarization: a sequence-to-sequence model reads a document and writes its summary.
+
+`cnn-dailymail` is the paper's experiment: BART-large, fine-tuned. `aeslc` writes the subject line of an e-mail with a
+small model from scratch, in minutes on a CPU. `summarization` is for files of your own. docs/tasks/summarization.md has
+the layouts of the data, and how the summaries are written and scored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rdrop.experiments.published import Published
+from rdrop.experiments.recipe import (
+    LARGEST_COUNT,
+    Count,
+    DataFiles,
+    ModelSection,
+    Probability,
+    Recipe,
+    RecipeError,
+    Section,
+)
+
+Vocabulary = Annotated[int, Field(ge=260, le=LARGEST_COUNT)]  # 256 bytes and 4 special tokens
+
+
+class SummarizationData(DataFiles):
+    document_column: str = Field(description="The column with the document.")
+    summary_column: str = Field(description="The column with its summary; a newline in it ends a sentence.")
+    reference_columns: list[str] = Field(
+        description="Columns of the test split with more reference summaries: the best of all counts."
+    )
+    counts: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = Field(
+        description="Examples of train, valid and test that `folder` and `hub` must have. null: any number."
+    )
+    valid_examples: Count | None = Field(
+        description="How many examples of the valid split are scored, from its first: writing summaries takes long. "
+        "null: all."
+    )
+    prefix: str = Field(description='Text before every document, which some models want: "summarize: " for T5.')
+    document_tokens: Count = Field(description="A longer document is cut to this many tokens.")
+    summary_tokens: Count = Field(description="A summary to learn from that is longer is cut to this many tokens.")
+
+
+class SummarizationModel(ModelSection):
+    name: str | None = Field(
+        description="A pre-trained sequence-to-sequence model: its id on the Hugging Face hub, or its folder. null: "
+        "BART's architecture from scratch, of the size that the next keys say."
+    )
+    vocabulary: Vocabulary | None = Field(
+        description="Entries of the byte-level BPE learned from the training text, at most."
+    )
+    lowercase: bool | None = Field(description="Whether that BPE, and with it the model, knows lower case only.")
+    layers: Count | None = Field(description="Layers of the encoder, and of the decoder.")
+    hidden_size: Count | None = Field(description="Width of the residual stream.")
+    heads: Count | None = Field(description="Attention heads per layer.")
+    intermediate_size: Count | None = Field(description="Width of the feed-forward layers.")
+    dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layers.")
+    attention_dropout: Probability | None = Field(
+        description="Rate on the attention probabilities. null: for a model that has no such rate, such as T5."
+    )
+    activation_dropout: Probability | None = Field(
+        description="Rate inside the feed-forward layers. null: for a model that has no such rate."
+    )
+
+    def dropout_rates(self) -> dict[str, float]:
+        return {name: rate for name, rate in self.rates().items() if rate is not None}
+
+    def rates(self) -> dict[str, float | None]:
+        return {name: rate for name, rate in self if name.endswith("dropout")}
+
+
+OF_ITS_OWN = ("vocabulary", "lowercase", "layers", "hidden_size", "heads", "intermediate_size")
+"""The keys of a model from scratch: a pre-trained one has its own."""
+
+
+class SummarizationDecoding(Section):
+    beams: Count = Field(description="Beams of the search. 1: greedy.")
+    length_penalty: float = Field(
+        description="The power of the length that divides a summary's log-probability: above 0 favours longer ones."
+    )
+    min_length: int = Field(ge=0, description="Tokens before a summary may end.")
+    max_length: Count = Field(description="Tokens after which it ends.")
+    no_repeat_ngram: int = Field(ge=0, description="No sequence of this many tokens is written twice. 0: any may be.")
+    batch_size: Count = Field(description="Documents for which summaries are written at once.")
+
+
+class SummarizationRecipe(Recipe):
+    """A document and its summary: any sequence-to-sequence model, scored by ROUGE."""
+
+    task: Literal["summarization"] = Field(description=Recipe.model_fields["task"].description)
+    data: SummarizationData
+    model: SummarizationModel
+    decoding: SummarizationDecoding = Field(description="How summaries are written: the task's own keys.")
+
+    def tiny(self) -> Self:
+        return self.replace(
+            name=f"{self.name}-tiny",
+            updates=20,
+            warmup_steps=2,
+            learning_rate=3e-3,
+            batch_size=8,
+            batch_tokens=None,
+            accumulation=1,
+            precision="fp32",
+            evaluate_every=10,
+            checkpoint_every=10,
+            **{
+                "data.tiny": True,
+                "data.document_tokens": 32,
+                "data.summary_tokens": 16,
+                "model.name": None,
+                "model.vocabulary": 300,
+                "model.lowercase": True,
+                "model.layers": 1,
+                "model.hidden_size": 32,
+                "model.heads": 2,
+                "model.intermediate_size": 64,
+                "decoding.min_length": 0,
+                "decoding.max_length": 12,
+            },
+        )
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        self._model_is_whole()
+        decoding = self.decoding
+        if decoding.min_length > decoding.max_length:
+            raise RecipeError(
+                "decoding.min_length",
+                f"must be at most decoding.max_length (={decoding.max_length})",
+                value=decoding.min_length,
+            )
+        columns = [self.data.document_column, self.data.summary_column, *self.data.reference_columns]
+        if len(set(columns)) != len(columns):
+            raise RecipeError("data.summary_column", f"the columns must differ, got {', '.join(columns)}")
+        return self
+
+    def _model_is_whole(self) -> None:
+        model = self.model
+        for key in OF_ITS_OWN:
+            value = getattr(model, key)
+            if model.name is None and value is None:
+                raise RecipeError(
+                    f"model.{key}", "must be given for a model from scratch (model.name=null)", value=None
+                )
+            if model.name is not None and value is not None:
+                raise RecipeError(
+                    f"model.{key}",
+                    f"must be null: {model.name} has its own; or set model.name=null, for a model from scratch",
+                    value=value,
+                )
+        if model.hidden_size is not None and model.heads is not None and model.hidden_size % model.heads:
+            raise RecipeError(
+                "model.hidden_size", f"must be divisible by model.heads (={model.heads})", value=model.hidden_size
+            )
+
+
+CNN_DAILYMAIL = SummarizationRecipe(
+    name="cnn-dailymail",
+    task="summarization",
+    alpha=0.7,  # paper, section 3.2
+    passes=2,
+    every=1,
+    dropout=None,
+    cutoff=None,
+    cutoff_ratio=0.0,
+    task_passes="all",
+    divergence="symmetric",
+    updates=20_000,  # official settings, from here on where nothing else is said
+    batch_size=None,
+    batch_tokens=65_536,  # 1,024 tokens x 16 accumulation steps x 4 GPUs
+    accumulation=16,
+    optimizer="adamw",
+    beta1=0.9,
+    beta2=0.999,
+    epsilon=1e-8,
+    learning_rate=3e-5,
+    schedule="linear",  # polynomial of power 1
+    warmup_steps=500,
+    weight_decay=0.01,
+    clip_norm=0.1,
+    label_smoothing=0.1,
+    precision="bf16",  # our choice: theirs is fp16, which needs a loss scale
+    compile=False,
+    fused=False,
+    encoder_once=False,
+    evaluate_every=1000,  # our choice: about once per 0.2 epochs
+    patience=None,
+    average_last=1,
+    checkpoint_every=1000,  # our choice, these two
+    keep_checkpoints=2,
+    seed=0,
+    data=SummarizationData(
+        hub="abisee/cnn_dailymail",
+        hub_config="3.0.0",
+        folder=None,
+        train=None,
+        valid=None,
+        test=None,
+        split_seed=0,
+        tiny=False,
+        document_column="article",
+        summary_column="highlights",
+        reference_columns=[],
+        counts=[287_113, 13_368, 11_490],
+        valid_examples=500,  # our choice: beam search over all 13,368 would take longer than the updates between
+        prefix="",
+        document_tokens=1024,  # the model's longest input
+        summary_tokens=256,  # our choice: 99.9 % of the highlights are shorter
+    ),
+    model=SummarizationModel(
+        name="facebook/bart-large",
+        vocabulary=None,
+        lowercase=None,
+        layers=None,
+        hidden_size=None,
+        heads=None,
+        intermediate_size=None,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.0,
+    ),
+    decoding=SummarizationDecoding(
+        beams=4,
+        length_penalty=2.0,
+        min_length=55,
+        max_length=140,
+        no_repeat_ngram=3,
+        batch_size=32,
+    ),
+)
+
+AESLC = CNN_DAILYMAIL.replace(
+    name="aeslc",
+    updates=1000,
+    batch_size=32,
+    batch_tokens=None,
+    accumulation=1,
+    beta2=0.98,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    clip_norm=1.0,
+    precision="fp32",
+    evaluate_every=250,
+    checkpoint_every=250,
+    **{
+        "data.hub": None,
+        "data.hub_config": None,
+        "data.document_column": "document",
+        "data.summary_column": "subject",
+        "data.counts": [14_436, 1_960, 1_906],
+        "data.valid_examples": 500,
+        "data.document_tokens": 64,
+        "data.summary_tokens": 24,
+        "model.name": None,
+        "model.vocabulary": 4000,
+        "model.lowercase": True,
+        "model.layers": 2,
+        "model.hidden_size": 128,
+        "model.heads": 4,
+        "model.intermediate_size": 256,
+        "model.activation_dropout": 0.0,
+        "decoding.beams": 1,
+        "decoding.length_penalty": 1.0,
+        "decoding.min_length": 0,
+        "decoding.max_length": 20,
+        "decoding.no_repeat_ngram": 0,
+        "decoding.batch_size": 128,
+    },
+)
+
+# Defaults for files of your own: the paper's method, and a model that one GPU of 16 GB can fine-tune.
+SUMMARIZATION = CNN_DAILYMAIL.replace(
+    name="summarization",
+    updates=3000,  # our choices, all of these
+    batch_size=32,
+    batch_tokens=None,
+    accumulation=4,
+    warmup_steps=300,
+    evaluate_every=250,
+    checkpoint_every=250,
+    **{
+        "data.hub": None,
+        "data.hub_config": None,
+        "data.document_column": "document",
+        "data.summary_column": "summary",
+        "data.counts": None,
+        "data.valid_examples": 200,
+        "model.name": "facebook/bart-base",
+        "decoding.length_penalty": 1.0,
+        "decoding.min_length": 0,
+        "decoding.batch_size": 16,
+    },
+)
+
+RECIPES = (CNN_DAILYMAIL, AESLC, SUMMARIZATION)
+
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+    "cnn-dailymail": tuple(
+        Published(
+            dataset="CNN/DailyMail",
+            metric=metric,
+            model="BART",
+            baseline=baseline,
+            rdrop=rdrop,
+            source="Liang et al. 2021, table 3",
+        )
+        for metric, baseline, rdrop in (
+            ("ROUGE-1", 44.16, 44.51),
+            ("ROUGE-2", 21.28, 21.58),
+            ("ROUGE-L", 40.90, 41.24),
+        )
+    ),
+}

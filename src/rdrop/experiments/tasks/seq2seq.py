@@ -1,0 +1,167 @@
+"""Sequence-to-sequence models of transformers with their tokenizers: pre-trained ones, and small ones from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from rdrop.experiments.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from rdrop.experiments.recipes.summarization import SummarizationModel
+
+START, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+
+RATE_NAMES = {
+    "dropout": ("dropout", "dropout_rate"),
+    "attention_dropout": ("attention_dropout",),
+    "activation_dropout": ("activation_dropout",),
+}
+"""What the configurations of transformers call each of our rates."""
+
+LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Always 0: one forward of a repeated batch would drop the same layers in every pass."""
+
+
+# ---------------------------------------------------------------------------------------------------- from scratch
+
+
+def learned_tokenizer(texts: Iterable[str], vocabulary: int, *, lowercase: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary` entries, learned from `texts`. It knows any text, and ends it with `</s>`.
+
+    The same texts give the same tokenizer. The 256 bytes and the four special tokens are always in it.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as any other
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START, PAD, END, UNKNOWN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = (END, tokenizer.token_to_id(END))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[end])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=START,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        split_special_tokens=True,  # "</s>" in a text is these four characters
+    )
+
+
+def small_config(model: SummarizationModel, tokenizer: Any, positions: int) -> BartConfig:
+    """BART's architecture of the size that the recipe says, for the tokens of `learned_tokenizer`."""
+    assert model.hidden_size is not None  # the recipe has seen to it
+    return BartConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=positions,
+        d_model=model.hidden_size,
+        encoder_layers=model.layers,
+        decoder_layers=model.layers,
+        encoder_attention_heads=model.heads,
+        decoder_attention_heads=model.heads,
+        encoder_ffn_dim=model.intermediate_size,
+        decoder_ffn_dim=model.intermediate_size,
+        init_std=model.hidden_size**-0.5,  # BART's 0.02 is for a width of 1024; a small model would hardly attend
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- pre-trained
+
+
+def pretrained_tokenizer(name: str) -> Any:
+    with _named_in_errors(name):
+        return AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+
+
+def pretrained_config(name: str) -> Any:
+    with _named_in_errors(name):
+        config = AutoConfig.from_pretrained(name)
+    if type(config) not in AutoModelForSeq2SeqLM._model_mapping:
+        raise RecipeError("model.name", f"is a {config.model_type}, and not a sequence-to-sequence model", value=name)
+    if config.decoder_start_token_id is None:
+        raise RecipeError("model.name", "its configuration must have a decoder_start_token_id", value=name)
+    return config
+
+
+def seq2seq_model(name: str | None, config: Any) -> nn.Module:
+    """The pre-trained weights in fp32, whatever type they are stored in; without a name, new ones."""
+    if name is None:
+        return BartForConditionalGeneration(config)
+    with _named_in_errors(name):
+        model: nn.Module = AutoModelForSeq2SeqLM.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True
+        )
+    return model
+
+
+@contextmanager
+def _named_in_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            "model.name", f"cannot be loaded; is it a hub id or a folder? ({reason})", value=name
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------ both
+
+
+def set_rates(config: Any, rates: Mapping[str, float | None]) -> None:
+    """Puts our dropout rates into a configuration, and no layerdrop. transformers reads them when it builds the model.
+
+    Raises `RecipeError` for a rate that the configuration does not have, and for one that it has and is not given.
+    """
+    for key, rate in rates.items():
+        names = [name for name in RATE_NAMES[key] if hasattr(config, name)]
+        if names and rate is None:
+            raise RecipeError(f"model.{key}", f"must be a rate: {config.model_type} has one", value=None)
+        if not names and rate is not None:
+            raise RecipeError(f"model.{key}", f"must be null: {config.model_type} has no such rate", value=rate)
+        for name in names:
+            setattr(config, name, rate)
+    for name in LAYERDROP:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+
+
+def target_prefix(tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before every summary, such as BART's `<s>`."""
+    ids: list[int] = tokenizer(text_target="")["input_ids"]
+    return tuple(ids[: ids.index(config.eos_token_id)])
+
+
+def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
+    """What the decoder reads to predict `labels` `(N, T)`: the token before each, `start` before the first.
+
+    shift_right(tensor([[5, 6, 2], [7, 2, -100]]), start=0, pad=1)  # [[0, 5, 6], [0, 7, 2]]
+    """
+    before = torch.full_like(labels, start)
+    before[:, 1:] = labels[:, :-1]
+    return before.masked_fill(before == -100, pad)
