@@ -8,12 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.compare import Arm, Comparison, comparisons
-from rdrop.experiments.paired import mean
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipes import PUBLISHED, RECIPES
 from rdrop.experiments.results import find_runs
-from rdrop.experiments.wording import words
 
 ARROW = "\N{RIGHTWARDS ARROW}"
 CAPTION = f"Baseline {ARROW} R-Drop. *: as recalled, not checked. `rdrop list RECIPE` shows its keys."
@@ -21,7 +18,7 @@ CAPTION = f"Baseline {ARROW} R-Drop. *: as recalled, not checked. `rdrop list RE
 
 def catalogue(runs: Path) -> Table:
     """A row a recipe, by task; "ours" are the means of the finished comparisons below `runs`, if there are any."""
-    own = {comparison.name: comparison for comparison in comparisons(find_runs(runs) if runs.is_dir() else [])}
+    own = _scores_of_finished_runs(runs) if runs.is_dir() else {}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=CAPTION, caption_justify="left")
     table.add_column("recipe", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=11)
@@ -32,10 +29,10 @@ def catalogue(runs: Path) -> Table:
         if recipe.task != task:
             task = recipe.task
             table.add_section()
-            table.add_row(Text(words(task.replace("-", "_")), "italic"))
+            table.add_row(Text(task.replace("-", " "), "italic"))
         published = PUBLISHED.get(name, ())
         model = published[0].model if published else ""
-        table.add_row(Text(name, "bold"), model, "\n".join(map(_published, published)), _own(own.get(name)))
+        table.add_row(Text(name, "bold"), model, "\n".join(map(_published, published)), own.get(name, ""))
     return table
 
 
@@ -45,17 +42,17 @@ def _published(published: Published) -> str:
     return f"{published.metric} {baseline} {ARROW} {rdrop}{method}{' *' if published.recalled else ''}"
 
 
-def _own(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.baseline is None:
-        return ""
-    style = comparison.results()[0].style
-    scores = [style.score(_mean(arm, comparison.metric)) for arm in (comparison.baseline, *_rdrop(comparison))]
-    return f" {ARROW} ".join(scores)
+def _scores_of_finished_runs(runs: Path) -> dict[str, str]:
+    """By the name of the recipe: the mean test score of the baseline and of its first R-Drop arm."""
+    # Statistics take a second to import, and without any run the list needs none.
+    from rdrop.experiments.compare import comparisons
+    from rdrop.experiments.paired import mean
 
-
-def _rdrop(comparison: Comparison) -> list[Arm]:
-    return [arm for arm in comparison.challengers if not arm.method.is_plain][:1]
-
-
-def _mean(arm: Arm, metric: str) -> float | None:
-    return mean(tuple(arm.scores(metric, "test").values()))
+    found = {}
+    for comparison in comparisons(find_runs(runs)):
+        rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain][:1]
+        if comparison.baseline is not None:
+            style = comparison.results()[0].style
+            of_arms = (tuple(arm.scores(comparison.metric, "test").values()) for arm in (comparison.baseline, *rdrop))
+            found[comparison.name] = f" {ARROW} ".join(style.score(mean(scores)) for scores in of_arms)
+    return found

@@ -4,6 +4,8 @@ A line ends at "\\n" and nowhere else. `str.splitlines` also ends it at U+2028, 
 side of a parallel file against the other. Nothing is skipped, repaired or guessed.
 """
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -16,12 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 
 from rdrop.experiments.recipe import nearest_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 AnyPath = str | PathLike[str]
 
@@ -125,6 +129,8 @@ def tenths(size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], 
     """`range(size)` in three parts, drawn by `seed` and sorted: train; a tenth for valid; a tenth for test."""
     if size < 10:
         raise DataError(f"{size} examples cannot be split into tenths; give 10 or more, or data.valid and data.test")
+    import numpy as np  # here, because the command line imports this module for its error
+
     valid, test, train = np.split(np.random.default_rng(seed).permutation(size), [size // 10, 2 * (size // 10)])
     return np.sort(train), np.sort(valid), np.sort(test)
 
