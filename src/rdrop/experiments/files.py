@@ -20,7 +20,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from rdrop.experiments.recipe import nearest_name
 
 if TYPE_CHECKING:
