@@ -12,6 +12,7 @@ A *view* is a pass with its input perturbation. A method is a tuple of views, on
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .views import repeat_batch
 
@@ -206,10 +209,10 @@ class _Side:
 
 
 def _side(repeated: Mapping[str, Any], name: str, mask_name: str, special_ids: frozenset[int]) -> _Side:
-    ids = repeated.get(name)
+    ids = repeated.get(name) if isinstance(repeated, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.is_floating_point():
-        what = "is missing" if ids is None else f"is {_shape(ids)}"
-        raise ValueError(f"a cutoff needs token ids (N, S) as batch[{name!r}], which {what}")
+        what = f"a {type(repeated).__name__} without it" if ids is None else f"with {_shape(ids)}"
+        raise ValueError(f"a cutoff needs token ids (N, S) as batch[{name!r}]; the batch is {what}")
     rows = repeated["input_ids"].shape[0]
     mask = repeated.get(mask_name)
     if mask is None:
@@ -222,7 +225,8 @@ def _side(repeated: Mapping[str, Any], name: str, mask_name: str, special_ids: f
     attended = mask != 0
     kept = _first(attended) if name == "decoder_input_ids" else _first(attended.flip(-1)).flip(-1)
     may_be_cut = attended & ~kept & ~_is_one_of(ids, special_ids)
-    return _Side(name, ids, mask, may_be_cut, torch.zeros_like(may_be_cut))
+    nothing = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    return _Side(name, ids, mask, may_be_cut, zeroed=nothing)
 
 
 def _shape(value: object) -> str:
@@ -279,6 +283,8 @@ class _Zeroing:
     """What is left out when the ids of one side are embedded."""
 
     side: _Side
+    drawn: dict[int, Tensor] = field(default_factory=dict)
+    """The dimensions cut of embeddings of each width, so that ids looked up in parts lose the same."""
 
     def apply(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """`embedded` `(..., D)` of `ids` `(...)`, which are a view of the side's ids, with zeros in the cut places."""
@@ -290,11 +296,13 @@ class _Zeroing:
 
     def features(self, embedded: Tensor) -> Tensor:
         """`(m*N, D)`: the dimensions that are zero in each row."""
-        dimensions = embedded.shape[-1]
-        cut = torch.zeros(len(self.side.ids), dimensions, dtype=torch.bool, device=embedded.device)
-        for rows, ratio in self.side.features:
-            cut[rows] = random_features(rows.stop - rows.start, dimensions, ratio, embedded.device)
-        return cut
+        width = embedded.shape[-1]
+        if width not in self.drawn:
+            cut = torch.zeros(len(self.side.ids), width, dtype=torch.bool, device=embedded.device)
+            for rows, ratio in self.side.features:
+                cut[rows] = random_features(rows.stop - rows.start, width, ratio, embedded.device)
+            self.drawn[width] = cut
+        return self.drawn[width]
 
     def seen_as(self, ids: Tensor, values: Tensor) -> Tensor:
         """Values for each of the side's ids, in the order in which the view `ids` shows these."""
@@ -316,9 +324,11 @@ class Perturbation:
             logits = model(**repeated).logits
 
     The zeros are put in by hooks on the model's `nn.Embedding`s, which leave with the block, after an exception too;
-    an embedding is recognized by the tensor it is called with, or a view of it. So the model may be wrapped (DDP),
-    scale its embeddings, or share one between encoder and decoder, and adds its positions as ever. One forward a block,
-    eagerly: not for compiled models, nor with gradient checkpointing around the embedding itself.
+    ids are recognized by their memory, in a view too. So the model may be wrapped (DDP),
+    scale its embeddings, or share one between encoder and decoder, and adds its positions as ever. A compiled model has
+    a graph break at each embedding, and must not have run without such a block before. Gradient checkpointing must not
+    be around the embedding itself (that of Hugging Face is around layers): backward would embed again, outside the
+    block.
 
     Raises:
         RuntimeError: at the end of the block, where the model never embedded one of these tensors (it copied it first,
@@ -336,31 +346,60 @@ class Perturbation:
                 f"{type(model).__name__} makes its own decoder input, which would not be cut; put it into the batch: "
                 'batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)'
             )
-        never_embedded = list(self.zeroings)
-
-        def zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], embedded: Tensor) -> Tensor:
-            ids = args[0] if args else kwargs.get("input")
-            for zeroing in self.zeroings:
-                if zeroing.is_of(ids):
-                    if zeroing in never_embedded:
-                        never_embedded.remove(zeroing)
-                    embedded = zeroing.apply(ids, embedded)
-            return embedded
-
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        hooks = [module.register_forward_hook(zero, with_kwargs=True) for module in embeddings if self.zeroings]
+        look_up = _LookUp(self.zeroings)
+        begin, end = look_up.begin, look_up.end
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
+            begin, end = (torch.compiler.disable(hook) for hook in (begin, end))  # type: ignore[no-untyped-call]
+        hooks: list[RemovableHandle] = []
+        for module in embeddings if self.zeroings else []:
+            hooks.append(module.register_forward_pre_hook(begin))
+            hooks.append(module.register_forward_hook(end, always_call=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+        never_embedded = [zeroing.side.name for zeroing in self.zeroings if zeroing not in look_up.done]
         if never_embedded:
-            names = ", ".join(zeroing.side.name for zeroing in never_embedded)
+            names = ", ".join(never_embedded)
             raise RuntimeError(
-                f"no nn.Embedding of {type(model).__name__} was called with {names}: nothing was cut. Run the forward "
-                "of the repeated batch inside the block, in a model that is not compiled and embeds the tensor itself, "
-                "not a copy; cutoff 'unknown' needs nothing of the model"
+                f"no nn.Embedding of {type(model).__name__} looked up {names}: nothing was cut. Run "
+                "the forward of the repeated batch inside the block, in a model that embeds these tensors, not copies. "
+                "A compiled model that has run without such a block does not see it: call torch.compiler.reset() once, "
+                "and run it in a block first. Cutoff 'unknown' needs nothing of the model"
             )
+
+
+class _LookUp(TorchFunctionMode):
+    """Within the forward of an `nn.Embedding`: puts the zeros into what it looks up for the ids of the batch.
+
+    Not into what it returns: BART's positions are an `nn.Embedding` too, which is called with the ids for their shape.
+    """
+
+    def __init__(self, zeroings: Sequence[_Zeroing]) -> None:
+        super().__init__()
+        self.zeroings = zeroings
+        self.done: set[_Zeroing] = set()
+        self.depth = 0
+
+    def begin(self, *_: object) -> None:
+        self.depth += 1
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        if self.depth:  # 0: something before `begin` raised
+            self.depth -= 1
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.embedding:
+            for zeroing in self.zeroings:
+                if zeroing.is_of(args[0]):
+                    self.done.add(zeroing)
+                    result = zeroing.apply(args[0], result)
+        return result
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
