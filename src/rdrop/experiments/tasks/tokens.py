@@ -1,0 +1,137 @@
+"""From lines of text to token ids: words, characters, a byte-level BPE learned here, or a model's own tokenizer.
+
+The end of a line is a token, or part of one, as it is part of the text: `<eos>` among words, a newline elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+END, UNKNOWN = "<eos>", "<unk>"
+LINES_AT_ONCE = 1000
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as the model reads it."""
+
+    ids: Ids
+    units: int
+    """What its perplexity counts: words and ends of lines; of a vocabulary of characters, characters."""
+
+
+class Vocabulary(Protocol):
+    size: int
+    start_id: int
+    """The token before the first one of a text."""
+    special_ids: frozenset[int]
+
+    @property
+    def unknown_id(self) -> int | None: ...
+
+    def encode(self, lines: Sequence[str]) -> Tokens: ...
+
+
+class SymbolVocabulary:
+    """Words or characters, numbered by falling count in the training text, then by alphabet; and `<unk>` for others."""
+
+    def __init__(self, train: Sequence[str], symbols_of: Callable[[str], list[str]], min_count: int = 1) -> None:
+        self._symbols_of = symbols_of
+        counts: Counter[str] = Counter({END: 0, UNKNOWN: 0})
+        for line in train:
+            counts.update(symbols_of(line))
+        for symbol in [
+            symbol for symbol, count in counts.items() if count < min_count and symbol not in (END, UNKNOWN)
+        ]:
+            counts[UNKNOWN] += counts.pop(symbol)
+        self.symbols = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
+        self._ids = {symbol: number for number, symbol in enumerate(self.symbols)}
+        self.size = len(self.symbols)
+        self.start_id, self.unknown_id = self._ids[END], self._ids[UNKNOWN]
+        self.special_ids = frozenset({self.start_id, self.unknown_id})
+
+    def encode(self, lines: Sequence[str]) -> Tokens:
+        symbols = (symbol for line in lines for symbol in self._symbols_of(line))
+        ids = np.fromiter((self._ids.get(symbol, self.unknown_id) for symbol in symbols), dtype=np.int32)
+        return Tokens(ids, len(ids))
+
+
+def words(line: str) -> list[str]:
+    return [*line.split(), END]
+
+
+def characters(line: str) -> list[str]:
+    return [*line, "\n"]
+
+
+class PieceVocabulary:
+    """A tokenizer's pieces. The perplexity is still by word, and can be compared with that of a vocabulary of words."""
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], list[list[int]]],
+        *,
+        size: int,
+        start_id: int,
+        special_ids: Iterable[int],
+        unknown_id: int | None,
+    ) -> None:
+        self._encode = encode
+        self.size, self.start_id = size, start_id
+        self.special_ids, self.unknown_id = frozenset(special_ids), unknown_id
+
+    def encode(self, lines: Sequence[str]) -> Tokens:
+        parts = [np.array(ids, dtype=np.int32) for some in _parts(lines) for ids in self._encode(some)]
+        return Tokens(np.concatenate(parts), sum(len(words(line)) for line in lines))
+
+
+def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
+    """A byte-level BPE of at most `size` pieces, or of the 256 bytes and `<eos>` alone: it knows any text.
+
+    The same text gives the same pieces.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{line}\n" for line in train), trainer)
+    end: Any = tokenizer.token_to_id(END)
+    return PieceVocabulary(
+        lambda lines: [encoding.ids for encoding in tokenizer.encode_batch(lines)],
+        size=tokenizer.get_vocab_size(),
+        start_id=end,
+        special_ids=[end],
+        unknown_id=None,
+    )
+
+
+def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
+    """A tokenizer of transformers, for a model with `size` logits."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise ValueError("the tokenizer must have a token for the beginning or the end of a text")
+    return PieceVocabulary(
+        lambda lines: tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"],
+        size=size,
+        start_id=start,
+        special_ids=tokenizer.all_special_ids,
+        unknown_id=tokenizer.unk_token_id,
+    )
+
+
+def _parts(lines: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(lines), LINES_AT_ONCE):
+        yield [f"{line}\n" for line in lines[start : start + LINES_AT_ONCE]]
