@@ -2,6 +2,8 @@
 
     python examples/hf_trainer.py
 
+Needs scikit-learn for its data, besides the extra `transformers`: pip install scikit-learn.
+
 Two lines differ from plain Trainer code: the import, and `alpha=`. One seed and few updates: it shows the code, not
 whether R-Drop helps; for that, `rdrop compare digits` compares over seeds.
 """

@@ -1,6 +1,8 @@
 """R-Drop in a training loop of your own: a small network on scikit-learn's digits, with and without.
 
-python examples/raw_loop.py
+    python examples/raw_loop.py
+
+Needs scikit-learn for its data: pip install scikit-learn.
 """
 
 import torch
