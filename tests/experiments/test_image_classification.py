@@ -40,7 +40,13 @@ from rdrop.experiments.trainer import train
 PROJECT = Path(__file__).parents[2]
 SMALL = CIFAR_10_4K.replace(
     **{"data.valid_size": None, "data.test_size": None, "data.expected_train": None, "data.image_size": 8},
-    **{"model.layers": 1, "model.hidden_size": 8, "model.heads": 2, "model.intermediate_size": 8},
+    **{
+        "model.layers": 1,
+        "model.hidden_size": 8,
+        "model.heads": 2,
+        "model.intermediate_size": 8,
+        "model.patch_size": 4,
+    },
 )
 
 
@@ -355,6 +361,15 @@ def test_imagenets_validation_folder_is_the_test_split(tmp_path: Path) -> None:
     assert [len(found[name].rows) for name in ("train", "valid", "test")] == [15, 5, 4]
     assert found["valid"].images is found["train"].images
     assert found["test"].images.where == str(tmp_path / "val")
+
+
+def test_what_chooses_never_scores(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 10, "b": 10})
+    write_classes(tmp_path / "val", {"a": 2, "b": 2})
+    message = refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path), test_split="validation")
+    assert message.startswith(f"{tmp_path / 'val'}: is both valid and test")
+    own = {"train": str(tmp_path / "train"), "valid": str(tmp_path / "val"), "test": str(tmp_path / "train")}
+    assert "is both train and test" in refusal(splits, IMAGE_CLASSIFICATION, **own)
 
 
 def test_a_slip_in_the_name_of_a_split_is_not_passed_over(tmp_path: Path) -> None:

@@ -222,11 +222,11 @@ IMAGE_CLASSIFICATION = CIFAR_100_VIT_B16.replace(  # your own images
     },
 )
 
+# Our choices: a baseline and an R-Drop run take minutes on one CPU thread, and learn well above chance.
 CIFAR_10_4K = IMAGE_CLASSIFICATION.replace(
     name="cifar-10-4k",
-    updates=2000,
-    batch_size=64,
-    learning_rate=1e-3,
+    updates=2000,  # 64 epochs of 2,000 images
+    learning_rate=1e-3,  # PyTorch's default for AdamW
     warmup_steps=200,  # a tenth of the updates
     evaluate_every=200,
     checkpoint_every=500,
@@ -240,10 +240,10 @@ CIFAR_10_4K = IMAGE_CLASSIFICATION.replace(
         "data.crop": "padded",  # as usual for CIFAR from scratch
         "model.name": None,
         "model.layers": 4,
-        "model.hidden_size": 96,
+        "model.hidden_size": 128,
         "model.heads": 4,
-        "model.intermediate_size": 192,
-        "model.patch_size": 4,  # 64 patches
+        "model.intermediate_size": 256,
+        "model.patch_size": 8,  # 16 patches: a quarter of the time of 4 pixels, which learned no faster
     },
 )
 

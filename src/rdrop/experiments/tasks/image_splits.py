@@ -6,6 +6,7 @@ The split that the literature calls the test set is never the one that chooses.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,8 +34,10 @@ class Split(NamedTuple):
 def load_splits(data: ImageData) -> dict[str, Split]:
     """ "train", "valid" and "test" of the first source that is set: `train`, `folder`, `hub`."""
     if data.train is not None:
-        own = {"train": data.train, "valid": data.valid, "test": data.test}
-        return _with_held_out({name: _read_own(path) for name, path in own.items() if path is not None}, data)
+        named = {"train": data.train, "valid": data.valid, "test": data.test}
+        own = {name: Path(path) for name, path in named.items() if path is not None}
+        _require_own_places(own)
+        return _with_held_out({name: _read_own(path) for name, path in own.items()}, data)
     if data.folder is not None:
         found = _read_folder(Path(data.folder), data)
     elif data.hub is not None:
@@ -49,13 +52,12 @@ def load_splits(data: ImageData) -> dict[str, Split]:
     return _with_held_out(found, data)
 
 
-def _read_own(path: str) -> ImageSet:
-    folder = Path(path)
-    if _is_cut_into_splits(folder):
+def _read_own(path: Path) -> ImageSet:
+    if _is_cut_into_splits(path):
         raise DataError(
-            f"{path}: has a split {_find_split(folder, 'train')}; give it as data.folder, or its parts one by one"
+            f"{path}: has a split {_find_split(path, 'train')}; give it as data.folder, or its parts one by one"
         )
-    return read_images(folder)
+    return read_images(path)
 
 
 def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
@@ -67,8 +69,10 @@ def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
         return {"train": read_images(files[0] if len(files) == 1 else folder)}
     _require_known_names(folder)
     wanted = {"train": "train", "valid": data.valid_split, "test": data.test_split}
-    places = {name: _find_split(folder, split) for name, split in wanted.items() if split is not None}
-    return {name: read_images(place) for name, place in places.items() if place is not None}
+    found = {name: _find_split(folder, split) for name, split in wanted.items() if split is not None}
+    places = {name: place for name, place in found.items() if place is not None}
+    _require_own_places(places)
+    return {name: read_images(place) for name, place in places.items()}
 
 
 def _read_hub(hub: str, data: ImageData) -> dict[str, ImageSet]:
@@ -90,6 +94,13 @@ def _find_split(folder: Path, split: str) -> Path | None:
     names = next((names for names in SYNONYMS if split in names), (split,))
     paths = [folder / f"{name}{suffix}" for name in (split, *names) for suffix in SUFFIXES]
     return next((path for path in paths if path.is_dir() or (path.suffix and path.is_file())), None)
+
+
+def _require_own_places(places: Mapping[str, Path]) -> None:
+    resolved = [(place.resolve(), name) for name, place in places.items()]
+    for (place, name), (other_place, other) in combinations(resolved, 2):
+        if place == other_place:
+            raise DataError(f"{place}: is both {name} and {other}; each needs images of its own, so name another")
 
 
 def _require_known_names(folder: Path) -> None:
