@@ -15,6 +15,8 @@ from rdrop import (
     binary_cross_entropy,
     check_logits,
     cross_entropy,
+    kernels,
+    kl_from_first,
     rdrop_loss,
     squared_difference,
     squared_error,
@@ -97,7 +99,7 @@ def test_gradcheck_in_float64_for_the_logits_of_every_pass(m, smoothing):
     assert torch.autograd.gradcheck(loss, random_logits(3 * m, 5).requires_grad_())
 
 
-@pytest.mark.parametrize("divergence", [symmetric_kl, bernoulli_kl, squared_difference])
+@pytest.mark.parametrize("divergence", [symmetric_kl, bernoulli_kl, squared_difference, kl_from_first])
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_gradcheck_of_each_divergence(divergence, m):
     assert torch.autograd.gradcheck(divergence, random_logits(m, 3, 5).requires_grad_())
@@ -106,6 +108,33 @@ def test_gradcheck_of_each_divergence(divergence, m):
 def test_symmetric_kl_for_m_passes_is_the_mean_over_pairs():
     passes = random_logits(5, 6, 9)
     torch.testing.assert_close(symmetric_kl(passes), mean_over_pairs(kl_by_the_book, passes))
+
+
+def test_kl_from_first_is_the_mean_kl_from_the_first_pass_to_the_others():
+    passes = random_logits(4, 6, 9)
+    log_p = passes.log_softmax(-1)
+    kl = [F.kl_div(log_q, log_p[0], log_target=True, reduction="none").sum(-1) for log_q in log_p[1:]]
+    torch.testing.assert_close(kl_from_first(passes), torch.stack(kl).mean(0))
+
+
+def test_kl_from_first_is_accurate_where_the_passes_agree_and_finite_where_they_do_not():
+    first = random_logits(50, 1000, dtype=torch.float32)
+    near = torch.stack([first, first + 1e-3 * random_logits(50, 1000, seed=1, dtype=torch.float32)])
+    torch.testing.assert_close(kl_from_first(near).double(), kl_from_first(near.double()), rtol=1e-4, atol=0)
+    ours, exact = (gradient_of(lambda z: kl_from_first(z).sum(), passes) for passes in (near, near.double()))
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-9)
+    far = torch.tensor([[[0.0, 200.0, -300.0]], [[150.0, -200.0, 10.0]]])
+    torch.testing.assert_close(kl_from_first(far), torch.tensor([350.0]))
+    assert gradient_of(lambda z: kl_from_first(z).sum(), far).isfinite().all()
+
+
+def test_kl_from_first_leaves_out_a_class_masked_in_every_pass():
+    passes = random_logits(2, 3, 5)
+    masked = torch.cat([passes, torch.full((2, 3, 2), float("-inf"), dtype=torch.float64)], -1)
+    torch.testing.assert_close(kl_from_first(masked), kl_from_first(passes))
+    gradient = gradient_of(lambda z: kl_from_first(z).sum(), masked)
+    torch.testing.assert_close(gradient[..., :5], gradient_of(lambda z: kl_from_first(z).sum(), passes))
+    assert not gradient[..., 5:].any()
 
 
 def test_bernoulli_kl_is_the_mean_over_labels_of_the_two_class_kl():
@@ -248,6 +277,152 @@ def test_padding_changes_nothing():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ the passes that learn
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def implementation(request):
+    if request.param != "reference" and (reason := kernels.available()[request.param]):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("m", "task_passes", "alpha"),
+    [(2, (0,), 5.0), (2, (1,), 0.0), (2, (), 5.0), (3, (0,), 5.0), (3, (2, 1), 0.0), (3, (0, 2), 5.0)],
+)
+def test_task_passes_are_the_passes_of_the_task_loss(m, task_passes, alpha, implementation):
+    logits = random_logits(m * 4, 3, 7)
+    labels = torch.randint(0, 7, (4, 3), generator=torch.Generator().manual_seed(1))
+    labels[1, 1:] = IGNORED
+    weight = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+
+    def expected(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        passes = z.unflatten(0, (m, 4))
+        options = {"weight": weight, "label_smoothing": 0.1}
+        tasks = [F.cross_entropy(passes[k].flatten(0, 1), labels.flatten(), **options) for k in task_passes]
+        task = torch.stack(tasks).mean() if tasks else torch.zeros((), dtype=torch.float64)
+        divergence = mean_over_pairs(kl_by_the_book, passes)[labels != IGNORED].mean()
+        return task + alpha / 2 * divergence, task, divergence
+
+    def ours(z: Tensor, **options) -> LossTerms:
+        z = z.to(dtype)
+        options = {"alpha": alpha, "weight": weight.to(dtype), "label_smoothing": 0.1} | options
+        return rdrop_loss(z, labels, task_passes=task_passes, implementation=implementation, **options)
+
+    dtype = torch.float64 if implementation == "reference" else torch.float32
+    for a, b in zip(ours(logits), expected(logits), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+    gradient = gradient_of(lambda z: ours(z).loss, logits)
+    torch.testing.assert_close(gradient, gradient_of(lambda z: expected(z)[0], logits), rtol=1e-4, atol=1e-6)
+    assert not gradient.unflatten(0, (m, 4))[:, 1, 1:].any()
+
+
+@pytest.mark.parametrize("task_passes", [(0,), (), [2, 0]])
+def test_gradcheck_of_some_passes_learning(task_passes):
+    labels = torch.tensor([0, IGNORED, 4])
+    logits = random_logits(9, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: rdrop_loss(z, labels, alpha=5.0, task_passes=task_passes).loss, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_passes_learning_is_the_default_to_the_bit(dtype):
+    logits, labels = random_logits(9, 5, dtype=dtype), torch.tensor([0, IGNORED, 4])
+    for task_passes in ((0, 1, 2), [2, 0, 1], range(3)):
+        ours, default = (
+            gradient_of(lambda z, chosen=chosen: rdrop_loss(z, labels, alpha=5.0, task_passes=chosen).loss, logits)
+            for chosen in (task_passes, None)
+        )
+        assert ours.equal(default)
+
+
+@pytest.mark.parametrize("task_passes", [(0, 2), ()])
+def test_the_triton_kernel_has_the_same_passes_learn(task_passes):
+    if reason := kernels.available()["triton"]:
+        pytest.skip(reason)
+    logits, labels = random_logits(6, 5, dtype=torch.float32), torch.tensor([IGNORED, 4])
+    results = []
+    for implementation in ("triton", "reference"):
+        leaf = logits.clone().requires_grad_()
+        terms = rdrop_loss(leaf, labels, alpha=5.0, task_passes=task_passes, implementation=implementation)
+        results.append((*terms[1:], *torch.autograd.grad(terms.loss, leaf)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task_passes", [(0,), ()])
+def test_reductions_agree_where_some_passes_learn(task_passes, implementation):
+    logits, labels = random_logits(8, 5, dtype=torch.float32), torch.tensor([0, 1, IGNORED, 4])
+    options = {"alpha": 5.0, "task_passes": task_passes, "implementation": implementation}
+    none = rdrop_loss(logits, labels, reduction="none", **options)
+    total = rdrop_loss(logits, labels, reduction="sum", **options)
+    parts = [
+        rdrop_loss(logits.unflatten(0, (2, 4))[:, rows].flatten(0, 1), labels[rows], num_items=3, **options)
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    for name in LossTerms._fields:
+        assert getattr(none, name)[2] == 0
+        torch.testing.assert_close(getattr(none, name).sum(), getattr(total, name))
+        torch.testing.assert_close(getattr(parts[0], name) + getattr(parts[1], name), getattr(total, name) / 3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_task_passes_a_label_only_says_whether_its_position_counts(reduction, implementation):
+    logits = random_logits(8, 5, dtype=torch.float32)
+    logits[:, 0] = float("-inf")  # not a label's class: there are no labels
+    options = {"alpha": 4.0, "task_passes": (), "reduction": reduction, "implementation": implementation}
+    weighted = {"weight": torch.tensor([0.0, 1, 2, 3, 4]), "label_smoothing": 0.1}
+    losses = [
+        rdrop_loss(logits, labels, **options, **more)
+        for labels in (
+            torch.tensor([0, 3, IGNORED, 2]),
+            torch.tensor([999, -1, IGNORED, 0]),
+            torch.tensor([1.0, 0, IGNORED, 0]),
+        )
+        for more in ({}, weighted)
+    ]
+    for terms in losses:
+        assert not terms.task_loss.any()
+        assert all(a.equal(b) for a, b in zip(terms, losses[0], strict=True))
+        torch.testing.assert_close(terms.loss, 2 * terms.divergence)
+    kept = rdrop_loss(logits, torch.tensor([1, 7, 7, 7]), **options, ignore_index=7)
+    assert kept.divergence.any()
+
+
+@pytest.mark.parametrize("divergence", [squared_difference, bernoulli_kl, kl_from_first])
+def test_any_divergence_goes_without_labels(divergence):
+    logits = random_logits(6, 4)
+    terms = rdrop_loss(logits, torch.zeros(3), alpha=2.0, divergence=divergence, task_passes=())
+    torch.testing.assert_close(terms.loss, divergence(logits.unflatten(0, (2, 3))).mean())
+
+
+def test_regression_may_learn_from_one_pass():
+    logits, labels = random_logits(6), random_logits(3, seed=1)
+    options = {"alpha": 3.0, "task_loss": squared_error, "divergence": squared_difference}
+    terms = rdrop_loss(logits, labels, task_passes=(0,), **options)
+    torch.testing.assert_close(terms.task_loss, F.mse_loss(logits[:3], labels))
+    assert terms.divergence == rdrop_loss(logits, labels, **options).divergence
+
+
+def test_logits_are_not_overwritten_where_some_passes_learn():
+    leaf, labels = random_logits(8, 5, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1, IGNORED, 4])
+    logits = leaf * 1
+    terms = rdrop_loss(logits, labels, alpha=5.0, task_passes=(0,), overwrite_logits=True)
+    assert logits.equal(leaf)
+    (gradient,) = torch.autograd.grad(terms.loss, leaf)
+    assert gradient.equal(gradient_of(lambda z: rdrop_loss(z, labels, alpha=5.0, task_passes=(0,)).loss, leaf))
+
+
+@pytest.mark.parametrize("examples", [0, 3])
+@pytest.mark.parametrize("task_passes", [(0,), ()])
+def test_a_batch_without_a_valid_position_is_zero_whichever_passes_learn(examples, task_passes, implementation):
+    logits = random_logits(2 * examples, 5, dtype=torch.float32).requires_grad_()
+    labels = torch.full((examples,), IGNORED)
+    terms = rdrop_loss(logits, labels, alpha=5.0, task_passes=task_passes, implementation=implementation)
+    assert terms == (0, 0, 0)
+    terms.loss.backward()
+    assert not logits.grad.any()
 
 
 # ------------------------------------------------------------------------------------------------ conventions
