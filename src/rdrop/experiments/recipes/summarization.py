@@ -161,8 +161,8 @@ class SummarizationRecipe(Recipe):
 CNN_DAILYMAIL = SummarizationRecipe(
     name="cnn-dailymail",
     task="summarization",
-    alpha=0.7,  # paper, section 3.2
-    passes=2,
+    alpha=0.7,  # paper
+    passes=2,  # the paper's method, these two
     every=1,
     dropout=None,
     cutoff=None,
@@ -174,7 +174,7 @@ CNN_DAILYMAIL = SummarizationRecipe(
     batch_tokens=65_536,  # 1,024 tokens x 16 accumulation steps x 4 GPUs
     accumulation=16,
     optimizer="adamw",
-    beta1=0.9,
+    beta1=0.9,  # not stated: AdamW's defaults, these two
     beta2=0.999,
     epsilon=1e-8,
     learning_rate=3e-5,
@@ -183,11 +183,11 @@ CNN_DAILYMAIL = SummarizationRecipe(
     weight_decay=0.01,
     clip_norm=0.1,
     label_smoothing=0.1,
-    precision="bf16",  # our choice: theirs is fp16, which needs a loss scale
+    precision="bf16",  # our choice
     compile=False,
     fused=False,
     encoder_once=False,
-    evaluate_every=1000,  # our choice: about once per 0.2 epochs
+    evaluate_every=1000,  # our choice: twenty scores
     patience=None,
     average_last=1,
     checkpoint_every=1000,  # our choice, these two
@@ -209,7 +209,7 @@ CNN_DAILYMAIL = SummarizationRecipe(
         valid_examples=500,  # our choice: beam search over all 13,368 would take longer than the updates between
         prefix="",
         document_tokens=1024,  # the model's longest input
-        summary_tokens=256,  # our choice: 99.9 % of the highlights are shorter
+        summary_tokens=256,  # our choice: more than may be written
     ),
     model=SummarizationModel(
         name="facebook/bart-large",
@@ -272,7 +272,7 @@ AESLC = CNN_DAILYMAIL.replace(
     },
 )
 
-# Defaults for files of your own: the paper's method, and a model that one GPU of 16 GB can fine-tune.
+# For files of your own: the settings of CNN/DailyMail, and a smaller model for fewer updates.
 SUMMARIZATION = CNN_DAILYMAIL.replace(
     name="summarization",
     updates=3000,  # our choices, all of these
@@ -306,7 +306,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
             model="BART",
             baseline=baseline,
             rdrop=rdrop,
-            source="Liang et al. 2021, table 3",
+            source="Liang et al. 2021",
         )
         for metric, baseline, rdrop in (
             ("ROUGE-1", 44.16, 44.51),

@@ -40,9 +40,9 @@ LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def learned_tokenizer(texts: Iterable[str], vocabulary: int, *, lowercase: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary` entries, learned from `texts`. It knows any text, and ends it with `</s>`.
+    """A byte-level BPE of at most `vocabulary` entries, learned from `texts`. It ends every text with `</s>`.
 
-    The same texts give the same tokenizer. The 256 bytes and the four special tokens are always in it.
+    It knows any text: the 256 bytes and four special tokens are always in it. The same texts give the same tokenizer.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     if lowercase:
