@@ -65,7 +65,7 @@ def cut_all(kind: Any, batch: dict[str, Tensor] | None = None, ratio: float = 1.
 
 
 def test_the_methods_are_what_their_settings_name():
-    assert views_of() == RDROP == (View(None, True), View(None, True))
+    assert views_of() == views_of(None, 0.1) == RDROP == (View(None, True), View(None, True))
     assert views_of("token", 0.1) == CUTOFF == (View(), View(Cutoff("token", 0.1)))
     assert views_of("embedding", 0.05, "first") == SIMCUT
     assert views_of("span", 0.1, passes=3) == (View(), View(Cutoff("span", 0.1)), View(Cutoff("span", 0.1)))
@@ -85,7 +85,6 @@ def test_the_passes_of_the_task_loss_are_counted_from_zero():
         (lambda: Cutoff("token", float("nan")), r"cutoff ratio \(=nan\) must be in \[0, 1\]"),
         (lambda: views_of("token", 0.1, "second"), r"task_passes \(='second'\) must be 'all' or 'first'"),
         (lambda: views_of("token", 0.1, passes=1), r"passes \(=1\) must be at least 2: the first is clean"),
-        (lambda: views_of(None, 0.1), r"cutoff_ratio \(=0.1\) needs a cutoff: one of token, span"),
     ],
 )
 def test_settings_out_of_range_are_named(make, message):

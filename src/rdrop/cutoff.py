@@ -70,7 +70,7 @@ CUTOFF = (View(), View(Cutoff("token", 0.1)))
 """R-Drop + Cutoff for language understanding (Shen et al. 2020); for translation, `views_of("unknown", 0.05)`."""
 
 SIMCUT = (View(), View(Cutoff("embedding", 0.05), carries_task_loss=False))
-"""SimCut (Gao et al., NAACL 2022): only the clean pass learns from the labels."""
+"""SimCut (Gao et al., NAACL 2022): only the clean pass learns from the labels. Its divergence is `kl_from_first`."""
 
 
 def views_of(
@@ -79,7 +79,7 @@ def views_of(
     task_passes: Literal["all", "first"] = "all",
     passes: int = 2,
 ) -> tuple[View, ...]:
-    """The views that these settings name: the first pass clean, all others with the cutoff.
+    """The views that these settings name: the first pass clean, all others with the cutoff. None has no ratio.
 
     `RDROP == views_of()`, `CUTOFF == views_of("token", 0.1)`, `SIMCUT == views_of("embedding", 0.05, "first")`.
     """
@@ -87,8 +87,6 @@ def views_of(
         raise ValueError(f"task_passes (={task_passes!r}) must be 'all' or 'first'")
     if operator.index(passes) < 2:
         raise ValueError(f"passes (={passes}) must be at least 2: the first is clean, the others are cut")
-    if cutoff is None and cutoff_ratio:
-        raise ValueError(f"cutoff_ratio (={cutoff_ratio}) needs a cutoff: one of {', '.join(get_args(Kind))}")
     other = View(None if cutoff is None else Cutoff(cutoff, cutoff_ratio), carries_task_loss=task_passes == "all")
     return (View(), *[other] * (passes - 1))
 
@@ -109,7 +107,9 @@ def perturb_batch(
         repeated, perturbed = perturb_batch(inputs, SIMCUT, special_ids=tokenizer.all_special_ids)
         with perturbed(model):
             logits = model(**repeated).logits
-        loss = rdrop_loss(logits, labels, alpha=3.0, task_passes=task_passes_of(SIMCUT)).loss
+        loss = rdrop_loss(
+            logits, labels, alpha=6.0, task_passes=task_passes_of(SIMCUT), divergence=kl_from_first
+        ).loss
 
     Changed are `input_ids`, `attention_mask` and `decoder_input_ids`, by the kinds of `Cutoff`; labels and everything
     else are repeated only. What is zeroed in the embeddings happens in the forward, so it must run in the block:

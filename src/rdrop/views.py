@@ -1,7 +1,7 @@
 """One batch, several passes: repeat it for one forward, split what comes back; or one forward for each pass.
 
 A *pass* is one forward with one dropout mask. Rows are ordered pass by pass: two passes of `x` are `[x; x]`, so row `i`
-of pass `k` is row `k * N + i`.
+of pass `k` is row `k * N + i`. Passes whose input differs too, by a cutoff, are in `cutoff.py`.
 """
 
 import copy
