@@ -372,6 +372,13 @@ def test_table_fits_80_columns_with_nothing_cut(tmp_path):
     assert row_of("R-Drop", text) == f"R-Drop (alpha 1) 77.4 ± 0.6 +3.6 +2.5 to +4.7 5/0/0 {TIMES}1.99 {TIMES}1.50"
 
 
+def test_a_narrow_terminal_breaks_lines_and_cuts_nothing(tmp_path):
+    write_three_arms(tmp_path)
+    text = printed(only(tmp_path), width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "…" not in text
+
+
 def test_table_of_one_seed_has_dashes_for_what_is_not_known(tmp_path):
     write_run(tmp_path, 0.7, cost={})
     write_run(tmp_path, 0.8, alpha=1.0, cost={})

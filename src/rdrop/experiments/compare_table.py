@@ -26,10 +26,10 @@ def terminal_table(comparison: Comparison) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    # The two columns that may wrap give way, the wider one first, where the terminal is narrow.
-    table.add_column("")
+    # The two columns that may wrap give way, the wider one first, where the terminal is narrow; nothing is cut off.
+    table.add_column("", overflow="fold")
     for heading in ("mean ± sd", "diff.", "95 % interval", "W/T/L", "time", "memory"):
-        table.add_column(heading, justify="right", no_wrap=heading != "95 % interval")
+        table.add_column(heading, justify="right", no_wrap=heading != "95 % interval", overflow="fold")
     for number, section in enumerate(comparison.results()):
         _add_section(table, comparison, section, with_cost=number == 0)
     return table
