@@ -199,7 +199,7 @@ def _loaded(load: Any, name: str, **options: Any) -> Any:
     try:
         return load(name, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         files = "config.json, preprocessor_config.json and safetensors"
         rule = f"cannot be loaded ({reason}); give a hub id, or a folder with {files}"
         raise RecipeError("model.name", rule, value=name) from error
