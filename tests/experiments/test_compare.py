@@ -251,7 +251,7 @@ def test_unfinished_and_damaged_runs_take_no_part_and_are_named(tmp_path):
     assert "result.json: 'metric' is missing" in problems[no_metric]
     assert "made by another recipe" in problems[other_recipe]
     assert "not valid JSON" in problems[half]
-    assert "recipe.json: 'seed' is missing" in problems[no_seed]
+    assert "recipe.json: 'seed' is missing. It is damaged, or of another version of rdrop" in problems[no_seed]
 
 
 def test_nothing_finished_is_no_comparison():

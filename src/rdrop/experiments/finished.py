@@ -76,8 +76,10 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
 
 def _wrong_entry(file: str, entries: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
     for key, kind in types.items():
-        if key not in entries or not isinstance(entries[key], kind):
-            return f"{file}: {key!r} is missing or not what it should be. The file is damaged; run the recipe again."
+        if key not in entries:
+            return f"{file}: {key!r} is missing. It is damaged, or of another version of rdrop; run the recipe again."
+        if not isinstance(entries[key], kind):
+            return f"{file}: {key!r} is not what it should be. The file is damaged; run the recipe again."
     return None
 
 
