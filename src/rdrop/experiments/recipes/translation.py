@@ -79,23 +79,25 @@ class TranslationRecipe(Recipe):
     def tiny(self) -> Self:
         return self.replace(
             name=f"{self.name}-tiny",
-            updates=40,
-            warmup_steps=4,
+            updates=20,
+            warmup_steps=2,
             learning_rate=1e-2,
             batch_size=16,
             batch_tokens=None,
             accumulation=1,
             precision="fp32",
-            evaluate_every=20,
-            checkpoint_every=20,
+            evaluate_every=10,
+            checkpoint_every=10,
             **{
                 "data.tiny": True,
                 "data.vocabulary": 60,
+                "data.max_length": 63,
                 "data.codes": None,
                 "model.layers": 1,
                 "model.hidden_size": 32,
                 "model.heads": 2,
                 "model.intermediate_size": 64,
+                "model.positions": 64,
             },
         )
 

@@ -25,7 +25,9 @@ class Search:
     """What is searched for. A hypothesis is scored by its log-probability over its length to the `length_penalty`.
 
     The search for a sentence ends with as many finished hypotheses as there are beams. Of hypotheses with the same
-    score either may be returned: the two decoders add up in a different order.
+    score either may be returned: the two decoders add up in a different order. Where `min_length` and
+    `no_repeat_ngram` rule tokens out, CTranslate2 shares their probability among the others, and `generate` (as
+    fairseq) does not: with several beams they then often differ.
     """
 
     beams: int

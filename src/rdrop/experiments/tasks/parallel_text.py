@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from rdrop.experiments.files import TABLES, DataError, find_file, load_hub, read_parallel, read_table, tenths
 
@@ -54,10 +51,12 @@ class HubPairs:
     def __iter__(self) -> Iterator[Pair]:
         source, target = self._languages
         for rows in self._dataset.iter(READ_AT_ONCE):
+            pairs: Iterable[tuple[str | None, str | None]]
             if self._nested:
-                yield from ((row[source], row[target]) for row in rows["translation"])
+                pairs = ((row[source], row[target]) for row in rows["translation"])
             else:
-                yield from zip(rows[source], rows[target], strict=True)
+                pairs = zip(rows[source], rows[target], strict=True)
+            yield from ((first or "", second or "") for first, second in pairs)
 
     def _check_columns(self, where: str) -> None:
         names = list(self._dataset[0]["translation"]) if self._nested else self._dataset.column_names
@@ -119,17 +118,18 @@ def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
     given = {"valid": data.valid, "test": data.test}
     missing = [split for split, path in given.items() if path is None]
     drawn = dict(zip(given, tenths(len(pairs), data.split_seed)[1:], strict=True)) if missing else {}
-    rest = np.setdiff1d(np.arange(len(pairs)), np.concatenate([np.zeros(0), *(drawn[split] for split in missing)]))
+    held_out = {row for split in missing for row in drawn[split].tolist()}
+    rest = [row for row in range(len(pairs)) if row not in held_out]
     splits = {"train": _part(data, train, pairs, rest)}
     for split, path in given.items():
         if path is None:
-            splits[split] = _part(data, f"{train} (a tenth)", pairs, drawn[split])
+            splits[split] = _part(data, f"{train} (a tenth)", pairs, drawn[split].tolist())
         else:
             splits[split] = Pairs(path, _own_file(data, path), lowercase=data.lowercase)
     return splits
 
 
-def _part(data: TranslationData, where: str, pairs: Sequence[Pair], rows: NDArray[np.int64]) -> Pairs:
+def _part(data: TranslationData, where: str, pairs: Sequence[Pair], rows: Sequence[int]) -> Pairs:
     return Pairs(where, [pairs[row] for row in rows], lowercase=data.lowercase)
 
 

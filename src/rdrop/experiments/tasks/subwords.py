@@ -96,6 +96,11 @@ class CodedSubwords:
     def decode(self, sentences: Sequence[Sequence[int]]) -> list[str]:
         return ["".join(self._tokens[i] for i in ids).replace(WORD_END, " ").rstrip(" ") for ids in sentences]
 
+    def token(self, i: int) -> str:
+        """As subword-nmt writes it: `@@` behind what does not end a word."""
+        token = self._tokens[i]
+        return token.removesuffix(WORD_END) if token.endswith(WORD_END) else f"{token}@@"
+
     def _split(self, lines: Sequence[str]) -> Iterator[list[int]]:
         # The fast method gives other tokens: it does not know the suffix.
         return (encoding.ids for encoding in self._tokenizer.encode_batch(lines))

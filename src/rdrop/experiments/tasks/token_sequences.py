@@ -46,7 +46,7 @@ def usable(
     shorter, longer = np.minimum(source, target), np.maximum(source, target)
     empty = shorter == 0
     too_long = ~empty & (longer > max_length)
-    uneven = ~empty & ~too_long & (longer > (np.inf if max_ratio is None else max_ratio) * shorter)
+    uneven = np.zeros_like(empty) if max_ratio is None else ~empty & ~too_long & (longer > max_ratio * shorter)
     used = np.flatnonzero(~(empty | too_long | uneven))
     counts = {"read": len(source), "used": len(used)}
     return used, counts | {

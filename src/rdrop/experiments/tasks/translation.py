@@ -171,7 +171,7 @@ class Translation:
         for side in split:
             for row in np.flatnonzero((side.lengths == 0) | (side.lengths >= self._model.positions)):
                 raise DataError(
-                    f"{where}:{row + 1}: has {side.lengths[row]} tokens, but a sentence that is scored has 1 to "
+                    f"{where}: pair {row + 1} has a side of {side.lengths[row]} tokens, but what is scored has 1 to "
                     f"{self._model.positions - 1}; correct it, or raise model.positions"
                 )
 
