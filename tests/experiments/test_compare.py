@@ -248,7 +248,7 @@ def test_unfinished_and_damaged_runs_take_no_part_and_are_named(tmp_path):
     problems = {run.path: run.problem for run in sort_out(find_runs(tmp_path))[1]}
     assert problems.keys() == {unfinished, no_metric, other_recipe, half, no_seed}
     assert "unfinished" in problems[unfinished]
-    assert "result.json: 'metric' is missing" in problems[no_metric]
+    assert "result.json: 'metric' is not what it should be" in problems[no_metric]
     assert "made by another recipe" in problems[other_recipe]
     assert "not valid JSON" in problems[half]
     assert "recipe.json: 'seed' is missing. It is damaged, or of another version of rdrop" in problems[no_seed]
