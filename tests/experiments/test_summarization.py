@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.experiments.test_files import MUTATED_FILES, mutated, outcome, table, write
 from torch import Tensor, nn
 
 from rdrop import repeat_batch
@@ -149,6 +151,23 @@ def test_csv_with_newlines_and_tsv_are_read(tmp_path: Path) -> None:
     assert examples["train"][0].document.endswith(", with\na newline")
     assert examples["train"][0].summaries[0].endswith("\nsecond")
     assert examples["valid"][0].document == "d d"
+
+
+def test_mutated_own_files_are_loaded_or_refused_in_one_line(tmp_path: Path) -> None:
+    chance = random.Random(4)
+    refused = 0
+    for index in range(MUTATED_FILES):
+        kind, suffix = chance.choice([".csv", ".tsv", ".jsonl"]), chance.choice(["", ".gz", ".xz"])
+        path = tmp_path / f"{index}{kind}{suffix}"
+        write(path, mutated(table(kind, rows=chance.randrange(1, 30)), chance))
+        columns = {"data.document_column": "text", "data.summary_column": "label"}
+        examples, problem = outcome(load_examples, SUMMARIZATION.replace(**{"data.train": str(path), **columns}).data)
+        refused += examples is None
+        assert problem is None or "\n" not in problem
+        if examples is not None:
+            assert all(example.document.strip() and example.summaries[0].strip() for example in examples["train"])
+            assert len(examples["valid"]) == len(examples["test"]) >= 1
+    assert 0 < refused < MUTATED_FILES
 
 
 def test_no_source_is_an_error_that_says_what_to_give() -> None:
