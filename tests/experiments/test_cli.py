@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from types import NoneType
@@ -326,6 +327,11 @@ assert not heavy, heavy
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"rdrop {version('rdrop-torch')}\n"
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "pydantic"])

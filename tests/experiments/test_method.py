@@ -194,6 +194,15 @@ def test_what_the_model_cannot_do_is_refused_before_the_first_step(
         train(BASE.replace(**changes), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its name changes in v6
+def test_checkpointing_that_loses_the_masks_is_refused_before_the_first_step() -> None:
+    task = BartTask(BASE)
+    model = task.build_model()
+    model.gradient_checkpointing_enable({"preserve_rng_state": False, "use_reentrant": True})
+    with pytest.raises(MethodError, match=r"asks for R-Drop, but .*checkpoint"):
+        terms_of_loop(BASE, task)(model, {})
+
+
 def test_an_encoder_with_dropout_is_not_run_once() -> None:
     with pytest.raises(MethodError, match=r"encoder_once .*dropout is on in the encoder"):
         terms_of_loop(BASE.replace(encoder_once=True), BartTask(BASE))(BartTask(BASE).build_model(), {})

@@ -13,6 +13,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
-    help="R-Drop (regularized dropout): train with and without it, and see whether it helped.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -83,6 +83,21 @@ def _fail(message: str, status: int) -> int:
     line = " ".join(message.split())
     Console(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
     return status
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"rdrop {version('rdrop-torch')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """R-Drop (regularized dropout): train with and without it, and see whether it helped."""
 
 
 @app.command("list")

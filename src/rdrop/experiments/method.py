@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rdrop.check import check_rdrop
 from rdrop.cutoff import perturb_batch, task_passes_of, views_of
 from rdrop.dropout import dropout_rate, dropout_sources
 from rdrop.experiments.recipe import Recipe
@@ -128,8 +129,8 @@ class Method:
                 losses.append(way(batch, num_items).loss.item())
         if abs(losses[0] - losses[1]) > SAME_LOSS[self._recipe.precision] * max(abs(losses[0]), 1e-3):
             raise MethodError(
-                f"fused (=true): the loss from hidden states is {losses[1]:.6g}, from logits {losses[0]:.6g}: the model "
-                "changes its logits after its output layer. Set fused=false"
+                f"fused (=true): from hidden states the loss is {losses[1]:.6g}, from logits {losses[0]:.6g}; this "
+                "model changes its logits after the output layer. Set fused=false"
             )
         self._fused_is_exact = True
 
@@ -170,6 +171,10 @@ class Method:
                 f"alpha (={self._recipe.alpha}) asks for R-Drop, but the model has no dropout: all passes would be the "
                 "same. Set a dropout rate of the model above 0, or alpha=0 for plain training."
             )
+        for finding in check_rdrop(self._model).findings:
+            if finding.severity == "error" and finding.code != "no-dropout":
+                asked = f"alpha (={self._recipe.alpha}) asks for R-Drop"
+                raise MethodError(f"{asked}, but {finding.message}. {finding.remedy}")
 
 
 def _reason(why: Callable[[nn.Module], str | None], model: nn.Module) -> str | None:
