@@ -1,0 +1,112 @@
+"""The records of our experiments, and the tables of README.md and docs/results.md from them.
+
+    python benchmarks/experiments.py add RUNS --command "rdrop compare digits --seeds 8"
+    python benchmarks/experiments.py pages
+
+`add` puts the result of every finished run below RUNS into benchmarks/results/experiments.jsonl, one a line, with the
+command that made it; a run of the same recipe that is there already is replaced. `pages` writes each part of a page
+between `<!-- results: NAME -->` and `<!-- /results: NAME -->` anew; a test holds that it is what the records give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rdrop.experiments.compare import Comparison, comparisons
+from rdrop.experiments.paired import mean, sd
+from rdrop.experiments.results import RunRecord, find_runs
+from rdrop.experiments.wording import ratio, wins_ties_losses
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks/results/experiments.jsonl"
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+PART = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results: \2 -->)", re.DOTALL)
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()] if RECORDS.exists() else []
+
+
+def add(runs: Path, command: str) -> None:
+    """The finished runs below `runs`, in place of those of the same recipe."""
+    records = {record["digest"]: record for record in read()}
+    new = [run.result | {"command": command} for run in find_runs(runs) if run.result is not None]
+    records |= {record["digest"]: record for record in new}
+    ordered = sorted(records.values(), key=lambda r: (r["recipe"]["name"], r["recipe"]["seed"], r["recipe"]["alpha"]))
+    RECORDS.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+
+
+def recorded_comparisons() -> dict[str, Comparison]:
+    """By the name of the recipe, of which the records have one comparison each."""
+    runs = [RunRecord(Path(record["digest"]), record["recipe"], record, []) for record in read()]
+    return {comparison.name: comparison for comparison in comparisons(runs)}
+
+
+def rewritten(page: str, found: dict[str, Comparison]) -> str:
+    """The text of a page with its parts made from the records."""
+    return PART.sub(lambda part: f"{part[1]}{result(found[part[2]])}\n{part[3]}", page)
+
+
+def result(comparison: Comparison) -> str:
+    """The table, what it shows in words, and where it is from."""
+    return f"{table(comparison)}\n\n{' '.join(comparison.verdict().split())}\n\n{origin(comparison)}"
+
+
+def table(comparison: Comparison) -> str:
+    """Every metric on test, a row an arm; the main one first."""
+    rows = ["| test | | difference | 95 % interval | wins/ties/losses | time |", "|---|---|---|---|---|---|"]
+    for section in comparison.results():
+        if section.split != "test":
+            continue
+        style = section.style
+        for arm, difference in section.rows:
+            scores = tuple(arm.scores(section.metric, section.split).values())
+            cells = [f"{style.heading(section.metric)}, {arm.label}", style.spread(mean(scores), sd(scores))]
+            if difference is None:
+                cells += ["", "", ""]
+            else:
+                cells += [style.difference(difference.mean), style.interval(difference.interval)]
+                cells += [wins_ties_losses(difference)]
+            is_main = section.metric == comparison.metric
+            cells.append(ratio(comparison.cost_ratio(arm, "step_milliseconds")) if is_main else "")
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def origin(comparison: Comparison) -> str:
+    results = [run.result for arm in comparison.arms for run in arm.runs]
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(found["command"] for found in results))
+    machines = " and ".join(dict.fromkeys(_machine(found["machine"]) for found in results))
+    versions = " and ".join(dict.fromkeys(f"torch {found['versions']['torch']}" for found in results))
+    dates = sorted({found["finished"][:10] for found in results})
+    seeds = ", ".join(map(str, comparison.seeds))
+    return (
+        f"Seeds {seeds}; mean ± standard deviation, time per update against the baseline's. {commands}; {machines}; "
+        f"{versions}; {' and '.join(dates)}."
+    )
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    adding = commands.add_parser("add")
+    adding.add_argument("runs", type=Path)
+    adding.add_argument("--command", required=True)
+    commands.add_parser("pages")
+    options = parser.parse_args()
+    if options.what == "add":
+        add(options.runs, options.command)
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), recorded_comparisons()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
