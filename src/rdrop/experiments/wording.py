@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from rdrop.experiments.paired import Outcome, PairedDifference
 
 # Metrics that are fractions of 1 in the files and percent for a reader; their differences are points.
-PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "matthews", "pearson", "spearman"})
+PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "mcc", "pearson", "spearman"})
+# Metrics that are printed as they are, some tens in size: no more than two decimals without an interval that says so.
+LARGE_METRICS = frozenset({"bleu", "rouge1", "rouge2", "rougeL", "perplexity"})
 NOT_KNOWN = "—"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
@@ -27,7 +29,8 @@ class NumberStyle:
         percent = not PERCENT_METRICS.isdisjoint(metric.split("_"))
         half_widths = [d.half_width * (100 if percent else 1) for d in differences if d.half_width]
         if not half_widths:
-            return cls(percent, 1 if percent else 3)
+            is_large = not LARGE_METRICS.isdisjoint(metric.split("_"))
+            return cls(percent, 1 if percent else 2 if is_large else 3)
         # The Particle Data Group's rule: two digits of an uncertainty up to 3.54, one of a larger one.
         needed = math.ceil(math.log10(3.55 / min(half_widths)))
         return cls(percent, min(max(needed, 1), 6))
