@@ -37,11 +37,11 @@ BENCH := OMP_NUM_THREADS=1 $(BIN)/rdrop bench --threads 1 --clock processor
 
 bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and plots from them, in about 12 minutes
 	rm -rf build/bench && mkdir -p build/bench
-	$(BENCH) logits --output build/bench/rows.jsonl
+	$(BENCH) logits --rounds 3 --output build/bench/rows.jsonl
 	$(BENCH) logits --dtype bfloat16 --pairs 1024 --output build/bench/rows.jsonl
 	$(BENCH) hidden --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
 	$(BENCH) hidden --dtype bfloat16 --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
-	$(BENCH) steps --rounds 3 --output build/bench/steps.jsonl
+	$(BENCH) steps --rounds 2 --output build/bench/steps.jsonl
 	mv build/bench/*.jsonl benchmarks/results/
 	$(BIN)/python benchmarks/pages.py
 

@@ -30,6 +30,12 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 KERNELS: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
 """The implementation of the loss that is measured as ours, by the type of device."""
 
+COMPILED = "_compiled"
+"""How the names of the forms end that go through `torch.compile`."""
+
+REFERENCE = "ours_reference"
+"""A form that is measured when it is named only: it is made to be exact and read, and takes most of the time."""
+
 T = TypeVar("T")
 Call = Callable[[], object]
 Prepare = Callable[[], Call]
@@ -47,7 +53,7 @@ class Conditions:
     Args:
         clock: "wall", or "processor": the time all threads of this process were on a core, which other processes hardly
             change. A GPU is timed by its own events.
-        forms: which of a benchmark's forms, besides those it compares with; empty: all.
+        forms: which of a benchmark's forms, besides those it compares with; empty: all but the slow reference.
         compiled: whether those that go through `torch.compile` are among all.
         command: what the records name as their origin.
         say: is told what is being measured.
@@ -85,9 +91,10 @@ class Conditions:
 
     def chosen(self, table: Mapping[str, T], compared_with: Collection[str]) -> dict[str, T]:
         """The forms that are to be measured, in the order of the table."""
-        wanted = {*self.forms, *compared_with} if self.forms else set(table)
-        if not self.forms and not self.compiled:
-            wanted = {name for name in table if not name.endswith("_compiled")}
+        if self.forms:
+            wanted = {*self.forms, *compared_with}
+        else:
+            wanted = {name for name in table if self.compiled or not name.endswith(COMPILED)} - {REFERENCE}
         return {name: form for name, form in table.items() if name in wanted}
 
     @contextmanager
@@ -110,13 +117,17 @@ class Measurement:
 
 
 def measure(calls: Mapping[str, Prepare], conditions: Conditions) -> dict[str, Measurement]:
-    """Each call once to load, compile and warm up, once for its memory, then `rounds` times in turn with the others."""
+    """Each call once for its memory, which warms it up too, then `rounds` times in turn with the others.
+
+    What is compiled at its first call has that before.
+    """
     memory: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name, prepare in calls.items():
         conditions.say(f"warming up {name}")
         try:
-            prepare()()
+            if conditions.device == "cuda" or name.endswith(COMPILED):
+                prepare()()
             memory[name] = _peak_extra_bytes(prepare(), conditions.device)
         except torch.OutOfMemoryError:
             conditions.say(f"{name} does not fit into memory")

@@ -46,7 +46,7 @@ Way = Callable[[], object]
 class StepSize:
     """Examples of a batch before they are repeated, tokens of the longest, layers of each half, width of the model."""
 
-    batch: int = 16
+    batch: int = 32
     length: int = 32
     layers: int = 6
     width: int = 512
