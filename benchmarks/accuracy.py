@@ -1,6 +1,7 @@
 """How accurate is the loss? Random cases against float64: `python benchmarks/accuracy.py --cases 10000`.
 
-`--implementation cpu` measures a kernel in place of the PyTorch reference, in the dtypes it has.
+`--implementation cpu` measures a kernel in place of the PyTorch reference, in the dtypes it has; `linear` measures
+`linear_rdrop_loss`, from hidden states and a weight whose product is exactly the logits.
 
 Each case draws a family of logits, a dtype, m, V (log-uniform, 2 to 262,144), labels, and options. The reference is the
 definition, written down in float64 from the same (rounded) logits. The worst position of all counts:
@@ -21,19 +22,22 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdrop import kernels, rdrop_loss, symmetric_kl
-from rdrop.loss import Implementation
+from rdrop import kernels, linear_rdrop_loss, rdrop_loss, symmetric_kl
+from rdrop.kernels.linear import linear_forward
+from rdrop.loss import LossTerms
 
-DTYPES: dict[Implementation, tuple[torch.dtype, ...]] = {
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
+    "linear": (torch.float32, torch.bfloat16, torch.float16),
 }
 ALPHA = 5.0
 
@@ -159,24 +163,67 @@ def _norms(gradient: Tensor, positions: int) -> Tensor:
     return gradient.unflatten(0, (-1, positions)).transpose(0, 1).flatten(1).norm(dim=-1)
 
 
-def _divergences(case: Case, logits: Tensor, implementation: Implementation) -> Tensor:
-    """The divergence alone, `(N,)`, differentiable; 0 at ignored positions."""
+Terms = Callable[[Tensor], tuple[LossTerms, Tensor, Tensor]]
+"""Of `(m*N, V)` logits: what `rdrop_loss` returns per position; the loss of all, and the divergence alone per position
+with 0 where ignored, both differentiable.
+"""
+
+
+def _terms_from_logits(case: Case, logits: Tensor, implementation: str) -> tuple[LossTerms, Tensor, Tensor]:
     n = len(case.labels)
     valid = case.labels != -100
-    if implementation == "reference":
-        return symmetric_kl(logits.unflatten(0, (-1, n)).masked_fill(~valid[:, None], 0.0))
-    labels = case.labels.masked_fill(~valid, kernels.IGNORED)
-    options = {"weight": None, "label_smoothing": 0.0, "passes": len(logits) // n, "implementation": implementation}
-    return kernels.row_terms(logits, labels, **options)[1]
-
-
-def measure(case: Case, errors: Errors, implementation: Implementation) -> None:
-    n = len(case.labels)
-    logits = case.logits.clone().requires_grad_()
     options = {"label_smoothing": case.label_smoothing, "weight": case.weight, "reduction": "none"}
     terms = rdrop_loss(logits, case.labels, alpha=ALPHA, implementation=implementation, **options)
-    (loss_gradient,) = torch.autograd.grad(terms.loss.sum(), logits)
-    divergences = _divergences(case, logits, implementation)
+    if implementation == "reference":
+        divergences = symmetric_kl(logits.unflatten(0, (-1, n)).masked_fill(~valid[:, None], 0.0))
+    else:
+        labels = case.labels.masked_fill(~valid, kernels.IGNORED)
+        options = {"weight": None, "label_smoothing": 0.0, "passes": len(logits) // n}
+        divergences = kernels.row_terms(logits, labels, implementation=implementation, **options)[1]
+    return terms, terms.loss.sum(), divergences
+
+
+def _terms_from_hidden(case: Case, logits: Tensor) -> tuple[LossTerms, Tensor, Tensor]:
+    """Row i of the hidden states picks column i of the weight, which is row i of the logits; a mask is in the bias."""
+    hidden = torch.eye(len(logits), dtype=logits.dtype)
+    masked = logits[0] == -math.inf
+    bias = torch.zeros_like(logits[0]).masked_fill(masked, -math.inf) if masked.any() else None
+    weight = logits.masked_fill(logits == -math.inf, 0.0).t()
+    options = {"alpha": ALPHA, "label_smoothing": case.label_smoothing, "class_weight": case.weight}
+    options["chunk_positions"] = 1 + len(logits[0]) % 4
+    terms, total = (
+        linear_rdrop_loss(hidden, weight, case.labels, bias, reduction=reduction, **options)
+        for reduction in ("none", "sum")
+    )
+    labels = case.labels.masked_fill(case.labels == -100, kernels.IGNORED)
+    kernel = "reference" if kernels.available()["cpu"] else "cpu"
+    products = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    rows = hidden.unflatten(0, (-1, len(labels)))
+    divergences = linear_forward(rows, weight, bias, labels, None, 0.0, kernel, products, 3)[1]
+    return terms, total.loss, divergences
+
+
+def _with_one_mask(case: Case) -> Case:
+    """The mask of the first row in every row, as a bias masks."""
+    masked = case.logits[0] == -math.inf
+    logits = case.logits.masked_fill(case.logits == -math.inf, 0.0).masked_fill(masked, -math.inf)
+    labels = case.labels.masked_fill((case.labels != -100) & masked[case.labels.clamp_min(0)], 0)
+    return replace(case, logits=logits, labels=labels)
+
+
+def _terms_of(case: Case, implementation: str) -> Terms:
+    if implementation == "linear":
+        return partial(_terms_from_hidden, case)
+    return partial(_terms_from_logits, case, implementation=implementation)
+
+
+def measure(case: Case, errors: Errors, implementation: str) -> None:
+    if implementation == "linear":
+        case = _with_one_mask(case)
+    n = len(case.labels)
+    logits = case.logits.clone().requires_grad_()
+    terms, loss, divergences = _terms_of(case, implementation)(logits)
+    (loss_gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (divergence_gradient,) = torch.autograd.grad(divergences.sum(), logits)
 
     exact = case.logits.double().requires_grad_()
@@ -202,9 +249,7 @@ def measure(case: Case, errors: Errors, implementation: Implementation) -> None:
     errors.not_finite += int(not (terms.loss.isfinite().all() and loss_gradient.isfinite().all()))
 
 
-def run(
-    count: int, seed: int = 0, implementation: Implementation = "reference"
-) -> dict[tuple[str, torch.dtype], Errors]:
+def run(count: int, seed: int = 0, implementation: str = "reference") -> dict[tuple[str, torch.dtype], Errors]:
     dtypes = DTYPES[implementation]
     table = {key: Errors() for key in itertools.product(FAMILIES, dtypes)}
     for case in random_cases(count, seed, dtypes):
