@@ -6,7 +6,14 @@ from importlib import import_module
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name
 
-MODULES = ("translation", "summarization", "language_modelling", "image_classification", "digits")
+MODULES = (
+    "translation",
+    "summarization",
+    "text_classification",
+    "language_modelling",
+    "image_classification",
+    "digits",
+)
 """One a task, in the order in which they are listed. Each has `RECIPES`, and `PUBLISHED` by the name of the recipe."""
 
 
