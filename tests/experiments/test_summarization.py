@@ -269,6 +269,19 @@ def test_the_model_has_the_dropout_asked_for_and_no_layerdrop() -> None:
     assert {source.rate for source in dropout_sources(model) if source.active} == {0.25, 0.35, 0.45}
 
 
+def test_a_new_model_begins_by_preferring_what_stands_at_the_same_place() -> None:
+    task = Summarization(TINY.replace(**{"model.hidden_size": 128, "data.summary_tokens": 8}))
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    batch = task.train_batch(list(range(16)), epoch=0)
+    logits = task.logits(model, batch)
+    there = batch["input_ids"][:, None, : logits.shape[1]].expand(-1, logits.shape[1], -1)
+    preference = logits.gather(2, there).mean(0)  # for the document's token at each place, by place of the summary
+    same = preference.diagonal().mean()
+    others = (preference.sum() - preference.diagonal().sum()) / (preference.numel() - len(preference))
+    assert same > others + 0.5
+
+
 def test_each_rate_alone_makes_two_passes_differ() -> None:
     for key in ("dropout", "attention_dropout", "activation_dropout"):
         changes = {"model.dropout": 0.0, "model.attention_dropout": 0.0, "model.activation_dropout": 0.0}

@@ -119,7 +119,7 @@ class SummarizationRecipe(Recipe):
                 "model.heads": 2,
                 "model.intermediate_size": 64,
                 "decoding.min_length": 0,
-                "decoding.max_length": 12,
+                "decoding.max_length": 16,
             },
         )
 
@@ -233,19 +233,21 @@ CNN_DAILYMAIL = SummarizationRecipe(
     ),
 )
 
+# Our choices, all of them, ranked on the valid split: a run with alpha=0 and one with R-Drop are to take 12 minutes
+# together, on one thread.
 AESLC = CNN_DAILYMAIL.replace(
     name="aeslc",
-    updates=1000,
-    batch_size=32,
+    updates=7000,  # eight epochs
+    batch_size=16,
     batch_tokens=None,
     accumulation=1,
-    beta2=0.98,
     learning_rate=2e-3,
-    warmup_steps=100,
+    warmup_steps=400,
     clip_norm=1.0,
+    label_smoothing=0.0,  # off: it slows a small model down
     precision="fp32",
-    evaluate_every=250,
-    checkpoint_every=250,
+    evaluate_every=500,
+    checkpoint_every=500,
     **{
         "data.hub": None,
         "data.hub_config": None,
@@ -253,20 +255,18 @@ AESLC = CNN_DAILYMAIL.replace(
         "data.summary_column": "subject",
         "data.counts": [14_436, 1_960, 1_906],
         "data.valid_examples": 500,
-        "data.document_tokens": 64,
-        "data.summary_tokens": 24,
+        "data.document_tokens": 40,  # most of what a subject line says stands at the beginning of the e-mail
+        "data.summary_tokens": 12,
         "model.name": None,
-        "model.vocabulary": 4000,
-        "model.lowercase": True,
-        "model.layers": 2,
+        "model.vocabulary": 2000,
+        "model.lowercase": True,  # ROUGE does not see the case
+        "model.layers": 1,
         "model.hidden_size": 128,
         "model.heads": 4,
         "model.intermediate_size": 256,
-        "model.activation_dropout": 0.0,
-        "decoding.beams": 1,
         "decoding.length_penalty": 1.0,
-        "decoding.min_length": 0,
-        "decoding.max_length": 20,
+        "decoding.min_length": 1,
+        "decoding.max_length": 14,
         "decoding.no_repeat_ngram": 0,
         "decoding.batch_size": 128,
     },
