@@ -343,12 +343,11 @@ WIKITEXT_2_VALID_ADAPTIVE = WIKITEXT_2_VALID.replace(
     },
 )
 
+# Chosen on the training and valid losses of seed 0: without R-Drop the valid loss is at its best about half-way.
 TINYSHAKESPEARE = WIKITEXT_2_VALID.replace(
     name="tinyshakespeare",
-    updates=1_500,
-    batch_size=16,
-    learning_rate=2e-3,
-    warmup_steps=100,
+    updates=1_500,  # 29 epochs
+    learning_rate=4e-3,
     evaluate_every=150,
     checkpoint_every=500,
     **{
@@ -356,15 +355,9 @@ TINYSHAKESPEARE = WIKITEXT_2_VALID.replace(
         "data.hub_config": None,
         "data.layout": "one-text",
         "data.lines": [40_000],
-        "data.train_lines": 4_000,  # a tenth of the text, or a model of this size would not overfit in this time
+        "data.train_lines": 2_000,  # a twentieth of the text, or so small a model would not overfit in this time
         "data.tokens": "characters",
         "data.min_count": None,
-        "data.block_size": 128,
-        "data.context": 64,
-        "model.layers": 3,
-        "model.hidden_size": 128,
-        "model.heads": 4,
-        "model.intermediate_size": 512,
         "model.dropout": 0.1,
         "model.embedding_dropout": 0.1,
     },
