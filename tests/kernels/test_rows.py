@@ -10,7 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +189,49 @@ def test_the_number_of_threads_changes_no_bit(kernel):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_cpu_kernel_takes_as_many_threads_as_torch(threads, monkeypatch):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    given = []
+    rows_of = cpu._library().rdrop_rows
+    library = SimpleNamespace(rdrop_rows=lambda rows: given.append(rows._obj.threads) or rows_of(rows))
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(cpu, "instructions", lambda: "plain")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        terms_and_gradient(random_case(), implementation="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert given == [threads, threads]  # forward and backward
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads there")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_run_as_torch_was_given(threads):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    logits, labels = torch.randn(200, 1, 20_000), torch.zeros(100, 1, dtype=torch.long)
+    seen, done = set(), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(len(os.listdir("/proc/self/task")))
+
+    watcher, before = threading.Thread(target=watch), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    watcher.start()
+    try:
+        for _ in range(20):
+            operators.rows_forward(logits, labels, None, 0.0, 2, "cpu")
+    finally:
+        done.set()
+        watcher.join()
+        torch.set_num_threads(before)
+    assert max(seen) - min(seen) == threads - 1
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
@@ -433,6 +479,39 @@ def test_operators_pass_torchs_own_check(kernel):
     opcheck(operators.rows_forward_backward_, (*arguments, ones, ones))
 
 
+def test_operators_of_meta_tensors_have_shapes_and_compute_nothing(kernel):
+    logits, labels, weight, *options = operator_arguments(kernel, requires_grad=False)
+    expected = operators.rows_forward(logits, labels, weight, *options)
+    logits, labels, weight = (tensor.to("meta") for tensor in (logits, labels, weight))
+    outputs = operators.rows_forward(logits, labels, weight, *options)
+    assert [(t.shape, t.dtype, t.device.type) for t in outputs] == [(t.shape, t.dtype, "meta") for t in expected]
+    ones = torch.ones(2, 3, device="meta")
+    gradient = operators.rows_backward(logits, labels, weight, *options, outputs[2], ones, ones)
+    assert (gradient.shape, gradient.dtype, gradient.is_meta) == (logits.shape, logits.dtype, True)
+
+
+def test_a_loss_of_meta_tensors_is_computed_by_the_reference_without_values():
+    logits = torch.randn(4, 3, 9, device="meta", requires_grad=True)
+    loss = rdrop_loss(logits, torch.zeros(2, 3, dtype=torch.long, device="meta"), alpha=5.0).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.is_meta
+    assert gradient.shape == logits.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_gpu_is_never_waited_for(overwrite):
+    case = random_case(6, 33)
+    logits, labels = case.logits.cuda().requires_grad_(), case.labels.cuda()
+    options = {"alpha": 5.0, "implementation": "triton", "overwrite_logits": overwrite}
+    rdrop_loss(logits * 1, labels, **options).loss.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rdrop_loss(logits * 1, labels, **options).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -545,3 +624,23 @@ def test_with_a_compiler_the_build_makes_the_library(tmp_path):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("there is no C++ compiler")
     assert build(tmp_path).exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_wheel_of_a_clean_copy_has_the_library_where_there_is_a_compiler(tmp_path, compiler):
+    if compiler and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("there is no C++ compiler")
+    root, copy = Path(__file__).parents[2], tmp_path / "copy"
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(root / "src", copy / "src", ignore=leave)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, copy]
+    environment = os.environ | ({} if compiler else {"CC": "/bin/false", "CXX": "/bin/false"})
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert ("rdrop/kernels/rows.so" in files) == compiler
+    assert "rdrop/bench/suite.py" in files
+    assert "-py3-none-" in wheel.name  # one for every version of Python
