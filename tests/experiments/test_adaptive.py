@@ -87,6 +87,19 @@ def test_the_gradients_are_those_of_the_values(passes: int) -> None:
     assert torch.autograd.gradcheck(lambda rows: CLUSTERS.cross_entropy(rows, labels), [logits])
 
 
+def test_many_positions_are_the_same_in_parts_and_at_once() -> None:
+    logits = random_logits(2, 3, 4000).requires_grad_()  # more than are taken at once
+    upstream = torch.linspace(-1, 1, 12_000, dtype=torch.float64).view(3, 4000)
+    for function in (CLUSTERS.divergence, lambda rows: CLUSTERS.divergence_of_rows(rows.flatten(1, 2)).view(3, 4000)):
+        value = function(logits)
+        (gradient,) = torch.autograd.grad(value, logits, upstream)
+        if function == CLUSTERS.divergence:
+            expected = value, gradient
+    torch.testing.assert_close((value, gradient), expected, rtol=1e-13, atol=1e-15)
+    with torch.no_grad():
+        torch.testing.assert_close(CLUSTERS.divergence(logits), value, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize(("distance", "tolerance"), [(1.0, 1e-5), (1e-2, 1e-5), (1e-4, 1e-3)])
 def test_in_float32_the_divergence_keeps_its_digits_where_the_passes_nearly_agree(
     distance: float, tolerance: float

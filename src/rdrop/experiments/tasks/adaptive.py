@@ -26,6 +26,7 @@ Every term is >= 0, so nothing cancels between them. It needs every tail at ever
 label is in the head: a sum over the cluster of the label alone is no divergence of P.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from rdrop import cross_entropy, kl_from_first, symmetric_kl
+from rdrop.loss import refuse_second_derivative
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,17 @@ class Clusters:
         return values
 
     def divergence(self, passes: Tensor) -> Tensor:
-        """The symmetric KL of P, mean over pairs of passes: `(m, ..., H + S_1 + ... + S_K)` to `(...)`."""
+        """The symmetric KL of P, mean over pairs of passes: `(m, ..., H + S_1 + ... + S_K)` to `(...)`.
+
+        Some positions at a time, with their gradient: it needs no memory but the gradient's. Differentiable once.
+        """
+        rows = passes.reshape(len(passes), -1, passes.shape[-1])
+        wanted = torch.is_grad_enabled() and passes.requires_grad
+        value: Tensor = _InParts.apply(self.divergence_of_rows, rows, wanted)  # type: ignore[no-untyped-call]
+        return value.view(passes.shape[1:-1])
+
+    def divergence_of_rows(self, passes: Tensor) -> Tensor:
+        """The same for `(m, N, H + S_1 + ... + S_K)`, all at once."""
         head, *tails = self.split(passes)
         of_clusters = head.log_softmax(-1)[..., self.cutoffs[0] :].exp()  # (m, ..., K)
         value = symmetric_kl(head)
@@ -97,6 +109,32 @@ class Clusters:
             directed = torch.stack([kl_from_first(tail.roll(-a, 0)) for a in range(len(tail))])  # (m, ...): from pass a
             value = value + (of_clusters[..., i] * directed).mean(0)
         return value
+
+
+class _InParts(torch.autograd.Function):
+    """`function(rows)`, `(m, N, W)` to `(N,)`, where each value depends on its own rows only."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], rows: Tensor, gradient_wanted: bool) -> Tensor:
+        # On CPU what fits into its cache; on an accelerator what is worth a kernel's launch.
+        at_once = max((2**17 if rows.device.type == "cpu" else 2**26) // rows[:, 0].numel(), 1)
+        gradient = torch.empty_like(rows) if gradient_wanted else None
+        values = []
+        for start in range(0, rows.shape[1], at_once):
+            part = rows[:, start : start + at_once].detach().requires_grad_(gradient_wanted)
+            with torch.set_grad_enabled(gradient_wanted):
+                value = function(part)
+            if gradient is not None:
+                (gradient[:, start : start + at_once],) = torch.autograd.grad(value, part, torch.ones_like(value))
+            values.append(value.detach())
+        ctx.save_for_backward(gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        refuse_second_derivative("Clusters.divergence")
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * upstream[None, :, None], None
 
 
 class AdaptiveEmbedding(nn.Module):
