@@ -468,7 +468,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert run.result() == result
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
-        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps"),
+        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "notes"),
     }
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}
     assert result["cost"]["parameters"] == sum(parameter.numel() for parameter in TinyNetwork(0.0).parameters())

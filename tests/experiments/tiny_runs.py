@@ -82,6 +82,7 @@ class TinyTask:
 
     def __init__(self, recipe: TinyRecipe) -> None:
         self.recipe = recipe
+        self.notes: dict[str, str] = {}
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randint(VOCABULARY, (44, POSITIONS), generator=generator)
         self.targets = (self.inputs * 3 + 1) % VOCABULARY

@@ -284,7 +284,7 @@ def _show_result(run: Run) -> None:
     table = _table("", "valid", "test")
     for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
         style = NumberStyle.of(metric, [])
-        table.add_row(style.heading(metric), style.score(result["valid"][metric]), style.score(result["test"][metric]))
+        table.add_row(style.heading(metric), style.score(result["valid"].get(metric)), style.score(result["test"][metric]))
     console = Console(highlight=False)
     console.print(Text(run.label, "bold"))
     console.print(table)

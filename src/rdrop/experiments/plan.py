@@ -82,8 +82,13 @@ def train_all(runs: list[Run], console: Console, *, trackers: Sequence[str] = ()
 
 
 def _train(run: Run, display: Display, trackers: Sequence[str]) -> dict[str, Any]:
+    from transformers.utils import logging
+
     from rdrop.experiments import checkpoints, trainer
 
+    # Its bars would break ours, and that a classifier on top is new is no news.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return trainer.train(run.recipe, run.folder, on_progress=display.update, trackers=trackers)
     except (trainer.TrainingError, checkpoints.CheckpointError) as cause:

@@ -318,6 +318,7 @@ class _Training:
             "averaged_steps": state.averaged_steps,
             "valid": self.score("valid"),
             "test": self.score("test"),
+            "notes": self.task.notes,
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes),
             "versions": versions(),

@@ -31,6 +31,8 @@ class Task(Protocol):
     higher_is_better: bool
     task_loss: TaskLoss
     divergence: Divergence
+    notes: dict[str, str]
+    """What a reader of the scores should know beside the numbers: signatures, what was skipped, what decoded."""
 
     def __init__(self, recipe: Any) -> None:
         """Loads the data; nothing is trained. Raises `DataError` for data that are not what they should be."""

@@ -33,6 +33,7 @@ class Digits:
     divergence = staticmethod(symmetric_kl)
 
     def __init__(self, recipe: "DigitsRecipe") -> None:
+        self.notes: dict[str, str] = {}
         self._model = recipe.model
         digits = load_digits()
         self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)

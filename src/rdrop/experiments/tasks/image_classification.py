@@ -64,6 +64,7 @@ class ImageClassification:
     divergence = staticmethod(symmetric_kl)
 
     def __init__(self, recipe: ImageClassificationRecipe) -> None:
+        self.notes: dict[str, str] = {}
         self._seed, self._model = recipe.seed, recipe.model
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data)

@@ -65,6 +65,7 @@ class LanguageModelling:
     divergence: Divergence
 
     def __init__(self, recipe: LanguageModellingRecipe) -> None:
+        self.notes: dict[str, str] = {}
         self._data, self._model = recipe.data, recipe.model
         self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
         texts = load_texts(recipe.data)

@@ -38,6 +38,7 @@ class TextClassification:
     divergence: Divergence
 
     def __init__(self, recipe: TextClassificationRecipe) -> None:
+        self.notes: dict[str, str] = {}
         data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
         if data.regression:
             self.task_loss, self.divergence = squared_error, squared_difference
