@@ -284,7 +284,8 @@ def _show_result(run: Run) -> None:
     table = _table("", "valid", "test")
     for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
         style = NumberStyle.of(metric, [])
-        table.add_row(style.heading(metric), style.score(result["valid"].get(metric)), style.score(result["test"][metric]))
+        valid, test = result["valid"].get(metric), result["test"][metric]  # some are of the test split alone
+        table.add_row(style.heading(metric), style.score(valid), style.score(test))
     console = Console(highlight=False)
     console.print(Text(run.label, "bold"))
     console.print(table)

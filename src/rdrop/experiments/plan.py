@@ -87,8 +87,8 @@ def _train(run: Run, display: Display, trackers: Sequence[str]) -> dict[str, Any
     from rdrop.experiments import checkpoints, trainer
 
     # Its bars would break ours, and that a classifier on top is new is no news.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return trainer.train(run.recipe, run.folder, on_progress=display.update, trackers=trackers)
     except (trainer.TrainingError, checkpoints.CheckpointError) as cause:
