@@ -117,14 +117,23 @@ class _KLFromFirst(torch.autograd.Function):
             expected = (p[0] * mean_log_ratio).sum(-1, keepdim=True)
             of_first = -p[0] * (mean_log_ratio - expected)
             ctx.save_for_backward(torch.cat([of_first[None], surplus / len(log_ratio)]))
-        # p_a - p_1 sums to 0 over the classes: adding it makes every term >= 0 up to rounding.
-        return (surplus - p[0] * log_ratio).clamp_min(0).sum(-1).mean(0)
+        # p_a - p_1 sums to 0 over the classes: with it a term is p_1 (exp(r) - 1 - r) >= 0, which cancels for small r.
+        terms = torch.where(log_ratio.abs() < 0.05, p[0] * _exp_beyond_tangent(log_ratio), surplus - p[0] * log_ratio)
+        return terms.clamp_min(0).sum(-1).mean(0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         refuse_second_derivative("kl_from_first")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[None, ..., None], None
+
+
+def _exp_beyond_tangent(r: Tensor) -> Tensor:
+    """`exp(r) - 1 - r` for |r| < 0.05, to rounding in float64."""
+    series = torch.ones_like(r)
+    for n in range(8, 2, -1):
+        series = 1 + r / n * series
+    return r.square() / 2 * series
 
 
 class _SymmetricKL(torch.autograd.Function):

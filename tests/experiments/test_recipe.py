@@ -110,7 +110,8 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["schedule=step"], "schedule=\"step\": must be 'constant', 'linear', 'cosine' or 'inverse-sqrt'"),
         (
             ["dropout=0.1"],
-            "dropout=0.1: must be a list, a rate for each pass: [0.1,0.3]; the model's is model.dropout",
+            "dropout=0.1: must be a list, written [0.1,0.3] "
+            "(dropout: a rate for each pass; the model's own is model.dropout)",
         ),
         (["dropout=[0.1,0.2,0.3]"], "dropout=[...]: must have passes (=2) rates, one for each"),
         (

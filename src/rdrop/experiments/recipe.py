@@ -25,7 +25,7 @@ TYPE_RULES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number as JSON writes it, e.g. 0.3 or 1e-3",
-    "list_type": "must be a list, a rate for each pass: [0.1,0.3]; the model's is model.dropout",
+    "list_type": "must be a list, written [0.1,0.3] (dropout: a rate for each pass; the model's own is model.dropout)",
     "string_type": "must be text; text that looks like a number needs quotes of its own, '\"3\"'",
 }
 
