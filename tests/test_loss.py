@@ -121,9 +121,9 @@ def test_kl_from_first_is_the_mean_kl_from_the_first_pass_to_the_others():
 def test_kl_from_first_is_accurate_where_the_passes_agree_and_finite_where_they_do_not(distance):
     first = random_logits(50, 1000, dtype=torch.float32)
     near = torch.stack([first, first + distance * random_logits(50, 1000, seed=1, dtype=torch.float32)])
-    torch.testing.assert_close(kl_from_first(near).double(), kl_from_first(near.double()), rtol=2e-6, atol=0)
+    torch.testing.assert_close(kl_from_first(near).double(), kl_from_first(near.double()), rtol=4e-6, atol=0)
     ours, exact = (gradient_of(lambda z: kl_from_first(z).sum(), passes) for passes in (near, near.double()))
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-8)
     far = torch.tensor([[[0.0, 200.0, -300.0]], [[150.0, -200.0, 10.0]]])
     torch.testing.assert_close(kl_from_first(far), torch.tensor([350.0]))
     assert gradient_of(lambda z: kl_from_first(z).sum(), far).isfinite().all()
