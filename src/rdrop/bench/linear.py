@@ -8,6 +8,7 @@ gradients; hidden states and weight themselves are not counted. Everything is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from rdrop import linear_rdrop_loss
 from rdrop.bench import rows
 from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
-from rdrop.bench.rows import ALPHA, COMPARED_WITH, IGNORED, SMOOTHING, Form
+from rdrop.bench.rows import ALPHA, COMPARED_WITH, IGNORED, SMOOTHING, Form, compiled
 
 SIZES = ((1024, 512, 32_768), (512, 768, 50_265), (256, 1024, 128_256))
 PADDING = 0.3
@@ -44,11 +45,8 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
         anchor = torch.zeros((), requires_grad=True)
         return _Parameter.apply(anchor, weight)  # type: ignore[no-any-return, no-untyped-call]
 
-    def after_linear(loss: Form, *, compiled: bool = False) -> Form:
-        def whole(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            return loss(F.linear(hidden, weight), labels)
-
-        whole = torch.compile(whole) if compiled else whole
+    def after_linear(loss: Form, through: Callable[..., Any] = lambda whole: whole) -> Form:
+        whole = through(lambda hidden, weight, labels: loss(F.linear(hidden, weight), labels))
         return lambda hidden, labels: whole(hidden, parameter(), labels)
 
     def torch_linear_cross_entropy(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -72,10 +70,10 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
 
     table: dict[str, Form] = {
         "cross_entropy": after_linear(rows.cross_entropy),
-        "cross_entropy_compiled": after_linear(rows.cross_entropy, compiled=True),
+        "cross_entropy_compiled": after_linear(rows.cross_entropy, compiled),
         "official": after_linear(rows.official),
         "tidy": after_linear(rows.tidy),
-        "tidy_compiled": after_linear(rows.tidy, compiled=True),
+        "tidy_compiled": after_linear(rows.tidy, compiled),
         "torch_linear_cross_entropy": torch_linear_cross_entropy,
         "ours": ours,
         "ours_30_percent_padding": ours_padded,
