@@ -13,7 +13,7 @@ from rdrop.experiments.compare_table import terminal_table
 from rdrop.experiments.finished import sort_out
 from rdrop.experiments.paired import Outcome, paired_difference
 from rdrop.experiments.results import find_runs
-from rdrop.experiments.wording import MINUS, TIMES, NumberStyle, ratio, verdict
+from rdrop.experiments.wording import MINUS, TIMES, NumberStyle, ratio, verdict, words
 
 HIGHER = True
 
@@ -406,3 +406,11 @@ def test_a_metric_of_unknown_direction_has_no_wins(tmp_path):
     comparison = only(tmp_path)
     (section,) = [section for section in comparison.results() if section.metric == "length"]
     assert section.differences[0].wins_ties_losses is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "spelled"),
+    [("exact_match", "exact match"), ("rougeL", "ROUGE-L"), ("bleu_tokenized_split", "BLEU tokenized split")],
+)
+def test_a_metric_is_spelled_as_the_field_spells_it(metric: str, spelled: str) -> None:
+    assert words(metric) == spelled

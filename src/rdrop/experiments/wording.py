@@ -12,6 +12,7 @@ from rdrop.experiments.paired import Outcome, PairedDifference
 PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "mcc", "pearson", "spearman"})
 # Metrics that are printed as they are, some tens in size: no more than two decimals without an interval that says so.
 LARGE_METRICS = frozenset({"bleu", "rouge1", "rouge2", "rougeL", "perplexity"})
+SPELLED = {"bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "f1": "F1", "mcc": "MCC"}
 NOT_KNOWN = "—"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
@@ -66,8 +67,8 @@ class NumberStyle:
 
 
 def words(metric: str) -> str:
-    """`exact_match` as "exact match"."""
-    return metric.replace("_", " ")
+    """`exact_match` as "exact match", `rougeL` as "ROUGE-L"."""
+    return " ".join(SPELLED.get(word, word) for word in metric.split("_"))
 
 
 def counted(count: int, noun: str) -> str:
