@@ -33,6 +33,8 @@ KERNELS: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
 COMPILED = "_compiled"
 """How the names of the forms end that go through `torch.compile`."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 REFERENCE = "ours_reference"
 """A form that is measured when it is named only: it is made to be exact and read, and takes most of the time."""
 
@@ -99,13 +101,15 @@ class Conditions:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """With as many threads as asked for."""
+        """With as many threads as asked for, and memory that can be measured."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        _return_freed_memory(True)
         try:
             yield
         finally:
             torch.set_num_threads(before)
+            _return_freed_memory(False)
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,12 @@ def measure(calls: Mapping[str, Prepare], conditions: Conditions) -> dict[str, M
             memory[name] = _peak_extra_bytes(prepare(), conditions.device)
         except torch.OutOfMemoryError:
             conditions.say(f"{name} does not fit into memory")
+    _return_freed_memory(False)
     for number in range(conditions.rounds):
         conditions.say(f"round {number + 1} of {conditions.rounds}")
         for name in memory:
             seconds[name].append(_seconds(calls[name](), conditions))
+    _return_freed_memory(True)
     return {name: Measurement(seconds[name], memory.get(name)) for name in calls}
 
 
@@ -175,6 +181,17 @@ def _peak_extra_bytes(call: Call, device: str) -> int | None:
         return None
     call()
     return _resident_bytes("VmHWM") - before
+
+
+def _return_freed_memory(at_once: bool) -> None:
+    """With glibc: whether blocks of 64 kB and more are the system's again as soon as they are freed. Then what is
+    resident is what is in use, not what a heap holds between its blocks; but each block takes the time to be cleared.
+    Otherwise they are kept, up to 32 MB each, which is where a process of large tensors arrives by itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 16 if at_once else 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 17 if at_once else 64 << 20)
 
 
 def _resident_bytes(field: str) -> int:

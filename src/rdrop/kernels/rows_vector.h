@@ -667,12 +667,13 @@ INLINE void backward(const Position<M, T>& position, const Statistics& s, const 
     for (int a = 0; a < position.passes(); ++a) std::fill_n(out[a], position.classes, kNotANumber<T>);
   } else if (M == 1 || c.divergence == 0) {
     write_gradient<PlainGradient<M, T>>(position, s, c, out);
-  } else if (M == 2 && s.path == kDirect) {
-    write_gradient<NearGradient<M == 2 ? kDirect : kCompensated, M, T>>(position, s, c, out);
-  } else if (s.path == kCompensated) {
-    write_gradient<NearGradient<kCompensated, M, T>>(position, s, c, out);
-  } else {
-    write_gradient<FarGradient<T>>(position.of_any_number(), s, c, out);
+  } else if constexpr (M != 1) {
+    if (M == 2 && s.path == kDirect)
+      write_gradient<NearGradient<M == 2 ? kDirect : kCompensated, M, T>>(position, s, c, out);
+    else if (s.path == kCompensated)
+      write_gradient<NearGradient<kCompensated, M, T>>(position, s, c, out);
+    else
+      write_gradient<FarGradient<T>>(position.of_any_number(), s, c, out);
   }
 }
 
