@@ -90,8 +90,8 @@ def _dtypes(records: Sequence[Record]) -> str:
 def _gpu(records: list[Record]) -> str:
     if not records:
         return (
-            "Not measured: no GPU was at hand. `rdrop bench --dtype bfloat16 --output gpu.jsonl` does it where there is\n"
-            "one, with a copy of the logits beside it as the yardstick of bandwidth."
+            "Not measured: no GPU was at hand. `rdrop bench --dtype bfloat16 --output gpu.jsonl` does it where there\n"
+            "is one, with a copy of the logits beside it as the yardstick of bandwidth."
         )
     by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)

@@ -1,6 +1,5 @@
 """The README and the pages keep their promises: Python blocks run, commands and files exist."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -110,38 +109,3 @@ def test_every_recorded_experiment_stands_in_the_page_of_results_with_its_seeds(
         assert f"<!-- results: {name} -->" in text
         assert len(comparison.seeds) >= (5 if name == "digits" else 3), name
         assert comparison.gaps() == ()
-
-
-WORDS_OF_FORM = {
-    "cross_entropy": "`F.cross_entropy`, eager",
-    "official": "official form",
-    "tidy": "tidy form (one `log_softmax`, `kl_div` of logarithms)",
-    "reference": "`rdrop_loss`, reference",
-    "kernel": "`rdrop_loss`",
-    "kernel_overwriting": "`rdrop_loss(..., overwrite_logits=True)`",
-    "kernel_cross_entropy": "plain cross-entropy by the same kernel, in place",
-}
-
-
-def speed_table() -> str:
-    """Time and extra memory as ratios to eager cross-entropy, from the record of `benchmarks/rows.py`."""
-    lines = (ROOT / "benchmarks/results/rows.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    sizes = sorted({(r["rows"], r["classes"]) for r in records}, reverse=True)
-    rows = ["| loss, forward and backward | " + " | ".join(f"{n} x {v:,}: time, memory" for n, v in sizes) + " |"]
-    rows.append("|---" * (1 + len(sizes)) + "|")
-    for form, words in WORDS_OF_FORM.items():
-        cells = []
-        for size in sizes:
-            [own, plain] = [
-                next(r for r in records if (r["rows"], r["classes"], r["form"]) == (*size, name))
-                for name in (form, "cross_entropy")
-            ]
-            memory = own["peak_extra_bytes"] / plain["peak_extra_bytes"]
-            cells.append(f"{own['median'] / plain['median']:.2f}, {memory:.2f}")
-        rows.append(f"| {words} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def test_the_speed_table_is_that_of_the_record():
-    assert speed_table() in (ROOT / "docs/speed.md").read_text(encoding="utf-8")

@@ -1,0 +1,50 @@
+"""The page on speed says what the committed records say."""
+
+import re
+
+import pytest
+from benchmarks import pages
+
+RECORDS = pages.cpu_records()
+
+
+@pytest.mark.parametrize("name", pages.parts())
+def test_a_part_of_the_page_is_what_the_records_give(name):
+    text = pages.PAGE.read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n{pages.parts()[name]}\n<!-- /{name} -->" in text, "run: python benchmarks/pages.py"
+
+
+def test_the_page_has_no_part_that_nothing_writes():
+    text = pages.PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- (\w[^>]*) -->", text)) == set(pages.parts())
+
+
+@pytest.mark.parametrize("name", ["rows.svg", "linear.svg", "steps.svg"])
+def test_a_plot_shows_the_ratios_of_the_records(name):
+    text = (pages.PLOTS / name).read_text(encoding="utf-8")
+    shown = re.findall(r"<text [^>]*>([^<]*)</text>", text)
+    drawn = re.findall(r"<text [^>]*>([^<]*)</text>", pages.plots()[name])
+    assert shown == drawn, "run: python benchmarks/pages.py"
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: f"{r['benchmark']}-{r['form']}-{r['classes']}-{r['dtype']}")
+def test_a_committed_record_names_machine_date_versions_and_command(record):
+    for key in ("device", "date", "versions", "commit", "command", "threads", "clock", "rounds"):
+        assert record[key], key
+    assert re.fullmatch(r"rdrop bench [^/]*( --output build/bench/\w+\.jsonl)", record["command"])
+    assert record["p20"] <= record["median"] <= record["p80"]
+
+
+def test_a_page_without_a_part_is_refused():
+    with pytest.raises(ValueError, match="must have one part <!-- gpu -->"):
+        pages.page_with("nothing", {"gpu": "text"})
+
+
+def test_figures_are_compared_with_what_they_name():
+    facts = {"benchmark": "rows", "pairs": 1024, "classes": 32_768, "dtype": "float32"}
+    records = [
+        facts | {"form": "cross_entropy", "median": 4.0, "peak_extra_bytes": 100},
+        facts | {"form": "ours_overwriting", "median": 1.0, "peak_extra_bytes": 5},
+    ]
+    time, memory = pages.FIGURES[:2]
+    assert (pages.measured_figure(records, time), pages.measured_figure(records, memory)) == (0.25, 0.05)
