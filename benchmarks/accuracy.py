@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -257,29 +258,54 @@ def run(count: int, seed: int = 0, implementation: str = "reference") -> dict[tu
     return table
 
 
+COLUMNS = (
+    "logits",
+    "dtype",
+    "cases",
+    "divergence",
+    "its gradient",
+    "task loss",
+    "loss gradient",
+    "negative",
+    "not finite",
+)
+
+
+def rows_of(table: dict[tuple[str, torch.dtype], Errors]) -> list[dict[str, str]]:
+    """As they stand in docs/accuracy.md and in the record."""
+    rows = []
+    for (family, dtype), e in table.items():
+        figures = (f"{figure:.1e}" for figure in (e.divergence, e.divergence_gradient, e.task_loss, e.loss_gradient))
+        cells = (family, str(dtype).removeprefix("torch."), e.cases, *figures, e.negative, e.not_finite)
+        rows.append(dict(zip(COLUMNS, map(str, cells), strict=True)))
+    return rows
+
+
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows])
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--cases", type=int, default=1000)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--implementation", choices=DTYPES, default="reference")
+    arguments.add_argument("--record", type=Path, help="where to write the figures as JSON")
     options = arguments.parse_args()
-    table = run(options.cases, options.seed, options.implementation)
-    print("| logits | dtype | cases | divergence | its gradient | task loss | loss gradient | negative | not finite |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (family, dtype), e in table.items():
-        name = str(dtype).removeprefix("torch.")
-        figures = (e.divergence, e.divergence_gradient, e.task_loss, e.loss_gradient)
-        columns = " | ".join(f"{figure:.1e}" for figure in figures)
-        print(f"| {family} | {name} | {e.cases} | {columns} | {e.negative} | {e.not_finite} |")
+    rows = rows_of(run(options.cases, options.seed, options.implementation))
+    print(markdown_table(rows))
     record = {
         "command": f"python benchmarks/accuracy.py --cases {options.cases} --seed {options.seed} "
         f"--implementation {options.implementation}",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, CPU",
         "torch": torch.__version__,
-        "cases": sum(e.cases for e in table.values()),
+        "cases": options.cases,
+        "rows": rows,
     }
-    print(json.dumps(record))
+    if options.record:
+        options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

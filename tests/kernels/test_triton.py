@@ -45,7 +45,7 @@ def first_position(case: Case) -> Case:
     return Case(case.family, rows, case.labels[:1], case.label_smoothing, case.weight)
 
 
-@pytest.mark.parametrize("count", [84, pytest.param(2100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [84, pytest.param(10_500, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_random_cases_against_float64(count):
     """The smaller of them, and one position of each: the interpreter is slow."""
     table = {key: Errors() for key in itertools.product(FAMILIES, triton.DTYPES)}
