@@ -428,6 +428,16 @@ def test_operators_keep_what_torch_asks_of_operators(implementation, dtype):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_meta_tensors_has_shapes_and_computes_nothing(reduction):
+    p = problem(positions=(3,))
+    hidden, weight, bias = (tensor.to("meta").requires_grad_() for tensor in p.parameters())
+    loss = linear_rdrop_loss(hidden, weight, p.labels.to("meta"), bias, alpha=5.0, reduction=reduction).loss
+    gradients = torch.autograd.grad(loss.sum(), (hidden, weight, bias))
+    assert loss.is_meta
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in p.parameters()]
+
+
 # ------------------------------------------------------------------------------------------------ which implementation
 
 

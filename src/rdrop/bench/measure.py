@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -245,7 +246,7 @@ def _device_name(device: str) -> str:
     if cpuinfo.exists():
         lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
         name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name} ({platform.machine()}, {os.cpu_count()} cores, {cpu.instructions()})"
+    return f"{name or 'CPU'} ({platform.machine()}, {os.cpu_count()} cores, {cpu.instructions()})"
 
 
 def _versions(device: str) -> dict[str, str]:
@@ -260,7 +261,7 @@ def _versions(device: str) -> dict[str, str]:
 def _commit() -> str | None:
     """Of the checkout this package lies in, "-dirty" where its source differs from that; None where it is installed."""
     root = Path(__file__).resolve().parents[3]
-    if not (root / "src/rdrop/bench/measure.py").exists():
+    if not (root / "src/rdrop/bench/measure.py").exists() or shutil.which("git") is None:
         return None
     commit, changes = (
         subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=False).stdout.strip()

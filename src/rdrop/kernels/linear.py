@@ -469,7 +469,7 @@ def _check_shapes(
 
 def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else dtype
     elif hidden.dtype == weight.dtype:
