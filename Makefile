@@ -43,7 +43,7 @@ bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and pl
 	$(BENCH) hidden --dtype bfloat16 --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
 	$(BENCH) steps --rounds 2 --output build/bench/steps.jsonl
 	mv build/bench/*.jsonl benchmarks/results/
-	$(BIN)/python benchmarks/pages.py
+	$(BIN)/python -m benchmarks.pages
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .

@@ -1,23 +1,28 @@
-"""The tables and plots of docs/speed.md from the committed records: `python benchmarks/pages.py`.
+"""The tables and plots of docs/speed.md and docs/accuracy.md from the committed records: `python -m benchmarks.pages`.
 
-Each part of the page between `<!-- name -->` and `<!-- /name -->` is written anew; a test holds that it is what the
-records give. The records come from `make bench`, in benchmarks/results: rows.jsonl, linear.jsonl and steps.jsonl of a
-CPU, gpu.jsonl of a GPU, which may be missing.
+Each part of a page between `<!-- name -->` and `<!-- /name -->` is written anew; a test holds that it is what the
+records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, linear.jsonl and steps.jsonl of a
+CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and
+accuracy-linear.json.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks import accuracy
 
 from rdrop.bench.plots import draw, svg
 from rdrop.bench.records import Record, comparisons, read
 from rdrop.bench.table import compare, layout_of, markdown_table, number
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, PLOTS = ROOT / "benchmarks/results", ROOT / "docs/speed.md", ROOT / "docs/plots"
+RESULTS, PLOTS = ROOT / "benchmarks/results", ROOT / "docs/plots"
+SPEED, ACCURACY = ROOT / "docs/speed.md", ROOT / "docs/accuracy.md"
 
 
 def cpu_records() -> list[Record]:
@@ -32,8 +37,12 @@ def gpu_records() -> list[Record]:
 # ---------------------------------------------------------------------------------------------- parts of the page
 
 
-def parts() -> dict[str, str]:
-    """By the name they have in the page."""
+def parts() -> dict[Path, dict[str, str]]:
+    """Of each page, by the name they have in it."""
+    return {SPEED: speed_parts(), ACCURACY: {f"accuracy {name}": _accuracy(name) for name in ("cpu", "linear")}}
+
+
+def speed_parts() -> dict[str, str]:
     records = cpu_records()
     found = {
         f"{benchmark} {dtype}": _table_with_origin(_of(records, benchmark=benchmark, dtype=dtype))
@@ -45,6 +54,12 @@ def parts() -> dict[str, str]:
     found["figures"] = figures_table(records)
     found["gpu"] = _gpu(gpu_records())
     return found
+
+
+def _accuracy(implementation: str) -> str:
+    record = json.loads((RESULTS / f"accuracy-{implementation}.json").read_text(encoding="utf-8"))
+    origin = f"{record['machine']}; torch {record['torch']}; {record['date']}; by `{record['command']}`."
+    return f"{accuracy.markdown_table(record['rows'])}\n\n{origin}"
 
 
 def _of(records: Sequence[Record], **facts: object) -> list[list[Record]]:
@@ -172,11 +187,12 @@ def figures_table(records: Sequence[Record]) -> str:
 
 
 def page_with(text: str, found: dict[str, str]) -> str:
+    """The text of a page with these parts in the place of what it had."""
     for name, part in found.items():
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         text, count = pattern.subn(lambda _, name=name, part=part: f"<!-- {name} -->\n{part}\n<!-- /{name} -->", text)
         if count != 1:
-            raise ValueError(f"{PAGE.name} must have one part <!-- {name} --> ... <!-- /{name} -->; it has {count}")
+            raise ValueError(f"the page must have one part <!-- {name} --> ... <!-- /{name} -->; it has {count}")
     return text
 
 
@@ -189,7 +205,8 @@ def plots() -> dict[str, str]:
 
 
 def main() -> None:
-    PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), parts()), encoding="utf-8")
+    for page, found in parts().items():
+        page.write_text(page_with(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
     for name, drawn in plots().items():
         (PLOTS / name).write_text(drawn, encoding="utf-8")

@@ -1,22 +1,22 @@
-"""The page on speed says what the committed records say."""
+"""The pages on speed and accuracy say what the committed records say."""
 
 import re
 
 import pytest
 from benchmarks import pages
 
-RECORDS = pages.cpu_records()
+RECORDS, PARTS = pages.cpu_records(), pages.parts()
 
 
-@pytest.mark.parametrize("name", pages.parts())
-def test_a_part_of_the_page_is_what_the_records_give(name):
-    text = pages.PAGE.read_text(encoding="utf-8")
-    assert f"<!-- {name} -->\n{pages.parts()[name]}\n<!-- /{name} -->" in text, "run: python benchmarks/pages.py"
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, found in PARTS.items() for name in found])
+def test_a_part_of_a_page_is_what_the_records_give(page, name):
+    text = page.read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n{PARTS[page][name]}\n<!-- /{name} -->" in text, "run: python -m benchmarks.pages"
 
 
-def test_the_page_has_no_part_that_nothing_writes():
-    text = pages.PAGE.read_text(encoding="utf-8")
-    assert set(re.findall(r"<!-- (\w[^>]*) -->", text)) == set(pages.parts())
+@pytest.mark.parametrize("page", PARTS, ids=lambda page: page.name)
+def test_a_page_has_no_part_that_nothing_writes(page):
+    assert set(re.findall(r"<!-- (\w[^>]*) -->", page.read_text(encoding="utf-8"))) == set(PARTS[page])
 
 
 @pytest.mark.parametrize("name", ["rows.svg", "linear.svg", "steps.svg"])
@@ -24,7 +24,7 @@ def test_a_plot_shows_the_ratios_of_the_records(name):
     text = (pages.PLOTS / name).read_text(encoding="utf-8")
     shown = re.findall(r"<text [^>]*>([^<]*)</text>", text)
     drawn = re.findall(r"<text [^>]*>([^<]*)</text>", pages.plots()[name])
-    assert shown == drawn, "run: python benchmarks/pages.py"
+    assert shown == drawn, "run: python -m benchmarks.pages"
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: f"{r['benchmark']}-{r['form']}-{r['classes']}-{r['dtype']}")
