@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rdrop.dropout import dropout_sources
 from rdrop.experiments.recipes.digits import DIGITS, DigitsRecipe
@@ -14,7 +15,7 @@ from rdrop.experiments.tasks.digits import Digits, stratified_draw
 from rdrop.experiments.trainer import train
 
 SMALL = DIGITS.replace(
-    **{"data.train_labels": 40, "data.valid_size": 30, "data.test_size": 50},
+    **{"data.train_labels": 40, "data.valid_size": 30, "data.test_size": 50, "data.shift": 0},
     **{"model.layers": 1, "model.hidden_size": 16, "model.intermediate_size": 16, "model.heads": 2},
 )
 
@@ -43,8 +44,28 @@ def test_the_seed_draws_the_labels_and_leaves_the_scored_images_alone() -> None:
 
 
 def test_nothing_but_seed_and_data_decides_the_labels() -> None:
-    changed = SMALL.replace(alpha=0.0, batch_size=16, updates=50, **{"model.layers": 2, "model.dropout": 0.3})
+    changed = SMALL.replace(alpha=0.0, batch_size=16, updates=90, **{"model.layers": 2, "model.dropout": 0.3})
     assert rows(changed) == rows(SMALL)
+
+
+def test_training_images_move_by_whole_pixels_and_no_further_than_asked() -> None:
+    still, moving = Digits(SMALL.replace(**{"data.shift": 0})), Digits(SMALL.replace(**{"data.shift": 2}))
+    images = still.train_batch(list(range(40)), 0)["pixel_values"]
+    padded = F.pad(images, (2, 2, 2, 2), value=-1.0)
+    places = set()
+    for epoch in range(3):
+        for whole, moved in zip(padded, moving.train_batch(list(range(40)), epoch)["pixel_values"], strict=True):
+            found = {(y, x) for y in range(5) for x in range(5) if torch.equal(whole[:, y : y + 8, x : x + 8], moved)}
+            assert found
+            places |= found
+    assert len(places) == 25
+
+
+def test_how_an_image_moves_depends_on_seed_epoch_and_index_alone() -> None:
+    task = Digits(SMALL.replace(**{"data.shift": 2}))
+    together = task.train_batch([3, 5, 8], 1)["pixel_values"]
+    assert torch.equal(task.train_batch([5], 1)["pixel_values"][0], together[1])
+    assert not torch.equal(task.train_batch([3, 5, 8], 2)["pixel_values"], together)
 
 
 @pytest.mark.parametrize("size", [1, 10, 37, 400])

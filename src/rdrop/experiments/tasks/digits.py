@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.tasks import Batch
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE, CLASSES = 8, 10
 BRIGHTEST = 16.0  # load_digits counts ink from 0 to 16
+BACKGROUND = -1.0  # no ink, as the model sees it
 EVALUATION_BATCH = 250
 
 
@@ -40,6 +42,7 @@ class Digits:
         self._labels = torch.tensor(digits.target)
 
         data = recipe.data
+        self._shift, self._seed = data.shift, recipe.seed
         order = np.random.default_rng(data.split_seed).permutation(len(self._labels))
         valid, test, pool = np.split(order, [data.valid_size, data.valid_size + data.test_size])
         train = stratified_draw(pool, digits.target, data.train_labels, recipe.seed)
@@ -77,7 +80,15 @@ class Digits:
 
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
         rows = self.splits["train"][indices]
-        return {"pixel_values": self._images[rows], "labels": self._labels[rows]}
+        return {"pixel_values": self._shifted(self._images[rows], indices, epoch), "labels": self._labels[rows]}
+
+    def _shifted(self, images: Tensor, indices: list[int], epoch: int) -> Tensor:
+        """Each image moved by its own whole pixels in this epoch; what comes in is background."""
+        most, size = self._shift, IMAGE_SIZE
+        generator = np.random.default_rng(derived_seed(self._seed, "shift", epoch))
+        moves = generator.integers(0, 2 * most + 1, (self.train_size(), 2))[indices].tolist()
+        padded = F.pad(images, (most, most, most, most), value=BACKGROUND)
+        return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves, strict=True)])
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(pixel_values=batch["pixel_values"]).logits
