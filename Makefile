@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed  ## train with and without R-Drop on scikit-learn's digits; write runs/report.html
-	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --seeds 6 --runs $(RUNS)
+	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --seeds 12 --runs $(RUNS)
 
 demo-short: $(VENV)/installed  ## the same code path in seconds: two seeds, few updates
 	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --runs $(RUNS)/short --seeds 2 updates=40 warmup_steps=4 evaluate_every=10

@@ -100,7 +100,8 @@ def test_nothing_names_a_path_of_one_machine():
 def test_the_results_in_the_pages_are_those_of_the_records(page):
     text = page.read_text(encoding="utf-8")
     assert "digits" in [name for _, name, _ in experiments.PART.findall(text)]
-    assert experiments.rewritten(text, experiments.recorded_comparisons()) == text, "python benchmarks/experiments.py pages"
+    made = experiments.rewritten(text, experiments.recorded_comparisons())
+    assert made == text, "run: python benchmarks/experiments.py pages"
 
 
 def test_every_recorded_experiment_stands_in_the_page_of_results_with_its_seeds():

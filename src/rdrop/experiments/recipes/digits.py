@@ -129,7 +129,7 @@ DIGITS = DigitsRecipe(
         hidden_size=64,
         heads=4,
         intermediate_size=128,
-        patch_size=2,  # 16 patches
+        patch_size=4,  # 4 patches
         dropout=0.1,  # BERT's and the first Transformer's; the library's ViT has 0, where R-Drop cannot act
         attention_dropout=0.1,
     ),
