@@ -294,4 +294,8 @@ def test_the_tree_never_unpickles_and_never_runs_what_it_reads() -> None:
                 without_pickles = any(ast.unparse(keyword) == "allow_pickle=False" for keyword in node.keywords)
                 assert called not in forbidden_calls or (called == "np.load" and without_pickles), path
                 assert called.rpartition(".")[2] not in forbidden_methods, path
-                assert "trust_remote_code" not in {keyword.arg for keyword in node.keywords}, path
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("trust_remote_code", "False") == "False", path
+                loaded = [called, *map(ast.unparse, node.args)]
+                if any(name.endswith(".from_pretrained") for name in loaded):  # left out, transformers would ask
+                    assert "trust_remote_code" in keywords, f"{path}:{node.lineno}"

@@ -341,6 +341,8 @@ def test_previous_signal_handlers_come_back(tmp_path: Path, on_event: Callable[[
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, on_event: Callable[[Callable[[str], None]], None]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left there
+
     def twice(event: str) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -348,6 +350,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, on_event: Callable[[
     on_event(twice)
     with pytest.raises(KeyboardInterrupt) as interrupted:
         train(RECIPE, tmp_path)
+    signal.signal(signal.SIGINT, before)
     assert not isinstance(interrupted.value, Preempted)
 
 

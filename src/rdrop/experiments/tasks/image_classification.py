@@ -166,7 +166,7 @@ def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...])
     if model.name is None:
         shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
         return ViTConfig(image_size=image_size, **shape, **options)
-    config: PreTrainedConfig = _loaded(AutoConfig.from_pretrained, model.name, **options)
+    config: PreTrainedConfig = _loaded(AutoConfig.from_pretrained, model.name, trust_remote_code=False, **options)
     for key, field in DROPOUT_FIELDS.items():
         if options[field] and field not in type(config)().to_dict():
             rule = f"must be 0: a {config.model_type} model has no {field}"
@@ -180,6 +180,7 @@ def _pretrained(name: str, config: PreTrainedConfig) -> nn.Module:
         name,
         config=config,
         use_safetensors=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # the output layer of another set of classes
     )
     return model

@@ -80,7 +80,11 @@ class LanguageModelling:
         if model.name is not None:
             with _named_in_errors(model.name):
                 pretrained: nn.Module = AutoModelForCausalLM.from_pretrained(
-                    model.name, config=self._config, dtype=torch.float32, use_safetensors=True
+                    model.name,
+                    config=self._config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
             return pretrained
         if self._clusters is None:
@@ -168,7 +172,8 @@ class LanguageModelling:
         data, name = self._data, self._model.name
         if name is not None:
             with _named_in_errors(name):
-                return pretrained_pieces(AutoTokenizer.from_pretrained(name), self._config.vocab_size)
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                return pretrained_pieces(tokenizer, self._config.vocab_size)
         if data.tokens == "bpe":
             assert data.vocabulary is not None  # the recipe has seen to it
             return learned_pieces(train, data.vocabulary)
@@ -207,7 +212,7 @@ class LanguageModelling:
 
     def _pretrained_config(self, name: str) -> Any:
         with _named_in_errors(name):
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise RecipeError("model.name", f"is a {config.model_type}, and not a causal language model", value=name)
         longest = getattr(config, "max_position_embeddings", None)

@@ -116,12 +116,12 @@ def small_model(config: BartConfig) -> BartForConditionalGeneration:
 
 def pretrained_tokenizer(name: str) -> Any:
     with _named_in_errors(name):
-        return AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+        return AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
 
 
 def pretrained_config(name: str) -> Any:
     with _named_in_errors(name):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in AutoModelForSeq2SeqLM._model_mapping:
         raise RecipeError("model.name", f"is a {config.model_type}, and not a sequence-to-sequence model", value=name)
     if config.decoder_start_token_id is None:
@@ -135,7 +135,7 @@ def seq2seq_model(name: str | None, config: Any) -> nn.Module:
         return small_model(config)
     with _named_in_errors(name):
         model: nn.Module = AutoModelForSeq2SeqLM.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     return model
 
