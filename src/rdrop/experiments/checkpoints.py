@@ -140,6 +140,14 @@ def load(folder: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"{error}. To start the run again, delete {folder}.") from error
 
 
+def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model: nn.Module) -> None:
+    """Copies the weights into `model` that a run is finally scored with: the mean of some, if it averages; the best."""
+    if averaged_steps:
+        restore_average(folder, averaged_steps, model)
+    else:
+        load(folder, best_step).restore_model(model)
+
+
 def restore_average(folder: Path, steps: list[int], model: nn.Module) -> None:
     """Copies the mean of the weights of these checkpoints into `model`; what is no floating point, from the last."""
     *others, last = [load(folder, step) for step in steps]

@@ -1,4 +1,4 @@
-"""The command line: `rdrop list | train | compare | report | check | bench`.
+"""The command line: `rdrop list | train | compare | evaluate | report | check | bench`.
 
 What needs torch or draws plots is imported in the command that needs it, so that the others answer at once. A command
 raises; `run` turns what it raised into one line on the standard error and an exit status: 0 done, 1 a negative answer
@@ -12,10 +12,10 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -27,10 +27,11 @@ from rdrop.experiments.files import DataError
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
 from rdrop.experiments.recipe import Recipe, RecipeError, override
 from rdrop.experiments.recipes import find_recipe
-from rdrop.experiments.results import ResultsError, find_runs
+from rdrop.experiments.results import ResultsError, RunRecord, find_runs
 
 if TYPE_CHECKING:
     from rdrop.check import CheckReport
+    from rdrop.experiments.finished import UnusableRun
 
 # typer imports click or brings its own, by version. This is the UsageError of the one it uses.
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -127,7 +128,7 @@ def train(
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
-    run = Run.of(f"{chosen.name}, alpha {chosen.alpha:g}, seed {chosen.seed}", chosen, runs)
+    run = Run.of(_label_of(chosen.model_dump()), chosen, runs)
     train_all([run], Console(stderr=True), trackers=tracker or ())
     _show_result(run)
 
@@ -157,14 +158,39 @@ def compare(
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
     train_all(plan, Console(stderr=True), trackers=tracker or ())
-    _show_comparisons([run.folder for run in plan])
+    _show_comparisons([record for run in plan for record in find_runs(run.folder)])
     _write_page(runs)
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="The folder of a finished run, or of several.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="decoding.beams=1, data.test_name=...: what training did not see."),
+    ] = None,
+    data: DataFolder = None,
+    test: Annotated[str | None, typer.Option("--test", metavar="FILE", help="Another test file: data.test.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
+) -> None:
+    """Score the test split again with the weights of finished runs: on another file, with another search.
+
+    It writes no file. Several runs are compared, as in `compare`, by the new scores.
+    """
+    scored = _scored_again(runs, [*(settings or []), *_options(data=data, test=test)])
+    if as_json:
+        found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    elif len(scored) == 1 and scored[0].result is not None:
+        _show_scores(scored[0].result, ("test",))
+    else:
+        _show_comparisons(scored)
 
 
 @app.command()
 def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
     """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html and RUNS/results.html."""
-    _show_comparisons([runs])
+    _show_comparisons(find_runs(runs))
     _write_page(runs)
 
 
@@ -227,9 +253,14 @@ def bench(
 
 def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:
     """The recipe with the settings, and with the options, which are settings by a shorter name."""
-    given = {"data.folder": files.pop("data", None), "model.name": model} | {f"data.{key}": files[key] for key in files}
-    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    return override(find_recipe(name), [*(settings or []), *options])
+    return override(find_recipe(name), [*(settings or []), *_options(model=model, **files)])
+
+
+def _options(**given: str | None) -> list[str]:
+    keys = {"data": "data.folder", "model": "model.name"}
+    return [
+        f"{keys.get(name, f'data.{name}')}={json.dumps(value)}" for name, value in given.items() if value is not None
+    ]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -276,37 +307,76 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
     return textwrap.fill("kernels     " + "; ".join(words), width=79, subsequent_indent=" " * 12)
 
 
-def _show_result(run: Run) -> None:
-    from rdrop.experiments.wording import NumberStyle
+def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
+    """The finished runs below `runs`, with new scores of the test split in the place of the old."""
+    from rdrop.experiments.checkpoints import CheckpointError
+    from rdrop.experiments.evaluation import evaluate
+    from rdrop.experiments.finished import sort_out
+    from rdrop.experiments.plan import quiet_transformers, summary
 
+    finished, unusable = sort_out(find_runs(runs))
+    if not finished:
+        reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
+        raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
+    console = Console(stderr=True, highlight=False)
+    _show_unusable(unusable, console)
+    quiet_transformers()
+    scored = []
+    for number, run in enumerate(finished, start=1):
+        label = _label_of(run.recipe)
+        try:
+            scores = evaluate(run, settings)
+        except CheckpointError as error:
+            raise FailedRunError(f"{label}: {error}") from error
+        result = run.result | {"test": scores}
+        scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
+        console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
+    return scored
+
+
+def _label_of(recipe: Mapping[str, Any]) -> str:
+    return f"{recipe['name']}, alpha {recipe['alpha']:g}, seed {recipe['seed']}"
+
+
+def _show_result(run: Run) -> None:
     result = run.result()
     assert result is not None  # it has just been trained
-    table = _table("", "valid", "test")
-    for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
-        style = NumberStyle.of(metric, [])
-        valid, test = result["valid"].get(metric), result["test"][metric]  # some are of the test split alone
-        table.add_row(style.heading(metric), style.score(valid), style.score(test))
-    console = Console(highlight=False)
-    console.print(Text(run.label, "bold"))
-    console.print(table)
-    console.print(
+    _show_scores(result, ("valid", "test"))
+    Console(highlight=False).print(
         f"The weights of update {result['best_step']}, the best on the valid split. {run.folder}", soft_wrap=True
     )
 
 
-def _show_comparisons(folders: list[Path]) -> None:
+def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
+    """A row a metric, the main one first."""
+    from rdrop.experiments.wording import NumberStyle
+
+    table = _table("", *splits)
+    for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
+        style = NumberStyle.of(metric, [])
+        # Some are of the test split alone.
+        table.add_row(style.heading(metric), *(style.score(result[split].get(metric)) for split in splits))
+    console = Console(highlight=False)
+    console.print(Text(_label_of(result["recipe"]), "bold"))
+    console.print(table)
+
+
+def _show_comparisons(records: list[RunRecord]) -> None:
     from rdrop.experiments.compare import comparisons
     from rdrop.experiments.compare_table import terminal_table
     from rdrop.experiments.finished import sort_out
 
-    records = [record for folder in folders for record in find_runs(folder)]
     console = Console(highlight=False)
     for comparison in comparisons(records):
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
         console.print()
-    for unusable in sort_out(records)[1]:
-        console.print(Text(f"left out: {unusable.path}: {unusable.problem}", "yellow"), soft_wrap=True)
+    _show_unusable(sort_out(records)[1], console)
+
+
+def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:
+    for run in unusable:
+        console.print(Text(f"left out: {run.path}: {run.problem}", "yellow"), soft_wrap=True)
 
 
 def _write_page(runs: Path) -> None:

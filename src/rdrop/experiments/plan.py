@@ -82,27 +82,31 @@ def train_all(runs: list[Run], console: Console, *, trackers: Sequence[str] = ()
 
 
 def _train(run: Run, display: Display, trackers: Sequence[str]) -> dict[str, Any]:
-    from transformers.utils import logging
-
     from rdrop.experiments import checkpoints, trainer
 
-    # Its bars would break ours, and that a classifier on top is new is no news.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_transformers()
     try:
         return trainer.train(run.recipe, run.folder, on_progress=display.update, trackers=trackers)
     except (trainer.TrainingError, checkpoints.CheckpointError) as cause:
         raise FailedRunError(f"{run.label}: {cause}") from cause
 
 
-def summary(result: dict[str, Any]) -> str:
+def quiet_transformers() -> None:
+    """Its bars would break ours, and that a classifier on top is new is no news."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def summary(result: dict[str, Any], *, cost: bool = True) -> str:
     """The outcome of a run in one line: "test accuracy 87.3 %, trained in 14 s"."""
     from rdrop.experiments.wording import NumberStyle, words
 
     metric = result["metric"]
     style = NumberStyle.of(metric, [])
     unit = " %" if style.percent else ""
-    seconds = result["cost"]["train_seconds"]
+    seconds = result["cost"]["train_seconds"] if cost else None
     trained = "" if seconds is None else f", trained in {seconds:.0f} s"
     return f"test {words(metric)} {style.score(result['test'][metric])}{unit}{trained}"
 

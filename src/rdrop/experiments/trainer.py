@@ -302,10 +302,7 @@ class _Training:
         assert state.best_step is not None  # the last update is always scored
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
-        if state.averaged_steps:
-            checkpoints.restore_average(self.checkpoint_folder, state.averaged_steps, self.model)
-        else:
-            checkpoints.load(self.checkpoint_folder, state.best_step).restore_model(self.model)
+        checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
         result = {
             "format": FORMAT,
             "recipe": recipe.model_dump(mode="json"),
