@@ -31,7 +31,13 @@ from rdrop.experiments.recipes.language_modelling import (
 from rdrop.experiments.results import RunFolder
 from rdrop.experiments.tasks import load_task, texts
 from rdrop.experiments.tasks.adaptive import AdaptiveLanguageModel
-from rdrop.experiments.tasks.language_modelling import LanguageModelling, Window, evaluation_windows, set_rates
+from rdrop.experiments.tasks.language_modelling import (
+    RATE_NAMES,
+    LanguageModelling,
+    Window,
+    evaluation_windows,
+)
+from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.texts import contiguous_tenths, load_texts
 from rdrop.experiments.tasks.tokens import SymbolVocabulary, characters, learned_pieces, words
 from rdrop.experiments.trainer import train
@@ -338,10 +344,10 @@ def save_gpt2(folder: Path) -> str:
 def test_a_rate_that_the_model_does_not_have_is_refused() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(RecipeError, match=r"model\.dropout=0\.1: must be null: llama has no such rate"):
-        set_rates(config, {"dropout": 0.1, "embedding_dropout": None, "attention_dropout": 0.1})
+        set_rates(config, {"dropout": 0.1, "embedding_dropout": None, "attention_dropout": 0.1}, RATE_NAMES)
     with pytest.raises(RecipeError, match=r"model\.attention_dropout=null: must be a rate: llama has one"):
-        set_rates(config, {"dropout": None, "embedding_dropout": None, "attention_dropout": None})
-    set_rates(config, {"dropout": None, "embedding_dropout": None, "attention_dropout": 0.3})
+        set_rates(config, {"dropout": None, "embedding_dropout": None, "attention_dropout": None}, RATE_NAMES)
+    set_rates(config, {"dropout": None, "embedding_dropout": None, "attention_dropout": 0.3}, RATE_NAMES)
     assert LlamaForCausalLM(config).model.layers[0].self_attn.attention_dropout == 0.3
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name, override
 from rdrop.experiments.recipes import RECIPES, find_recipe
 from rdrop.experiments.recipes.digits import DIGITS
+from rdrop.experiments.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -238,3 +239,10 @@ def test_the_table_of_keys_in_the_documentation_is_the_code_s() -> None:
     rows = [f"| `{key}` | {description} |" for key, description in DIGITS.descriptions().items()]
     table = "\n".join(["| key | meaning |", "|---|---|", *rows])
     assert table in (DOCS / "recipes.md").read_text(), f"docs/recipes.md must hold this table:\n{table}"
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"digits"}))
+@pytest.mark.parametrize("key", ["valid", "test"])
+def test_a_file_that_no_task_would_read_is_refused(name: str, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf'^data\.{key}="x": needs data\.train$'):
+        RECIPES[name].replace(**{f"data.{key}": "x"})

@@ -30,8 +30,9 @@ from rdrop.experiments.recipes.summarization import (
 from rdrop.experiments.results import RunFolder
 from rdrop.experiments.tasks import load_task
 from rdrop.experiments.tasks.documents import Examples, load_examples
+from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.rouge import rouge
-from rdrop.experiments.tasks.seq2seq import learned_tokenizer, set_rates, shift_right
+from rdrop.experiments.tasks.seq2seq import RATE_NAMES, learned_tokenizer, shift_right
 from rdrop.experiments.tasks.summarization import Summarization
 from rdrop.experiments.trainer import train
 
@@ -293,14 +294,14 @@ def test_each_rate_alone_makes_two_passes_differ() -> None:
 def test_a_rate_that_a_model_does_not_have_must_be_null_and_one_it_has_a_number() -> None:
     rates = {"dropout": 0.2, "attention_dropout": None, "activation_dropout": None}
     config = transformers.T5Config()
-    set_rates(config, rates)
+    set_rates(config, rates, RATE_NAMES)
     assert config.dropout_rate == 0.2
     with pytest.raises(RecipeError, match=r"model\.attention_dropout=0\.1: must be null: t5 has no such rate"):
-        set_rates(config, rates | {"attention_dropout": 0.1})
+        set_rates(config, rates | {"attention_dropout": 0.1}, RATE_NAMES)
     with pytest.raises(RecipeError, match=r"model\.attention_dropout=null: must be a rate: bart has one"):
-        set_rates(transformers.BartConfig(), rates)
+        set_rates(transformers.BartConfig(), rates, RATE_NAMES)
     m2m = transformers.M2M100Config(encoder_layerdrop=0.3)
-    set_rates(m2m, {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0})
+    set_rates(m2m, {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0}, RATE_NAMES)
     assert (m2m.encoder_layerdrop, m2m.decoder_layerdrop) == (0, 0)
 
 

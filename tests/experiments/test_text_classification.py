@@ -29,9 +29,10 @@ from rdrop.experiments.recipes.text_classification import (
 )
 from rdrop.experiments.results import RunFolder
 from rdrop.experiments.tasks import load_task
-from rdrop.experiments.tasks.encoders import learned_tokenizer, set_rates
+from rdrop.experiments.tasks.encoders import RATE_NAMES, learned_tokenizer
 from rdrop.experiments.tasks.glue import GLUE
 from rdrop.experiments.tasks.labelled_texts import Splits, load_texts
+from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.text_classification import TextClassification
 from rdrop.experiments.tasks.text_scores import score_texts
 from rdrop.experiments.tasks.tiny_texts import write_tiny_texts
@@ -451,7 +452,7 @@ def test_dropout_reaches_models_whose_configurations_name_it_otherwise(kind: str
     if kind == "distilbert":
         small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     config = AutoConfig.for_model(kind, vocab_size=30, pad_token_id=0, **small)
-    set_rates(config, {"dropout": 0.25, "attention_dropout": 0.35})
+    set_rates(config, {"dropout": 0.25, "attention_dropout": 0.35}, RATE_NAMES)
     model = AutoModelForSequenceClassification.from_config(config).train()
     assert {0.25, 0.35} <= {source.rate for source in dropout_sources(model) if source.active}
 
@@ -459,9 +460,9 @@ def test_dropout_reaches_models_whose_configurations_name_it_otherwise(kind: str
 def test_a_rate_that_the_model_lacks_or_needs_is_an_error() -> None:
     config = AutoConfig.for_model("xlnet", d_model=16, n_layer=1, n_head=2, d_inner=16)
     with pytest.raises(RecipeError, match=r"model\.attention_dropout=0\.1: must be null: xlnet has no such rate"):
-        set_rates(config, {"dropout": 0.1, "attention_dropout": 0.1})
+        set_rates(config, {"dropout": 0.1, "attention_dropout": 0.1}, RATE_NAMES)
     with pytest.raises(RecipeError, match=r"model\.attention_dropout=null: must be a rate: bert has one"):
-        set_rates(AutoConfig.for_model("bert"), {"dropout": 0.1, "attention_dropout": None})
+        set_rates(AutoConfig.for_model("bert"), {"dropout": 0.1, "attention_dropout": None}, RATE_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +496,7 @@ def test_a_real_encoder_is_loaded_whole_from_its_folder(glue: Path, minilm: str)
 def test_what_cannot_be_loaded_is_an_error_of_the_recipe(tmp_path: Path, minilm: str) -> None:
     tiny = GLUE_RTE.tiny()
     pretrained = {f"model.{key}": None for key in ("vocabulary", "layers", "hidden_size", "heads", "intermediate_size")}
-    with pytest.raises(RecipeError, match=r'model\.name=".*: cannot be loaded; is it a hub id or a folder\?'):
+    with pytest.raises(RecipeError, match=r'model\.name=".*: cannot be loaded .*; give a hub id, or a folder'):
         load_task(tiny.replace(**pretrained, **{"model.name": str(tmp_path)}))
     with pytest.raises(RecipeError, match=r"data\.max_length=513: must be at most what .* can read \(=512\)"):
         load_task(tiny.replace(**pretrained, **{"model.name": minilm, "data.max_length": 513}))
@@ -539,7 +540,7 @@ def test_every_epoch_and_warmup_is_as_published() -> None:
         ({"data.text_column": "t"}, r"data\.text_column=\"t\": must be null: data\.glue \(=rte\) knows it"),
         ({"data.regression": True}, r"data\.regression=true: must be true for stsb, false for others"),
         ({"data.valid": "x.csv"}, r"data\.valid=\"x\.csv\": needs data\.train"),
-        ({"model.name": None}, r"model\.vocabulary: must be set for a model from scratch"),
+        ({"model.name": None}, r"model\.vocabulary=null: must be given for a model from scratch"),
         ({"model.layers": 3}, r"model\.layers=3: must be null: google-bert/bert-base-uncased has its own"),
         ({"data.glue": None}, r"data\.text_column=null: must be set, or else data\.glue"),
     ],

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -71,12 +71,58 @@ class DataFiles(Section):
     split_seed: Seed = Field(description="Decides those tenths; apart from `seed`, so that seeds share them.")
     tiny: bool = Field(description="Examples made up by the task: seconds to train on, and of no meaning.")
 
+    @model_validator(mode="after")
+    def _only_train_has_own_splits(self) -> Self:
+        for key in ("valid", "test"):
+            if getattr(self, key) is not None and self.train is None:
+                raise RecipeError(f"data.{key}", "needs data.train", value=getattr(self, key))
+        return self
+
 
 class ModelSection(Section):
-    """The network. Its dropout rates are the fields called `dropout` or `<where>_dropout`."""
+    """The network. Its dropout rates are the fields called `dropout` or `<where>_dropout`; null: it has none there."""
+
+    def rates(self) -> dict[str, float | None]:
+        return {name: rate for name, rate in self if name.endswith("dropout")}
 
     def dropout_rates(self) -> dict[str, float]:
-        return {name: value for name, value in self if name.endswith("dropout")}
+        return {name: rate for name, rate in self.rates().items() if rate is not None}
+
+    @model_validator(mode="after")
+    def _heads_are_of_one_width(self) -> Self:
+        width, heads = getattr(self, "hidden_size", None), getattr(self, "heads", None)
+        if width is not None and heads is not None and width % heads:
+            raise RecipeError("model.hidden_size", f"must be divisible by model.heads (={heads})", value=width)
+        return self
+
+
+class NewOrPretrainedModel(ModelSection):
+    """A network from scratch, which needs its `SIZES`; or a pre-trained one, `name`, which has them itself."""
+
+    SIZES: ClassVar[tuple[str, ...]] = ("layers", "hidden_size", "heads", "intermediate_size")
+    name: str | None
+
+    @model_validator(mode="after")
+    def _has_its_sizes_once(self) -> Self:
+        for key in self.SIZES:
+            value = getattr(self, key)
+            if self.name is None and value is None:
+                rule = "must be given for a model from scratch (model.name=null)"
+                raise RecipeError(f"model.{key}", rule, value=None)
+            if self.name is not None and value is not None:
+                rule = f"must be null: {self.name} has its own; or set model.name=null, for a model from scratch"
+                raise RecipeError(f"model.{key}", rule, value=value)
+        return self
+
+
+class DecodingSection(Section):
+    """The search for the text that a model writes."""
+
+    beams: Count = Field(description="Beams of the search for the test score. 1: greedy.")
+    length_penalty: float = Field(
+        description="The power of the length that divides a text's log-probability: above 0 favours longer ones."
+    )
+    batch_size: Count = Field(description="How many texts are written at once.")
 
 
 class Recipe(BaseModel):

@@ -66,12 +66,6 @@ class DigitsRecipe(Recipe):
                 f"must be at most data.train_labels (={data.train_labels})",
                 value=self.batch_size,
             )
-        if model.hidden_size % model.heads:
-            raise RecipeError(
-                "model.hidden_size",
-                f"must be divisible by model.heads (={model.heads})",
-                value=model.hidden_size,
-            )
         if IMAGE_SIZE % model.patch_size:
             raise RecipeError(
                 "model.patch_size",

@@ -11,9 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, ModelSection, Probability, Recipe, RecipeError
-
-SHAPE = ("layers", "hidden_size", "heads", "intermediate_size", "patch_size")
+from rdrop.experiments.recipe import Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
 
 
 class ImageData(DataFiles):
@@ -38,7 +36,8 @@ class ImageData(DataFiles):
     flip: bool = Field(description="Whether half of the images are mirrored for training.")
 
 
-class ImageModel(ModelSection):
+class ImageModel(NewOrPretrainedModel):
+    SIZES = (*NewOrPretrainedModel.SIZES, "patch_size")
     name: str | None = Field(
         description="A pre-trained model: id on the Hugging Face hub, or a folder. null: a ViT from scratch."
     )
@@ -81,21 +80,9 @@ class ImageClassificationRecipe(Recipe):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         model = self.model
-        for field in SHAPE:
-            value = getattr(model, field)
-            if model.name is not None and value is not None:
-                raise RecipeError(f"model.{field}", "must be null: model.name says which model", value=value)
-            if model.name is None and value is None:
-                raise RecipeError(f"model.{field}", "must be set, or else model.name", value=None)
-        if model.hidden_size is not None and model.heads is not None and model.hidden_size % model.heads:
-            rule = f"must be divisible by model.heads (={model.heads})"
-            raise RecipeError("model.hidden_size", rule, value=model.hidden_size)
         if model.patch_size is not None and self.data.image_size % model.patch_size:
             rule = f"must divide data.image_size (={self.data.image_size})"
             raise RecipeError("model.patch_size", rule, value=model.patch_size)
-        for key in ("valid", "test"):
-            if getattr(self.data, key) is not None and self.data.train is None:
-                raise RecipeError(f"data.{key}", "needs data.train", value=getattr(self.data, key))
         if self.data.test_split is not None and self.data.test_split == self.data.valid_split:
             rule = "must be another split than data.valid_split: what chooses must not score"
             raise RecipeError("data.test_split", rule, value=self.data.test_split)

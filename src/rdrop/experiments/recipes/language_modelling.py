@@ -14,7 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, ModelSection, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
 
 FILES_OF_LAYOUT = {"splits": 3, "valid-test": 2, "one-text": 1}
 """Files, or splits on the hub, that are read."""
@@ -44,7 +44,7 @@ class LanguageModellingData(DataFiles):
     )
 
 
-class LanguageModellingModel(ModelSection):
+class LanguageModellingModel(NewOrPretrainedModel):
     name: str | None = Field(
         description="A pre-trained causal language model: its id on the Hugging Face hub, or its folder. null: GPT-2's "
         "architecture from scratch, of the size that the next keys say."
@@ -74,12 +74,7 @@ class LanguageModellingModel(ModelSection):
         description="Rate on the input of the adaptive softmax and of its tails. null: without one."
     )
 
-    def dropout_rates(self) -> dict[str, float]:
-        return {name: rate for name, rate in self if name.endswith("dropout") and rate is not None}
 
-
-SIZES = ("layers", "hidden_size", "heads", "intermediate_size")
-"""The keys of a model from scratch: a pre-trained one has its own."""
 ADAPTIVE = ("adaptive_factor", "adaptive_tied", "softmax_dropout")
 """The keys that only an adaptive softmax has, beside its cutoffs."""
 
@@ -131,7 +126,7 @@ class LanguageModellingRecipe(Recipe):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         self._tokens_are_whole()
-        self._model_is_whole()
+        self._rates_are_given()
         self._softmax_is_whole()
         data = self.data
         if data.lines is not None and len(data.lines) != FILES_OF_LAYOUT[data.layout]:
@@ -156,27 +151,11 @@ class LanguageModellingRecipe(Recipe):
                 rule = f"must be null with data.tokens (={data.tokens})" if value else f"must be given for {of_tokens}"
                 raise RecipeError(f"data.{key}", rule, value=value)
 
-    def _model_is_whole(self) -> None:
+    def _rates_are_given(self) -> None:
         model = self.model
-        for key in SIZES:
-            value = getattr(model, key)
-            if model.name is None and value is None:
-                raise RecipeError(
-                    f"model.{key}", "must be given for a model from scratch (model.name=null)", value=None
-                )
-            if model.name is not None and value is not None:
-                raise RecipeError(
-                    f"model.{key}",
-                    f"must be null: {model.name} has its own; or set model.name=null, for a model from scratch",
-                    value=value,
-                )
         for key in ("dropout", "embedding_dropout", "attention_dropout"):
             if model.name is None and getattr(model, key) is None:
                 raise RecipeError(f"model.{key}", "must be a rate for a model from scratch", value=None)
-        if model.hidden_size is not None and model.heads is not None and model.hidden_size % model.heads:
-            raise RecipeError(
-                "model.hidden_size", f"must be divisible by model.heads (={model.heads})", value=model.hidden_size
-            )
 
     def _softmax_is_whole(self) -> None:
         model, cutoffs = self.model, self.model.adaptive_cutoffs

@@ -16,11 +16,11 @@ from rdrop.experiments.recipe import (
     LARGEST_COUNT,
     Count,
     DataFiles,
-    ModelSection,
+    DecodingSection,
+    NewOrPretrainedModel,
     Probability,
     Recipe,
     RecipeError,
-    Section,
 )
 
 Vocabulary = Annotated[int, Field(ge=260, le=LARGEST_COUNT)]  # 256 bytes and 4 special tokens
@@ -44,7 +44,8 @@ class SummarizationData(DataFiles):
     summary_tokens: Count = Field(description="A summary to learn from that is longer is cut to this many tokens.")
 
 
-class SummarizationModel(ModelSection):
+class SummarizationModel(NewOrPretrainedModel):
+    SIZES = ("vocabulary", "lowercase", *NewOrPretrainedModel.SIZES)
     name: str | None = Field(
         description="A pre-trained sequence-to-sequence model: its id on the Hugging Face hub, or its folder. null: "
         "BART's architecture from scratch, of the size that the next keys say."
@@ -65,26 +66,11 @@ class SummarizationModel(ModelSection):
         description="Rate inside the feed-forward layers. null: for a model that has no such rate."
     )
 
-    def dropout_rates(self) -> dict[str, float]:
-        return {name: rate for name, rate in self.rates().items() if rate is not None}
 
-    def rates(self) -> dict[str, float | None]:
-        return {name: rate for name, rate in self if name.endswith("dropout")}
-
-
-OF_ITS_OWN = ("vocabulary", "lowercase", "layers", "hidden_size", "heads", "intermediate_size")
-"""The keys of a model from scratch: a pre-trained one has its own."""
-
-
-class SummarizationDecoding(Section):
-    beams: Count = Field(description="Beams of the search. 1: greedy.")
-    length_penalty: float = Field(
-        description="The power of the length that divides a summary's log-probability: above 0 favours longer ones."
-    )
+class SummarizationDecoding(DecodingSection):
     min_length: int = Field(ge=0, description="Tokens before a summary may end.")
     max_length: Count = Field(description="Tokens after which it ends.")
     no_repeat_ngram: int = Field(ge=0, description="No sequence of this many tokens is written twice. 0: any may be.")
-    batch_size: Count = Field(description="Documents for which summaries are written at once.")
 
 
 class SummarizationRecipe(Recipe):
@@ -125,7 +111,6 @@ class SummarizationRecipe(Recipe):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
-        self._model_is_whole()
         decoding = self.decoding
         if decoding.min_length > decoding.max_length:
             raise RecipeError(
@@ -137,25 +122,6 @@ class SummarizationRecipe(Recipe):
         if len(set(columns)) != len(columns):
             raise RecipeError("data.summary_column", f"the columns must differ, got {', '.join(columns)}")
         return self
-
-    def _model_is_whole(self) -> None:
-        model = self.model
-        for key in OF_ITS_OWN:
-            value = getattr(model, key)
-            if model.name is None and value is None:
-                raise RecipeError(
-                    f"model.{key}", "must be given for a model from scratch (model.name=null)", value=None
-                )
-            if model.name is not None and value is not None:
-                raise RecipeError(
-                    f"model.{key}",
-                    f"must be null: {model.name} has its own; or set model.name=null, for a model from scratch",
-                    value=value,
-                )
-        if model.hidden_size is not None and model.heads is not None and model.hidden_size % model.heads:
-            raise RecipeError(
-                "model.hidden_size", f"must be divisible by model.heads (={model.heads})", value=model.hidden_size
-            )
 
 
 CNN_DAILYMAIL = SummarizationRecipe(

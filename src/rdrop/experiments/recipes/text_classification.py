@@ -12,15 +12,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, ModelSection, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
 
 Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 
 COLUMNS = ("text_column", "text2_column", "label_column", "hub_splits")
 """The keys that a task of GLUE answers itself."""
-
-SIZES = ("vocabulary", "layers", "hidden_size", "heads", "intermediate_size")
-"""The keys of a model from scratch: a pre-trained one has its own."""
 
 
 class TextClassificationData(DataFiles):
@@ -45,7 +42,8 @@ class TextClassificationData(DataFiles):
     )
 
 
-class TextClassificationModel(ModelSection):
+class TextClassificationModel(NewOrPretrainedModel):
+    SIZES = ("vocabulary", *NewOrPretrainedModel.SIZES)
     name: str | None = Field(
         description="A pre-trained encoder: its id on the Hugging Face hub, or a folder with its config.json. null: "
         "BERT's architecture from scratch, of the size that the next keys say."
@@ -59,9 +57,6 @@ class TextClassificationModel(ModelSection):
     attention_dropout: Probability | None = Field(
         description="Rate on the attention probabilities. null: for a model that has none, such as XLNet."
     )
-
-    def dropout_rates(self) -> dict[str, float]:
-        return {name: rate for name, rate in super().dropout_rates().items() if rate is not None}
 
 
 class TextClassificationRecipe(Recipe):
@@ -93,16 +88,6 @@ class TextClassificationRecipe(Recipe):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         self._data_fit_together()
-        model = self.model
-        for field in SIZES:
-            value = getattr(model, field)
-            if model.name is None and value is None:
-                raise RecipeError(f"model.{field}", "must be set for a model from scratch, or else model.name")
-            if model.name is not None and value is not None:
-                raise RecipeError(f"model.{field}", f"must be null: {model.name} has its own", value=value)
-        if model.hidden_size is not None and model.heads is not None and model.hidden_size % model.heads:
-            rule = f"must be divisible by model.heads (={model.heads})"
-            raise RecipeError("model.hidden_size", rule, value=model.hidden_size)
         if self.label_smoothing and self.data.regression:
             raise RecipeError("label_smoothing", "must be 0 with data.regression", value=self.label_smoothing)
         return self
@@ -124,9 +109,6 @@ class TextClassificationRecipe(Recipe):
             raise RecipeError("data.hub_splits", "must be 1 to 3 different names", value=data.hub_splits)
         if data.glue is not None and data.regression != (data.glue == "stsb"):
             raise RecipeError("data.regression", "must be true for stsb, false for others", value=data.regression)
-        for key in ("valid", "test"):
-            if getattr(data, key) is not None and data.train is None:
-                raise RecipeError(f"data.{key}", "needs data.train", value=getattr(data, key))
 
 
 # "Official settings" are those of the paper's repository, which for all eight tasks share optimizer and learning rate.

@@ -10,7 +10,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, ModelSection, Probability, Recipe, RecipeError, Section
+from rdrop.experiments.recipe import (
+    Count,
+    DataFiles,
+    DecodingSection,
+    ModelSection,
+    Probability,
+    Recipe,
+    RecipeError,
+)
 
 
 class TranslationData(DataFiles):
@@ -59,13 +67,8 @@ class TranslationModel(ModelSection):
     activation_dropout: Probability = Field(description="Rate inside the feed-forward layers.")
 
 
-class TranslationDecoding(Section):
-    beams: Count = Field(description="Beams of the search for the test score. 1: greedy.")
+class TranslationDecoding(DecodingSection):
     valid_beams: Count = Field(description="Beams of the search for the scores on the valid split.")
-    length_penalty: float = Field(
-        description="The power of the length that divides a translation's log-probability: above 0 favours longer ones."
-    )
-    batch_size: Count = Field(description="Sentences that are translated at once.")
 
 
 class TranslationRecipe(Recipe):
@@ -117,10 +120,6 @@ class TranslationRecipe(Recipe):
         if data.max_length >= model.positions:
             raise RecipeError(
                 "data.max_length", f"must be below model.positions (={model.positions})", value=data.max_length
-            )
-        if model.hidden_size % model.heads:
-            raise RecipeError(
-                "model.hidden_size", f"must be divisible by model.heads (={model.heads})", value=model.hidden_size
             )
         return self
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.pretrained import loading, set_rates
 
 if TYPE_CHECKING:
     from rdrop.experiments.recipes.text_classification import TextClassificationModel
@@ -71,7 +70,7 @@ def learned_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeni
 
 
 def pretrained_tokenizer(name: str) -> Any:
-    with _named_in_errors(name):
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         raise RecipeError("model.name", "its tokenizer must have a padding token", value=name)
@@ -86,30 +85,15 @@ def configuration(model: TextClassificationModel, tokenizer: Any, classes: Seque
     config.problem_type = "single_label_classification" if classes else "regression"
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    set_rates(config, {"dropout": model.dropout, "attention_dropout": model.attention_dropout})
+    set_rates(config, model.rates(), RATE_NAMES)
     return config
-
-
-def set_rates(config: Any, rates: Mapping[str, float | None]) -> None:
-    """Puts our dropout rates into a configuration: transformers reads them when it builds the model.
-
-    Raises `RecipeError` for a rate that the configuration does not have, and for one that it has and is not given.
-    """
-    for key, rate in rates.items():
-        names = [name for name in RATE_NAMES[key] if hasattr(config, name)]
-        if names and rate is None:
-            raise RecipeError(f"model.{key}", f"must be a rate: {config.model_type} has one", value=None)
-        if not names and rate is not None:
-            raise RecipeError(f"model.{key}", f"must be null: {config.model_type} has no such rate", value=rate)
-        for name in names:
-            setattr(config, name, rate)
 
 
 def classifier(name: str | None, config: Any) -> nn.Module:
     """The pre-trained weights in fp32 under a new output layer; without a name, all weights are new."""
     if name is None:
         return BertForSequenceClassification(config)
-    with _named_in_errors(name):
+    with loading(name):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -127,7 +111,7 @@ def classifier(name: str | None, config: Any) -> nn.Module:
 
 
 def _pretrained_config(name: str) -> Any:
-    with _named_in_errors(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise RecipeError("model.name", f"transformers has no text classifier of {config.model_type}", value=name)
@@ -147,14 +131,3 @@ def _small_config(model: TextClassificationModel, tokenizer: Any, max_length: in
         initializer_range=hidden_size**-0.5,  # BERT's 0.02 is for a width of 768
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-@contextmanager
-def _named_in_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            "model.name", f"cannot be loaded; is it a hub id or a folder? ({reason})", value=name
-        ) from error

@@ -31,6 +31,7 @@ from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks import Batch
 from rdrop.experiments.tasks.augmentation import augment, to_pixel_values, whole
 from rdrop.experiments.tasks.image_splits import Split, load_splits
+from rdrop.experiments.tasks.pretrained import loading
 from rdrop.experiments.tasks.tiny_images import write_tiny_images
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...])
     if model.name is None:
         shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
         return ViTConfig(image_size=image_size, **shape, **options)
-    config: PreTrainedConfig = _loaded(AutoConfig.from_pretrained, model.name, trust_remote_code=False, **options)
+    with loading(model.name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model.name, trust_remote_code=False, **options)
     for key, field in DROPOUT_FIELDS.items():
         if options[field] and field not in type(config)().to_dict():
             rule = f"must be 0: a {config.model_type} model has no {field}"
@@ -175,36 +177,27 @@ def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...])
 
 
 def _pretrained(name: str, config: PreTrainedConfig) -> nn.Module:
-    model: nn.Module = _loaded(
-        AutoModelForImageClassification.from_pretrained,
-        name,
-        config=config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # the output layer of another set of classes
-    )
+    with loading(name):
+        model: nn.Module = AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the output layer of another set of classes
+        )
     return model
 
 
 def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation with which the model was trained, of its preprocessor_config.json."""
-    settings, _ = _loaded(ImageProcessingMixin.get_image_processor_dict, name)
+    with loading(name):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
     if not settings.get("do_normalize", True):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    found = settings.get("image_mean"), settings.get("image_std")
+    found: list[Any] = [settings.get("image_mean"), settings.get("image_std")]
     if not all(isinstance(values, list) and len(values) == 3 for values in found):
         raise RecipeError("model.name", "its preprocessor_config.json has no image_mean and image_std", value=name)
     return tuple(found[0]), tuple(found[1])
-
-
-def _loaded(load: Any, name: str, **options: Any) -> Any:
-    try:
-        return load(name, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        files = "config.json, preprocessor_config.json and safetensors"
-        rule = f"cannot be loaded ({reason}); give a hub id, or a folder with {files}"
-        raise RecipeError("model.name", rule, value=name) from error
 
 
 def _head(model: nn.Module) -> nn.Linear:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from rdrop.experiments.files import DataError
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks import Batch
 from rdrop.experiments.tasks.adaptive import AdaptiveLanguageModel, Clusters, band_widths
+from rdrop.experiments.tasks.pretrained import loading, set_rates
 from rdrop.experiments.tasks.texts import load_texts
 from rdrop.experiments.tasks.tokens import (
     SymbolVocabulary,
@@ -78,7 +78,7 @@ class LanguageModelling:
     def build_model(self) -> nn.Module:
         model = self._model
         if model.name is not None:
-            with _named_in_errors(model.name):
+            with loading(model.name):
                 pretrained: nn.Module = AutoModelForCausalLM.from_pretrained(
                     model.name,
                     config=self._config,
@@ -171,7 +171,7 @@ class LanguageModelling:
     def _build_vocabulary(self, train: list[str]) -> Vocabulary:
         data, name = self._data, self._model.name
         if name is not None:
-            with _named_in_errors(name):
+            with loading(name):
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 return pretrained_pieces(tokenizer, self._config.vocab_size)
         if data.tokens == "bpe":
@@ -207,11 +207,11 @@ class LanguageModelling:
             "n_inner": model.intermediate_size,
         }
         config = GPT2Config(vocab_size=vocabulary, **sizes, bos_token_id=None, eos_token_id=None, use_cache=False)
-        set_rates(config, self._rates())
+        set_rates(config, self._rates(), RATE_NAMES)
         return config
 
     def _pretrained_config(self, name: str) -> Any:
-        with _named_in_errors(name):
+        with loading(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise RecipeError("model.name", f"is a {config.model_type}, and not a causal language model", value=name)
@@ -220,7 +220,7 @@ class LanguageModelling:
             raise RecipeError(
                 "data.block_size", f"{name} knows {longest} positions at most", value=self._data.block_size
             )
-        set_rates(config, self._rates())
+        set_rates(config, self._rates(), RATE_NAMES)
         return config
 
     def _rates(self) -> dict[str, float | None]:
@@ -239,32 +239,6 @@ def evaluation_windows(length: int, size: int, context: int) -> list[Window]:
         start = scored - context
         windows.append(Window(start, min(start + size, length), scored))
     return windows
-
-
-def set_rates(config: Any, rates: Mapping[str, float | None]) -> None:
-    """Puts our dropout rates into a configuration; transformers reads them when it builds the model.
-
-    Raises `RecipeError` for a rate that the configuration does not have, and for one that it has and is not given.
-    """
-    for key, rate in rates.items():
-        names = [name for name in RATE_NAMES[key] if hasattr(config, name)]
-        if names and rate is None:
-            raise RecipeError(f"model.{key}", f"must be a rate: {config.model_type} has one", value=None)
-        if not names and rate is not None:
-            raise RecipeError(f"model.{key}", f"must be null: {config.model_type} has no such rate", value=rate)
-        for name in names:
-            setattr(config, name, rate)
-
-
-@contextmanager
-def _named_in_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            "model.name", f"cannot be loaded; is it a hub id or a folder? ({reason})", value=name
-        ) from error
 
 
 def _exp(value: float) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.pretrained import loading
 
 if TYPE_CHECKING:
     from rdrop.experiments.recipes.summarization import SummarizationModel
@@ -34,10 +34,6 @@ RATE_NAMES = {
 
 MATCH, COPY = 1.2, 1.5
 """How strongly the cross-attention of a new model prefers what matches, and passes it on: times the identity."""
-
-LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-"""Always 0: one forward of a repeated batch would drop the same layers in every pass."""
-
 
 # ---------------------------------------------------------------------------------------------------- from scratch
 
@@ -115,12 +111,12 @@ def small_model(config: BartConfig) -> BartForConditionalGeneration:
 
 
 def pretrained_tokenizer(name: str) -> Any:
-    with _named_in_errors(name):
+    with loading(name):
         return AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
 
 
 def pretrained_config(name: str) -> Any:
-    with _named_in_errors(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in AutoModelForSeq2SeqLM._model_mapping:
         raise RecipeError("model.name", f"is a {config.model_type}, and not a sequence-to-sequence model", value=name)
@@ -133,43 +129,14 @@ def seq2seq_model(name: str | None, config: Any) -> nn.Module:
     """The pre-trained weights in fp32, whatever type they are stored in; without a name, new ones."""
     if name is None:
         return small_model(config)
-    with _named_in_errors(name):
+    with loading(name):
         model: nn.Module = AutoModelForSeq2SeqLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     return model
 
 
-@contextmanager
-def _named_in_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            "model.name", f"cannot be loaded; is it a hub id or a folder? ({reason})", value=name
-        ) from error
-
-
 # ------------------------------------------------------------------------------------------------------------ both
-
-
-def set_rates(config: Any, rates: Mapping[str, float | None]) -> None:
-    """Puts our dropout rates into a configuration, and no layerdrop. transformers reads them when it builds the model.
-
-    Raises `RecipeError` for a rate that the configuration does not have, and for one that it has and is not given.
-    """
-    for key, rate in rates.items():
-        names = [name for name in RATE_NAMES[key] if hasattr(config, name)]
-        if names and rate is None:
-            raise RecipeError(f"model.{key}", f"must be a rate: {config.model_type} has one", value=None)
-        if not names and rate is not None:
-            raise RecipeError(f"model.{key}", f"must be null: {config.model_type} has no such rate", value=rate)
-        for name in names:
-            setattr(config, name, rate)
-    for name in LAYERDROP:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
 
 
 def target_prefix(tokenizer: Any, config: Any) -> tuple[int, ...]:

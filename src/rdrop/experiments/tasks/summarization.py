@@ -17,13 +17,14 @@ from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks import Batch
 from rdrop.experiments.tasks.decoding import Decoder, Search, decoder_of
 from rdrop.experiments.tasks.documents import Example, load_examples
+from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.rouge import rouge
 from rdrop.experiments.tasks.seq2seq import (
+    RATE_NAMES,
     learned_tokenizer,
     pretrained_config,
     pretrained_tokenizer,
     seq2seq_model,
-    set_rates,
     shift_right,
     small_config,
     target_prefix,
@@ -175,7 +176,7 @@ class Summarization:
         else:
             config = pretrained_config(name)
             _require_positions(lengths, config, name)
-        set_rates(config, self._model.rates())
+        set_rates(config, self._model.rates(), RATE_NAMES)
         return config
 
     def _tokenize_documents(self, examples: Sequence[Example]) -> TokenSequences:
