@@ -28,6 +28,8 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["mean", "sum", "none"]
 
 Implementation = Literal["auto", "reference", "cpu", "triton"]
+KERNEL_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+"""What "auto" takes where it can, by the type of the device; elsewhere the reference."""
 
 
 class LossTerms(NamedTuple):
@@ -498,7 +500,7 @@ def _kernel(
         why_not = "it computes cross_entropy of class indices with symmetric_kl, nothing else"
     elif weight is not None and weight.requires_grad:
         why_not = "it has no gradient in the class weights"
-    name = {"cpu": "cpu", "cuda": "triton"}.get(logits.device.type) if implementation == "auto" else implementation
+    name = KERNEL_OF_DEVICE.get(logits.device.type) if implementation == "auto" else implementation
     if name is None or (implementation == "auto" and why_not):
         return None
     from . import kernels  # here, so that who never needs a kernel loads none

@@ -76,7 +76,7 @@ def result_of(recipe: dict[str, Any], digest: str, score: float) -> dict[str, An
             "peak_extra_bytes": int(41e6 * (0.5 + 0.5 * work)),
             "parameters": 205_834,
         },
-        "machine": {"device": "cpu", "threads": 2, "processes": 1},
+        "machine": {"device": "cpu", "threads": 2, "processes": 1, "kernel": "cpu"},
         "versions": VERSIONS,
         "resumed": 0,
     }

@@ -476,6 +476,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
         *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "notes"),
     }
+    assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}
     assert result["cost"]["parameters"] == sum(parameter.numel() for parameter in TinyNetwork(0.0).parameters())
     common = {"kind", "step", "epoch", "seconds"}

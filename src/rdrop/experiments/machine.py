@@ -6,15 +6,21 @@ from typing import Any
 
 import torch
 
-from rdrop import __version__
+from rdrop import __version__, kernels
+from rdrop.loss import KERNEL_OF_DEVICE
 
 LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
 
 
 def machine(device: torch.device, processes: int) -> dict[str, Any]:
-    """Device, threads of each process, and processes."""
+    """Device, threads of each process, processes, and what computes the loss there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return {"device": name, "threads": torch.get_num_threads(), "processes": processes}
+    return {"device": name, "threads": torch.get_num_threads(), "processes": processes, "kernel": _kernel(device)}
+
+
+def _kernel(device: torch.device) -> str:
+    name = KERNEL_OF_DEVICE.get(device.type)
+    return name if name is not None and kernels.available()[name] is None else "reference"
 
 
 def versions() -> dict[str, str | None]:
