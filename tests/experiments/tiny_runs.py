@@ -72,7 +72,7 @@ RECIPE = TinyRecipe(
 
 
 class TinyTask:
-    """From a token, predict the next; some positions have no label. `on_event` hears of every call."""
+    """From a token, predict the next; some positions have no label. `on_event` hears of every forward and score."""
 
     metric = "loss"
     higher_is_better = False
@@ -105,7 +105,6 @@ class TinyTask:
         return None
 
     def train_batch(self, indices: list[int], epoch: int) -> dict[str, Tensor]:
-        type(self).on_event("batch")
         return {"inputs": self.inputs[indices], "labels": self.targets[indices]}
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:

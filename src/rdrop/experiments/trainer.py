@@ -39,6 +39,7 @@ from rdrop.experiments.method import Method, MethodError, count_positions, uses_
 from rdrop.experiments.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.order import DataOrder, OrderError
 from rdrop.experiments.preemption import Preempted, StopRequestedError, StopSignals
+from rdrop.experiments.prefetch import Prefetched
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.results import FORMAT, RunFolder
@@ -127,6 +128,7 @@ class _Training:
             project_dir=folder.path,
         )
         self.stop = StopSignals(self.any_process)
+        self.batches = Prefetched(self.microbatches, end=recipe.updates)
 
         self.write_recipe()
         self.task = load_task(recipe)
@@ -152,7 +154,7 @@ class _Training:
         self.valid: dict[str, float] | None = None
 
     def run(self) -> dict[str, Any]:
-        with self.stop:
+        with self.batches, self.stop:
             try:
                 while True:
                     if self.must_evaluate():
@@ -195,7 +197,7 @@ class _Training:
         """Leaves the gradient of the update's loss in the parameters; returns loss, task loss, divergence: `(3,)`."""
         accelerator, recipe, task = self.accelerator, self.recipe, self.task
         self.parallel_model.train()
-        microbatches = [send_to_device(batch, accelerator.device) for batch in self.microbatches(step)]
+        microbatches = [send_to_device(batch, accelerator.device) for batch in self.batches.at(step)]
         positions = torch.stack([count_positions(task.labels(batch)) for batch in microbatches]).sum()
         num_items = self.sum_over_processes(positions).clamp(min=1)
         terms = torch.zeros(3, device=accelerator.device)
@@ -212,7 +214,7 @@ class _Training:
         return self.sum_over_processes(terms)
 
     def microbatches(self, step: int) -> list[Batch]:
-        """This process's part of the update's batch, in `accumulation` parts."""
+        """This process's part of the update's batch, in `accumulation` parts, on the CPU. Called in a thread."""
         epoch, indices = self.order.at(step)
         processes = self.accelerator.num_processes
         parts = np.array_split(indices, self.parts)

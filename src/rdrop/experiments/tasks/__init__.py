@@ -49,6 +49,8 @@ class Task(Protocol):
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
         """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`.
 
+        Called in a thread, one call at a time: it must not touch the global random generators, nor the model.
+
         For a cutoff its tensors have the names that transformers' models give them: `input_ids`, `attention_mask`, ...
         """
 
