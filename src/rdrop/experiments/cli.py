@@ -52,6 +52,9 @@ DataFolder = Annotated[
 TrainFile = Annotated[str | None, typer.Option("--train", metavar="FILE", help="Your own data: data.train.")]
 ValidFile = Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Chooses the checkpoint: data.valid.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Scores it, once: data.test.")]
+UnlabelledFile = Annotated[
+    str | None, typer.Option("--unlabelled", metavar="FILE", help="Texts without labels: data.unlabelled.")
+]
 ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A hub id or a folder: model.name.")]
 Trackers = Annotated[
     list[str] | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ...; may be given twice.")
@@ -122,12 +125,15 @@ def train(
     train: TrainFile = None,
     valid: ValidFile = None,
     test: TestFile = None,
+    unlabelled: UnlabelledFile = None,
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
-    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
+    chosen = _chosen(
+        recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
+    )
     run = Run.of(_label_of(chosen.model_dump()), chosen, runs)
     train_all([run], Console(stderr=True), trackers=tracker or ())
     _show_result(run)
@@ -142,6 +148,7 @@ def compare(
     train: TrainFile = None,
     valid: ValidFile = None,
     test: TestFile = None,
+    unlabelled: UnlabelledFile = None,
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
@@ -155,7 +162,9 @@ def compare(
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
-    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, model=model)
+    chosen = _chosen(
+        recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
+    )
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
     train_all(plan, Console(stderr=True), trackers=tracker or ())
     _show_comparisons([record for run in plan for record in find_runs(run.folder)])

@@ -69,7 +69,17 @@ class Method:
             return self._fused(batch, num_items)
         return self._from_logits(batch, num_items)
 
+    def unlabelled_terms(self, batch: Batch, num_items: Tensor) -> LossTerms:
+        """Of examples without labels, in an update that uses R-Drop: the divergence alone, by the same weight."""
+        return self._divergence_and_task_loss(batch, num_items, task_passes=())
+
     def _from_logits(self, batch: Batch, num_items: Tensor) -> LossTerms:
+        task_passes = None if self._recipe.task_passes == "all" else task_passes_of(self._views)
+        return self._divergence_and_task_loss(batch, num_items, task_passes)
+
+    def _divergence_and_task_loss(
+        self, batch: Batch, num_items: Tensor, task_passes: tuple[int, ...] | None
+    ) -> LossTerms:
         recipe = self._recipe
         logits = self._one_forward(batch) if recipe.dropout is None else self._forward_each(batch, recipe.dropout)
         try:
@@ -81,7 +91,7 @@ class Method:
                 num_items=num_items,
                 divergence=self._divergence,
                 task_loss=self._task.task_loss,
-                task_passes=None if recipe.task_passes == "all" else task_passes_of(self._views),
+                task_passes=task_passes,
             )
         except ValueError as error:  # on CPU, rdrop_loss names the logit that is not finite
             raise (MethodError if logits.isfinite().all() else FloatingPointError)(str(error)) from error

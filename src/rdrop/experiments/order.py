@@ -28,11 +28,11 @@ class DataOrder:
     """
 
     def __init__(self, recipe: Recipe, size: int, lengths: Indices | None, *, parts: int = 1) -> None:
-        self._seed, self._size, self._batch_size = recipe.seed, size, recipe.batch_size
-        self._epoch: tuple[int, Indices] | None = None
+        self._batch_size = recipe.batch_size
         self._batches: list[Indices] = []
         if recipe.batch_size is not None:
             self.updates_per_epoch = _batches_of_examples(recipe.batch_size, size, parts)
+            self._epochs = _Epochs(recipe.seed, "order", size)
             return
         if lengths is None:
             raise OrderError(
@@ -41,19 +41,46 @@ class DataOrder:
         assert recipe.batch_tokens is not None  # the recipe has one of the two
         self._batches = batches_of_tokens(lengths, recipe.batch_tokens, recipe.seed, parts=parts)
         self.updates_per_epoch = len(self._batches)
+        self._epochs = _Epochs(recipe.seed, "order", len(self._batches))
 
     def at(self, step: int) -> tuple[int, Indices]:
         """The epoch and the indices of the update after `step` updates."""
         epoch, place = divmod(step, self.updates_per_epoch)
         if self._batch_size is None:
-            return epoch, self._batches[self._permutation(epoch, len(self._batches))[place]]
-        return epoch, self._permutation(epoch, self._size)[place * self._batch_size :][: self._batch_size]
+            return epoch, self._batches[self._epochs.permutation(epoch)[place]]
+        return epoch, self._epochs.permutation(epoch)[place * self._batch_size :][: self._batch_size]
 
-    def _permutation(self, epoch: int, size: int) -> Indices:
-        if self._epoch is None or self._epoch[0] != epoch:
-            generator = np.random.default_rng(derived_seed(self._seed, "order", epoch))
-            self._epoch = epoch, generator.permutation(size)
-        return self._epoch[1]
+
+class UnlabelledOrder:
+    """Which of the `size` examples without labels an update has beside its batch, `per_update` of them."""
+
+    def __init__(self, seed: int, size: int, per_update: int, *, parts: int) -> None:
+        if not parts <= per_update <= size:
+            raise OrderError(
+                f"data.unlabelled_batch (={per_update}) must be at least accumulation times the number of processes "
+                f"(={parts}), and at most the number of unlabelled examples (={size})"
+            )
+        self._per_update, self._updates_per_epoch = per_update, size // per_update
+        self._epochs = _Epochs(seed, "unlabelled", size)
+
+    def at(self, step: int) -> tuple[int, Indices]:
+        """Their epoch, which is not that of the labelled ones, and their indices."""
+        epoch, place = divmod(step, self._updates_per_epoch)
+        return epoch, self._epochs.permutation(epoch)[place * self._per_update :][: self._per_update]
+
+
+class _Epochs:
+    """For each epoch a permutation of `size` things, of which the last one asked for is kept."""
+
+    def __init__(self, seed: int, what: str, size: int) -> None:
+        self._seed, self._what, self._size = seed, what, size
+        self._last: tuple[int, Indices] | None = None
+
+    def permutation(self, epoch: int) -> Indices:
+        if self._last is None or self._last[0] != epoch:
+            generator = np.random.default_rng(derived_seed(self._seed, self._what, epoch))
+            self._last = epoch, generator.permutation(self._size)
+        return self._last[1]
 
 
 def batches_of_tokens(lengths: Indices, batch_tokens: int, seed: int, *, parts: int = 1) -> list[Indices]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +37,13 @@ from rdrop.experiments.cost import CostMeter
 from rdrop.experiments.machine import machine, versions
 from rdrop.experiments.method import Method, MethodError, count_positions, uses_rdrop
 from rdrop.experiments.optimization import build_optimizer, learning_rate_at
-from rdrop.experiments.order import DataOrder, OrderError
+from rdrop.experiments.order import DataOrder, Indices, OrderError, UnlabelledOrder
 from rdrop.experiments.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.prefetch import Prefetched
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.results import FORMAT, RunFolder
-from rdrop.experiments.tasks import Batch, load_task
+from rdrop.experiments.tasks import Batch, LearnsFromUnlabelled, load_task
 from rdrop.loss import LossTerms
 
 TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
@@ -83,6 +83,13 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)
     """Of what the next `train` row averages, with the counts."""
     counts: dict[str, int] = field(default_factory=dict)
+
+
+class Microbatch(NamedTuple):
+    """What one forward and backward pass sees."""
+
+    batch: Batch
+    is_labelled: bool
 
 
 def train(
@@ -138,6 +145,7 @@ class _Training:
         with _refusals():
             size, lengths = self.task.train_size(), self.task.train_lengths()
             self.order = DataOrder(recipe, size, lengths, parts=self.parts)
+            self.unlabelled_order = self.order_unlabelled()
             self.method = Method(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
         self.state = RunState()
@@ -197,34 +205,55 @@ class _Training:
         """Leaves the gradient of the update's loss in the parameters; returns loss, task loss, divergence: `(3,)`."""
         accelerator, recipe, task = self.accelerator, self.recipe, self.task
         self.parallel_model.train()
-        microbatches = [send_to_device(batch, accelerator.device) for batch in self.batches.at(step)]
-        positions = torch.stack([count_positions(task.labels(batch)) for batch in microbatches]).sum()
+        microbatches = [
+            part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in self.batches.at(step)
+        ]
+        positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
+        for part in microbatches:
+            positions[int(part.is_labelled)] += count_positions(task.labels(part.batch))
         num_items = self.sum_over_processes(positions).clamp(min=1)
         terms = torch.zeros(3, device=accelerator.device)
-        for index, batch in enumerate(microbatches):
+        for index, part in enumerate(microbatches):
             self.stop.poll()
             seed_all(recipe.seed, "step", step, index, accelerator.process_index)
             is_last = index == len(microbatches) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.parallel_model):
-                loss = self.loss(batch, step, num_items)
+                loss = self.loss(part, step, num_items[int(part.is_labelled)])
                 self.cost.sample_memory()
                 # DDP averages the gradients of the processes; the loss is their sum.
                 (loss.loss * accelerator.num_processes).backward()
             terms += torch.stack(loss).detach()
         return self.sum_over_processes(terms)
 
-    def microbatches(self, step: int) -> list[Batch]:
-        """This process's part of the update's batch, in `accumulation` parts, on the CPU. Called in a thread."""
+    def microbatches(self, step: int) -> list[Microbatch]:
+        """This process's part of the update's batch, in `accumulation` parts, on the CPU; then the same of the
+        examples without labels. Called in a thread.
+        """
         epoch, indices = self.order.at(step)
-        processes = self.accelerator.num_processes
-        parts = np.array_split(indices, self.parts)
-        own = parts[self.accelerator.process_index :: processes]
-        return [self.task.train_batch(part.tolist(), epoch) for part in own]
+        parts = [Microbatch(self.task.train_batch(part, epoch), True) for part in self.own_parts(indices)]
+        if self.unlabelled_order is not None and uses_rdrop(step, self.recipe):
+            assert isinstance(self.task, LearnsFromUnlabelled)
+            epoch, indices = self.unlabelled_order.at(step)
+            parts += [Microbatch(self.task.unlabelled_batch(part, epoch), False) for part in self.own_parts(indices)]
+        return parts
 
-    def loss(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
+    def own_parts(self, indices: Indices) -> list[list[int]]:
+        parts = np.array_split(indices, self.parts)
+        return [part.tolist() for part in parts[self.accelerator.process_index :: self.accelerator.num_processes]]
+
+    def order_unlabelled(self) -> UnlabelledOrder | None:
+        """The order of the examples without labels, where the task has some."""
+        task = self.task
+        if not isinstance(task, LearnsFromUnlabelled) or not task.unlabelled_size():
+            return None
+        return UnlabelledOrder(self.recipe.seed, task.unlabelled_size(), task.unlabelled_per_update, parts=self.parts)
+
+    def loss(self, part: Microbatch, step: int, num_items: Tensor) -> LossTerms:
         try:
             with _refusals():
-                return self.method.terms(batch, step, num_items)
+                if not part.is_labelled:
+                    return self.method.unlabelled_terms(part.batch, num_items)
+                return self.method.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
             raise TrainingError(f"step {step + 1}: {error}. {self.advice()}") from error

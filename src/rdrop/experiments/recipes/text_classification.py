@@ -36,6 +36,13 @@ class TextClassificationData(DataFiles):
         description="Splits of `hub`: for training, to choose the checkpoint, for the final score. Fewer: the last one "
         "scores, and tenths of the first are held out for the rest."
     )
+    unlabelled: str | None = Field(
+        description="A file of texts without labels, in the same columns. R-Drop learns from them by the divergence "
+        "alone, plain training does not see them. null: there are none."
+    )
+    unlabelled_batch: Count = Field(
+        description="Examples of `unlabelled` per update, beside those with labels. Unused without it."
+    )
     regression: bool = Field(description="Whether the labels are numbers to predict, and not names of classes.")
     max_length: Count = Field(
         description="Tokens of an example, the longer text cut first. Batches are padded no wider."
@@ -80,7 +87,7 @@ class TextClassificationRecipe(Recipe):
             precision="fp32",
             evaluate_every=10,
             checkpoint_every=20,
-            **{"data.tiny": True, "data.max_length": 24, "data.counts": None},
+            **{"data.tiny": True, "data.max_length": 24, "data.counts": None, "data.unlabelled": None},
             **{"model.name": None, "model.vocabulary": 320, "model.layers": 1, "model.hidden_size": 32},
             **{"model.heads": 2, "model.intermediate_size": 64, "model.attention_dropout": 0.1},
         )
@@ -162,6 +169,8 @@ GLUE_RTE = TextClassificationRecipe(
         text2_column=None,
         label_column=None,
         hub_splits=None,
+        unlabelled=None,
+        unlabelled_batch=16,  # unused
         regression=False,
         max_length=128,  # the default of the example that the official code changes
     ),

@@ -1,7 +1,7 @@
 """What is learned: data, model and metric of each task, behind one small protocol."""
 
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,20 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """`loss` and the metrics of "valid" or "test": plain, a single pass, with `model` in eval mode."""
+
+
+@runtime_checkable
+class LearnsFromUnlabelled(Protocol):
+    """A task that may also have examples without labels, from which R-Drop learns by the divergence alone."""
+
+    unlabelled_per_update: int
+    """How many of them an update has beside its batch."""
+
+    def unlabelled_size(self) -> int:
+        """Number of examples without labels; 0 where the recipe names none."""
+
+    def unlabelled_batch(self, indices: list[int], epoch: int) -> Batch:
+        """As `train_batch`. Its labels say nothing but which positions count: those that are not -100."""
 
 
 def load_task(recipe: Any) -> Task:

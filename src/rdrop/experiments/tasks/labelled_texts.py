@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ class Splits:
     test: LabelledTexts
     mismatched: LabelledTexts | None
     """MNLI's second dev set, of other genres than the training texts."""
+    unlabelled: LabelledTexts | None
+    """Texts to learn from by the divergence alone. Their labels are all 0 and say nothing."""
     classes: tuple[str, ...]
     """The name of each class; empty where labels are numbers."""
 
@@ -79,11 +81,13 @@ def load_texts(data: TextClassificationData) -> Splits:
     if data.counts is not None and data.train is None:
         _require_counts(tables, data.counts)
     train = tables[0][1]
+    unlabelled = None if data.unlabelled is None else _read_file(Path(data.unlabelled), _without_label(_columns(data)))
     classes = _class_spellings(train, data)
-    labelled = {}
-    for name, table in tables:
+    for table in [table for _, table in tables] + ([] if unlabelled is None else [unlabelled]):
         if (table.second is None) != (train.second is None):
             raise DataError(f"{table.name}: one of {train.name} and this file has a second text; give it to both")
+    labelled = {}
+    for name, table in tables:
         labels = _numbers(table, data) if data.regression else _indices(table, classes, data)
         labelled[name] = LabelledTexts(table.first, table.second, labels)
     splits = _with_held_out(labelled, data.split_seed)
@@ -96,6 +100,7 @@ def load_texts(data: TextClassificationData) -> Splits:
         splits["valid"],
         splits["test"],
         splits.get("mismatched"),
+        None if unlabelled is None else _with_zeros(unlabelled, data),
         tuple(spellings[0] for spellings in classes),
     )
 
@@ -173,6 +178,15 @@ def _columns(data: TextClassificationData) -> _Columns:
     return _Columns((data.text_column,), text2, (data.label_column,), text2_may_lack=True, may_be_empty=False)
 
 
+def _without_label(columns: _Columns) -> _Columns:
+    return replace(columns, label=())
+
+
+def _with_zeros(table: _Table, data: TextClassificationData) -> LabelledTexts:
+    zeros = np.zeros(len(table.first), dtype=np.float32 if data.regression else np.int64)
+    return LabelledTexts(table.first, table.second, zeros)
+
+
 def _read_file(path: Path, columns: _Columns) -> _Table:
     rows = read_table(path, [], optional=[*columns.text, *columns.text2, *columns.label])
     present = rows[0].values.keys()
@@ -188,7 +202,7 @@ def _read_file(path: Path, columns: _Columns) -> _Table:
                 f"{row.where}: has other columns than the first row ({', '.join(present)}); give it the same"
             )
     texts = [None if name is None else [row.values[name] for row in rows] for name in chosen]
-    return _checked(_Table(str(path), [row.where for row in rows], texts[0], texts[1], texts[2]), columns)  # type: ignore[arg-type]
+    return _checked(_Table(str(path), [row.where for row in rows], texts[0], texts[1], texts[2] or []), columns)  # type: ignore[arg-type]
 
 
 def _read_hub(hub: str, split: str, data: TextClassificationData) -> _Table:

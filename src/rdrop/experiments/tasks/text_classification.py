@@ -47,6 +47,7 @@ class TextClassification:
         own_scores = ("pearson", "spearman") if data.regression else ("accuracy", "f1_macro")
         self._scores = GLUE[data.glue].scores if data.glue else own_scores
         self.metric = self._scores[0]
+        self.unlabelled_per_update = data.unlabelled_batch
 
         splits = load_texts(data)
         self.classes = splits.classes
@@ -54,6 +55,8 @@ class TextClassification:
         texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
         if splits.mismatched is not None:
             texts["mismatched"] = splits.mismatched
+        if splits.unlabelled is not None:
+            texts["unlabelled"] = splits.unlabelled
         self._inputs = {name: self._tokenized(split) for name, split in texts.items()}
         self._labels = {name: _label_tensor(split.labels) for name, split in texts.items()}
 
@@ -62,6 +65,9 @@ class TextClassification:
 
     def train_size(self) -> int:
         return len(self._labels["train"])
+
+    def unlabelled_size(self) -> int:
+        return len(self._labels.get("unlabelled", ()))
 
     def train_lengths(self) -> NDArray[np.int64]:
         return _lengths(self._inputs["train"])
@@ -75,6 +81,9 @@ class TextClassification:
 
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
         return self._batch("train", indices)
+
+    def unlabelled_batch(self, indices: list[int], epoch: int) -> Batch:
+        return self._batch("unlabelled", indices)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
