@@ -24,6 +24,14 @@ ARM_KEYS = (
     *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
     *("fused", "encoder_once", "batch_size", "batch_tokens"),
 )
+_HIGHER_IS_BETTER = frozenset(
+    ("accuracy", "bleu", "f1", "mcc", "pearson", "precision", "recall", "rouge1", "rouge2", "rougeL", "spearman")
+)
+_LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
+_HIGHER_IS_BETTER = frozenset(
+    ("accuracy", "bleu", "f1", "mcc", "pearson", "precision", "recall", "rouge1", "rouge2", "rougeL", "spearman")
+)
+_LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
 _MODES = {"fused": "fused", "encoder_once": "encoder once"}
 _BATCH_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 
@@ -171,10 +179,16 @@ class Comparison:
         return tuple(sorted({seed for arm in self.arms for seed in arm.seeds}))
 
     def direction(self, metric: str) -> bool | None:
-        """Whether higher is better in this metric; None where that is not known."""
+        """Whether higher is better in this metric; None where that is not known.
+
+        A word of its name tells: "bleu_tokenized" is BLEU, "task_loss" is a loss.
+        """
         if metric == self.metric:
             return self.higher_is_better
-        return False if metric.endswith("loss") else None
+        words = metric.split("_")
+        if not _LOWER_IS_BETTER.isdisjoint(words):
+            return False
+        return None if _HIGHER_IS_BETTER.isdisjoint(words) else True
 
     def results(self) -> tuple[MetricSection, ...]:
         """The result table: the compared metric on test, then on valid, then the other metrics on test."""
