@@ -423,20 +423,6 @@ def test_a_metric_beside_the_main_one_has_wins_in_its_own_direction(tmp_path, me
 
 
 @pytest.mark.parametrize(
-    ("metric", "wins"),
-    [
-        *((metric, (1, 0, 0)) for metric in ("rouge1", "rouge2", "f1", "f1_macro", "mcc", "spearman", "bleu_tokenized")),
-        *((metric, (0, 0, 1)) for metric in ("loss", "perplexity")),
-    ],
-)
-def test_a_metric_beside_the_main_one_has_wins_in_its_own_direction(tmp_path, metric, wins):
-    for alpha in (0.0, 1.0):
-        write_run(tmp_path, 0.7, alpha=alpha, test={"accuracy": 0.7, metric: 0.5 + alpha / 10})
-    (section,) = [section for section in only(tmp_path).results() if section.metric == metric]
-    assert section.differences[0].wins_ties_losses == wins
-
-
-@pytest.mark.parametrize(
     ("metric", "spelled"),
     [("exact_match", "exact match"), ("rougeL", "ROUGE-L"), ("bleu_tokenized_split", "BLEU tokenized split")],
 )
