@@ -446,15 +446,15 @@ def test_the_model_has_the_dropout_asked_for_and_the_names_of_the_classes() -> N
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "roberta", "modernbert", "electra", "deberta-v2"])
-def test_dropout_reaches_models_whose_configurations_name_it_otherwise(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta", "albert", "modernbert", "electra", "deberta-v2"])
+def test_every_rate_is_the_recipes_in_models_whose_configurations_name_it_otherwise(kind: str) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     if kind == "distilbert":
         small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     config = AutoConfig.for_model(kind, vocab_size=30, pad_token_id=0, **small)
     set_rates(config, {"dropout": 0.25, "attention_dropout": 0.35}, RATE_NAMES)
     model = AutoModelForSequenceClassification.from_config(config).train()
-    assert {0.25, 0.35} <= {source.rate for source in dropout_sources(model) if source.active}
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.25, 0.35}
 
 
 def test_a_rate_that_the_model_lacks_or_needs_is_an_error() -> None:

@@ -30,6 +30,9 @@ RATE_NAMES = {
         *("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_rate"),
         *("embedding_dropout", "embed_dropout", "embd_pdrop", "emb_pdrop"),
         *("mlp_dropout", "resid_pdrop", "resid_dropout", "residual_dropout"),
+        # Before the output layer. Where one of these is None, transformers takes the rate of the hidden states.
+        *("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "cls_dropout"),
+        *("seq_classif_dropout", "pooler_dropout", "summary_first_dropout", "summary_last_dropout"),
     ),
     "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
 }
