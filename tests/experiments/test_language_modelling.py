@@ -39,7 +39,7 @@ from rdrop.experiments.tasks.language_modelling import (
 )
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.texts import contiguous_tenths, load_texts
-from rdrop.experiments.tasks.tokens import SymbolVocabulary, characters, learned_pieces, words
+from rdrop.experiments.tasks.tokens import END, SymbolVocabulary, characters, learned_pieces, words
 from rdrop.experiments.trainer import train
 
 DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -169,16 +169,16 @@ def test_too_little_text_and_no_source_are_errors(tmp_path: Path) -> None:
 
 def test_words_are_numbered_by_their_count_and_rare_ones_are_unknown() -> None:
     vocabulary = SymbolVocabulary([" b a b ", "", "c b"], words, min_count=1)
-    assert vocabulary.symbols == ["<eos>", "b", "a", "c", "<unk>"]  # 3, 3, 1, 1, 0
+    assert vocabulary.symbols == [END, "b", "a", "c", "<unk>"]  # 3, 3, 1, 1, 0
     tokens = vocabulary.encode(["b zebra", ""])
     assert (tokens.ids.tolist(), tokens.units) == ([1, 4, 0, 0], 4)
-    assert SymbolVocabulary([" b a b ", "", "c b"], words, min_count=2).symbols == ["<eos>", "b", "<unk>"]
+    assert SymbolVocabulary([" b a b ", "", "c b"], words, min_count=2).symbols == [END, "b", "<unk>"]
     assert (vocabulary.start_id, vocabulary.unknown_id, vocabulary.special_ids) == (0, 4, {0, 4})
 
 
 def test_an_end_of_line_is_a_character() -> None:
     vocabulary = SymbolVocabulary(["ab", "b"], characters)
-    assert vocabulary.symbols == ["\n", "b", "a", "<eos>", "<unk>"]
+    assert vocabulary.symbols == ["\n", "b", "a", END, "<unk>"]
     assert vocabulary.encode(["ba"]).ids.tolist() == [1, 2, 0]
 
 
@@ -191,6 +191,27 @@ def test_pieces_know_every_text_and_count_its_words() -> None:
     assert 257 < pieces.size <= 300
     assert tokens.ids.max() < pieces.size
     assert np.array_equal(learned_pieces(lines, 300).encode(lines).ids, pieces.encode(lines).ids)
+
+
+def test_a_special_token_in_a_text_is_text(tmp_path: Path) -> None:
+    line = "then <eos> and <|endoftext|> stop"
+    spelled = SymbolVocabulary([line], words)
+    assert spelled.encode([line]).ids.tolist().count(spelled.start_id) == 1  # the end of the line
+    pieces = learned_pieces([line] * 5, 300)
+    assert pieces.start_id not in pieces.encode([line]).ids
+    changes = {"model.name": save_gpt2(tmp_path), "data.block_size": 16, "data.context": 8}
+    task = load_task(FINE_TUNING.replace(**changes, **{"data.train": own_file(tmp_path, f"{line}\n" * 30)}))
+    inputs = task.train_batch(list(range(1, task.train_size())), epoch=0)["input_ids"]
+    assert task.special_ids() == {0}
+    assert not (inputs[:-1] == 0).any()  # the last block is padded
+
+
+def test_the_notes_count_unknown_tokens(tmp_path: Path) -> None:
+    valid = own_file(tmp_path, "a c b\n", "valid.txt")
+    recipe = on_words(tmp_path, "a a b\na <unk> b\n", **{"data.valid": valid, "data.min_count": 2})
+    assert LanguageModelling(recipe).notes == {"unknown tokens": "train 1, valid 1, test 1"}
+    recipe = recipe.replace(**{"data.tokens": "bpe", "data.vocabulary": 300, "data.min_count": None})
+    assert LanguageModelling(recipe).notes == {}
 
 
 # -------------------------------------------------------------------------------------------------- blocks, windows

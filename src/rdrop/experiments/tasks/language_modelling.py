@@ -65,12 +65,12 @@ class LanguageModelling:
     divergence: Divergence
 
     def __init__(self, recipe: LanguageModellingRecipe) -> None:
-        self.notes: dict[str, str] = {}
         self._data, self._model = recipe.data, recipe.model
         self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
         texts = load_texts(recipe.data)
         self._vocabulary = self._build_vocabulary(texts["train"])
         self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
+        self.notes = self._unknown_tokens()
         self._clusters = self._build_clusters()
         self.task_loss = cross_entropy if self._clusters is None else self._clusters.cross_entropy
         self.divergence = symmetric_kl if self._clusters is None else self._clusters.divergence
@@ -168,11 +168,19 @@ class LanguageModelling:
             raise DataError(f"the {split} split has no tokens; give it text")
         return tokens
 
+    def _unknown_tokens(self) -> dict[str, str]:
+        """How many there are, for a note: a text in which many words are one and the same is easier to predict."""
+        unknown = self._vocabulary.unknown_id
+        if unknown is None:
+            return {}
+        counts = (f"{split} {np.count_nonzero(tokens.ids == unknown)}" for split, tokens in self._tokens.items())
+        return {"unknown tokens": ", ".join(counts)}
+
     def _build_vocabulary(self, train: list[str]) -> Vocabulary:
         data, name = self._data, self._model.name
         if name is not None:
             with loading(name):
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
                 return pretrained_pieces(tokenizer, self._config.vocab_size)
         if data.tokens == "bpe":
             assert data.vocabulary is not None  # the recipe has seen to it

@@ -1,6 +1,8 @@
 """From lines of text to token ids: words, characters, a byte-level BPE learned here, or a model's own tokenizer.
 
 The end of a line is a token, or part of one, as it is part of the text: `<eos>` among words, a newline elsewhere.
+Where a text spells a special token, `<eos>` or `<|endoftext|>`, it is text like any other; but `<unk>` is the unknown
+word, as WikiText has it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-END, UNKNOWN = "<eos>", "<unk>"
+END, UNKNOWN = "<eos>\n", "<unk>"  # no word ends with a newline: an `<eos>` that a text has is another symbol
 LINES_AT_ONCE = 1000
 
 Ids = NDArray[np.int32]
@@ -74,7 +76,7 @@ def characters(line: str) -> list[str]:
 
 
 class PieceVocabulary:
-    """A tokenizer's pieces. The perplexity is still by word, and can be compared with that of a vocabulary of words."""
+    """A tokenizer's pieces. The perplexity is still by word, comparable with that of words if none is unknown there."""
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator((f"{line}\n" for line in train), trainer)
+    tokenizer.encode_special_tokens = True
     end: Any = tokenizer.token_to_id(END)
     return PieceVocabulary(
         lambda lines: [encoding.ids for encoding in tokenizer.encode_batch(lines)],
@@ -119,7 +122,7 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
 
 
 def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
-    """A tokenizer of transformers, for a model with `size` logits."""
+    """A tokenizer of transformers, loaded with `split_special_tokens`, for a model with `size` logits."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise ValueError("the tokenizer must have a token for the beginning or the end of a text")
