@@ -2,7 +2,7 @@
 
 import pytest
 
-from rdrop.experiments.tasks.bleu import BleuScorer, split_hyphens
+from rdrop.experiments.tasks.bleu import BleuScorer, has_words, split_hyphens
 
 
 def test_bleu_is_the_geometric_mean_of_the_precisions() -> None:
@@ -48,6 +48,26 @@ def test_chinese_is_scored_by_characters() -> None:
     scores = BleuScorer("zh", tokenized=False)(["我爱你们。"], ["我爱我们。"])
     # 4 of 5 characters; 我爱 and 们。 of 4 pairs; no triple, which smoothing counts as 1/2 of 3, then 1/4 of 2
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 6 * 1 / 8) ** (1 / 4))
+
+
+@pytest.mark.parametrize(("language", "reference"), [("ja", "犬が走る。"), ("th", "หมาวิ่ง")])
+def test_japanese_and_thai_are_scored_by_characters(language: str, reference: str) -> None:
+    scorer = BleuScorer(language, tokenized=False)
+    one_short = scorer([reference[:-1]], [reference])["bleu"]
+    assert one_short == pytest.approx(100 * 2.718281828 ** (1 - len(reference) / (len(reference) - 1)))
+    assert "tok:char" in scorer.signatures["bleu"]
+
+
+@pytest.mark.parametrize("text", ["我爱你们。", "いぬがはしる。", "イヌ", "หมาวิ่ง", "我爱PyTorch。"])
+def test_text_without_spaces_has_no_words_unless_the_language_says_so(text: str) -> None:
+    assert not has_words("target", [text, text, "two words"])
+    assert has_words("target", [text, "two words"])
+    assert all(has_words(language, [text]) for language in ("zh", "ja", "th"))
+
+
+@pytest.mark.parametrize("text", ["Ja.", "안녕", "我 爱 你们", "да", "نعم", ""])
+def test_one_word_and_divided_text_are_words(text: str) -> None:
+    assert has_words("target", [text])
 
 
 def test_every_form_has_its_signature() -> None:

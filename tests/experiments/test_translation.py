@@ -102,6 +102,18 @@ def test_a_sentence_to_be_scored_that_is_too_long_for_the_model_is_named(tmp_pat
         Translation(own(tmp_path, pairs, **{"data.test": str(test)}))
 
 
+def test_translations_without_spaces_need_a_language_that_bleu_knows(tmp_path: Path) -> None:
+    pairs = [(f"dog number {number}", f"{number}匹目の犬がいる。") for number in range(10)]
+    recipe = own(tmp_path, pairs)
+    with pytest.raises(DataError, match=r"own\.tsv \(a tenth\): most translations have no spaces.* one of zh, ja, th"):
+        load_task(recipe)
+    path = Path(str(recipe.data.train))
+    path.write_text(path.read_text(encoding="utf-8").replace("target", "ja", 1), encoding="utf-8")
+    task = Translation(recipe.replace(**{"data.target": "ja"}))
+    task.evaluate(task.build_model(), "test")
+    assert "tok:char" in task.notes["signature of bleu"]
+
+
 def test_limits_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     recipe = own(tmp_path, [("a b c d e f", "g h i j k l")] * 20, **{"data.max_length": 2})
     with pytest.raises(DataError, match=r"data\.max_length and data\.max_ratio skip every pair"):

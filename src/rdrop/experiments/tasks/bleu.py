@@ -14,17 +14,22 @@ from sacrebleu.metrics.bleu import BLEU
 from sacremoses import MosesDetokenizer
 
 HYPHEN = re.compile(r"(\S)-(\S)")
+TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char"}  # of sacreBLEU, for languages that are written without spaces
+UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""A letter of such a language: Thai, kana, or a Chinese character."""
 
 
 class BleuScorer:
     """Scores of text in `language`; `tokenized`: its words are apart by spaces, and escaped, as Moses leaves them.
+
+    Chinese (`zh`), Japanese (`ja`) and Thai (`th`) are scored by characters.
 
     Text as it is written has the first and the last form, the last on the tokens that sacreBLEU makes of it. Of
     tokenized text the first form is that of Moses's detokenizer, on both sides.
     """
 
     def __init__(self, language: str, *, tokenized: bool) -> None:
-        written = BLEU(tokenize="zh" if language == "zh" else "13a")
+        written = BLEU(tokenize=TOKENIZERS.get(language, "13a"))
         tokens = BLEU(tokenize="none", force=True)  # force: it would warn of tokenized text
         split = BLEU(tokenize="none", lowercase=True, force=True)
         self._forms: dict[str, tuple[BLEU, Callable[[str], str]]] = {}
@@ -49,6 +54,12 @@ class BleuScorer:
             scores[name] = float(result.score)
             self.signatures[name] = str(bleu.get_signature())
         return scores
+
+
+def has_words(language: str, references: Sequence[str]) -> bool:
+    """Whether a `BleuScorer` finds words in them: not in text without spaces, unless it knows that of the language."""
+    undivided = sum(len(line.split()) == 1 and UNSPACED.search(line) is not None for line in references)
+    return language in TOKENIZERS or 2 * undivided <= len(references)
 
 
 def split_hyphens(line: str) -> str:

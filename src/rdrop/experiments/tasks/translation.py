@@ -19,7 +19,7 @@ from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.files import DataError, find_file
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks import Batch
-from rdrop.experiments.tasks.bleu import BleuScorer
+from rdrop.experiments.tasks.bleu import TOKENIZERS, BleuScorer, has_words
 from rdrop.experiments.tasks.decoding import Decoder, Search, decoder_of
 from rdrop.experiments.tasks.parallel_text import Pairs, load_pairs
 from rdrop.experiments.tasks.subwords import (
@@ -68,6 +68,8 @@ class Translation:
         for split in ("valid", "test"):
             self._require_scorable(pairs[split].where, self._splits[split])
         self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
+        for split, references in self._references.items():
+            self._require_words(pairs[split].where, references)
         self._bleu = BleuScorer(data.target, tokenized=data.tokenized)
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
@@ -174,6 +176,15 @@ class Translation:
                     f"{where}: pair {row + 1} has a side of {side.lengths[row]} tokens, but what is scored has 1 to "
                     f"{self._model.positions - 1}; correct it, or raise model.positions"
                 )
+
+    def _require_words(self, where: str, references: Sequence[str]) -> None:
+        language = self._data.target
+        if not has_words(language, references):
+            raise DataError(
+                f"{where}: most translations have no spaces, and BLEU would take each for one word, because "
+                f"data.target (={language}) does not say which language they are in; name the column or the file "
+                f"ending, and data.target, one of {', '.join(TOKENIZERS)}"
+            )
 
 
 def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
