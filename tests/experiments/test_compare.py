@@ -2,13 +2,14 @@
 
 import json
 import math
+from itertools import product
 
 import pytest
 from rich.console import Console
 from run_folders import write_run, write_three_arms
 from scipy import stats
 
-from rdrop.experiments.compare import comparisons
+from rdrop.experiments.compare import ARM_KEYS, Method, comparisons
 from rdrop.experiments.compare_table import terminal_table
 from rdrop.experiments.finished import sort_out
 from rdrop.experiments.paired import Outcome, paired_difference
@@ -164,6 +165,29 @@ def test_arms_are_named_for_a_reader(tmp_path, changes, label):
     write_run(tmp_path, 0.7)
     write_run(tmp_path, 0.8, **changes)
     assert labels(only(tmp_path)) == ["baseline", label]
+
+
+def test_what_is_trained_in_another_way_is_another_arm():
+    """Every combination of the keys that tell arms apart; batches count by number, whatever their unit."""
+    values = {
+        "alpha": (0.5, 1.0),
+        "passes": (2, 3),
+        "every": (1, 2),
+        "dropout": (None, [0.1, 0.3]),
+        "cutoff": (None, "token", "span", "feature", "embedding", "unknown"),
+        "cutoff_ratio": (0.05, 0.1),
+        "task_passes": ("all", "first"),
+        "divergence": ("symmetric", "from-first"),
+        "fused": (False, True),
+        "encoder_once": (False, True),
+        "batch_size": (32, 64),
+        "batch_tokens": (None,),
+    }
+    assert set(values) == set(ARM_KEYS)
+    recipes = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    recipes = [recipe for recipe in recipes if recipe["cutoff"] is not None or recipe["cutoff_ratio"] == 0.05]
+    assert len({Method.of(recipe).label(32) for recipe in recipes if recipe["batch_size"] == 32}) == len(recipes) / 2
+    assert len({Method.of(recipe) for recipe in recipes}) == len(recipes)
 
 
 def test_plain_training_ignores_passes_and_every(tmp_path):
@@ -411,7 +435,10 @@ def test_a_metric_of_unknown_direction_has_no_wins(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "wins"),
     [
-        *((metric, (1, 0, 0)) for metric in ("rouge1", "rouge2", "f1", "f1_macro", "mcc", "spearman", "bleu_tokenized")),
+        *(
+            (metric, (1, 0, 0))
+            for metric in ("rouge1", "rouge2", "f1", "f1_macro", "mcc", "spearman", "bleu_tokenized")
+        ),
         *((metric, (0, 0, 1)) for metric in ("loss", "perplexity")),
     ],
 )

@@ -133,6 +133,22 @@ def test_ctranslate2_is_taken_for_marian_and_keeps_the_weights_of_then(marian: n
     marian.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("search", "taken"),
+    [
+        (Search(beams=4, min_length=5), TransformersDecoder),
+        (Search(beams=4, no_repeat_ngram=3), TransformersDecoder),
+        (Search(beams=4, min_length=1), CTranslate2Decoder),  # all hypotheses lose the same
+        (Search(beams=1, min_length=5, no_repeat_ngram=3), CTranslate2Decoder),  # nothing to choose from
+        (Search(beams=4), CTranslate2Decoder),
+    ],
+)
+def test_a_search_that_rules_tokens_out_is_made_as_in_the_literature(
+    bart: nn.Module, search: Search, taken: type
+) -> None:
+    assert type(decoder_of(bart, search)) is taken
+
+
 def test_decoding_draws_no_random_numbers(marian: nn.Module) -> None:
     state = torch.random.get_rng_state()
     decoder_of(marian, Search(2, never=NEVER))(SOURCES[:4], 12)

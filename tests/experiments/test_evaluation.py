@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rdrop.experiments.finished import FinishedRun, sort_out
 from rdrop.experiments.recipe import Recipe, RecipeError
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.recipes.translation import TRANSLATION
-from rdrop.experiments.results import find_runs
+from rdrop.experiments.results import ResultsError, find_runs
 from rdrop.experiments.tasks.decoding import Search
 from rdrop.experiments.trainer import train
 
@@ -90,6 +90,23 @@ def test_what_belongs_to_the_training_is_refused(averaged: FinishedRun, setting:
     key = setting.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"^{key}=.*belongs to the training; to score, change .*data\.test"):
         evaluate(averaged, [setting])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda lines: lines[:-1], lambda lines: [*lines[:-1], "neun zehn\telf"], lambda lines: lines[::-1]]
+)
+def test_other_training_data_are_refused_because_the_weights_would_mean_something_else(
+    averaged: FinishedRun, files: dict[str, str], change: Callable[[list[str]], list[str]], tmp_path: Path
+) -> None:
+    run = FinishedRun(tmp_path, averaged.recipe, averaged.result, [])
+    heading, *lines = Path(files["train"]).read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "train.tsv"
+    other.write_text("\n".join([heading, *change(lines)]) + "\n", encoding="utf-8")
+    recipe = json.loads((averaged.path / "recipe.json").read_text())
+    recipe["data"]["train"] = str(other)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ResultsError, match="the training data are not those of the run"):
+        evaluate(run)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -66,13 +66,14 @@ def test_training_makes_the_next_batch_during_an_update(tmp_path: Path, monkeypa
         batches.release()
         return train_batch(task, *arguments)
 
+    # One for the fingerprint, then two microbatches an update.
     def needs_two_updates_batches(task: TinyTask, *arguments: Any) -> Any:
         if not waiting:
-            waiting.append([batches.acquire(timeout=SECONDS) for _ in range(4)])  # two microbatches each
+            waiting.append([batches.acquire(timeout=SECONDS) for _ in range(1 + 2 + 2)])
         return logits(task, *arguments)
 
     monkeypatch.setattr(trainer, "load_task", TinyTask)
     monkeypatch.setattr(TinyTask, "train_batch", counted)
     monkeypatch.setattr(TinyTask, "logits", needs_two_updates_batches)
     trainer.train(RECIPE, tmp_path)
-    assert waiting == [[True] * 4]
+    assert waiting == [[True] * 5]

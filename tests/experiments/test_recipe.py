@@ -50,7 +50,7 @@ def test_the_digest_has_12_hexadecimal_digits_and_ignores_how_a_number_is_writte
 def test_every_key_changes_the_digest() -> None:
     other = {
         "name": '"other"', "alpha": "2", "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
-        "dropout": "[0.1,0.3]", "cutoff_ratio": "0.1", "task_passes": '"first"', "divergence": '"from-first"',
+        "dropout": "[0.1,0.3]", "task_passes": '"first"', "divergence": '"from-first"',
         "optimizer": '"sgd"', "beta1": "0.8", "beta2": "0.98", "epsilon": "1e-6", "compile": "true", "fused": "true",
         "encoder_once": "true", "patience": "3", "average_last": "5",
         "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_steps": "41",
@@ -61,7 +61,8 @@ def test_every_key_changes_the_digest() -> None:
         "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",
         "model.patch_size": "4", "model.dropout": "0.2", "model.attention_dropout": "0.2",
     }  # fmt: skip
-    assert {*other, "task", "cutoff", "batch_tokens"} == set(BASE.descriptions())  # those two need another key
+    need_another = {"cutoff", "cutoff_ratio", "batch_tokens"}
+    assert {*other, "task", *need_another} == set(BASE.descriptions())
     digests = {override(BASE, [f"{key}={value}"]).digest() for key, value in other.items()}
     assert len(digests) == len(other)
     assert BASE.digest() not in digests
@@ -121,6 +122,7 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
             "dropout=[...]: must be null with a cutoff, whose passes share a forward",
         ),
         (["cutoff=token"], "cutoff_ratio=0: must be above 0 for cutoff (=token)"),
+        (["cutoff_ratio=0.1"], "cutoff_ratio=0.1: must be 0 without a cutoff; set cutoff too"),
         (["batch_tokens=100"], "batch_size=32: set either it or batch_tokens, and the other to null"),
         (["batch_size=null"], "batch_size=null: set either it or batch_tokens, and the other to null"),
         (
@@ -241,7 +243,28 @@ def test_the_table_of_keys_in_the_documentation_is_the_code_s() -> None:
     assert table in (DOCS / "recipes.md").read_text(), f"docs/recipes.md must hold this table:\n{table}"
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"digits"}))
+OWN_DATA = sorted(set(TASKS) - {"digits"})
+
+
+@pytest.mark.parametrize("name", OWN_DATA)
+def test_of_two_sources_neither_is_left_unread(name: str) -> None:
+    for settings, said in (
+        (["data.train=a", "data.folder=b"], r'^data\.folder="b": must be null with data\.train'),
+        (["tiny=true", "data.train=a"], r'^data\.train="a": must be null with data\.tiny'),
+        (["tiny=true", "data.folder=a"], r'^data\.folder="a": must be null with data\.tiny'),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            override(RECIPES[name], settings)
+
+
+@pytest.mark.parametrize("name", OWN_DATA)
+@pytest.mark.parametrize("source", ["train", "folder"])
+def test_the_tiny_form_of_a_recipe_with_files_has_none(name: str, source: str) -> None:
+    tiny = override(RECIPES[name].replace(**{f"data.{source}": "x"}), ["tiny=true"])
+    assert tiny == RECIPES[name].tiny()
+
+
+@pytest.mark.parametrize("name", OWN_DATA)
 @pytest.mark.parametrize("key", ["valid", "test"])
 def test_a_file_that_no_task_would_read_is_refused(name: str, key: str) -> None:
     with pytest.raises(RecipeError, match=rf'^data\.{key}="x": needs data\.train$'):

@@ -370,6 +370,20 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, on_event: Callable[[Call
     assert train(RECIPE, tmp_path) == result
 
 
+def test_a_run_is_not_resumed_on_other_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Preempted):
+        train(RECIPE, tmp_path, on_progress=lambda progress: signal.raise_signal(signal.SIGTERM))
+    original = TinyTask.__init__
+
+    def other_classes(task: TinyTask, recipe: tiny_runs.TinyRecipe) -> None:
+        original(task, recipe)
+        task.targets = torch.where(task.targets == -100, -100, (task.targets + 1) % tiny_runs.VOCABULARY)
+
+    monkeypatch.setattr(TinyTask, "__init__", other_classes)
+    with pytest.raises(TrainingError, match=rf"not those with which {tmp_path} began.*delete that folder"):
+        train(RECIPE, tmp_path)
+
+
 def test_the_run_of_another_recipe_is_not_overwritten(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "finished")
     RunFolder(tmp_path / "begun").write_recipe(RECIPE.model_dump(mode="json"))
@@ -474,7 +488,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert run.result() == result
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
-        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "notes"),
+        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "notes", "data"),
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}

@@ -84,7 +84,7 @@ def _details(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     details = []
     if recipe["cutoff"] is not None:
         details.append(f"cutoff {recipe['cutoff_ratio']:g}")
-    elif recipe["task_passes"] == "first":
+    if recipe["task_passes"] == "first" and _name(recipe) != "SimCut":
         details.append("task loss of the first pass")
     if recipe["divergence"] != "symmetric":
         details.append("KL from the first pass")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rdrop.experiments import checkpoints
+from rdrop.experiments.fingerprint import fingerprint
 from rdrop.experiments.finished import FinishedRun
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, override
@@ -28,10 +29,15 @@ def evaluate(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, float]
         RecipeError: a setting that would have trained another model.
         DataError: the data are not what they should be.
         CheckpointError: the weights are damaged, not there any more, or those of another model.
-        ResultsError: a score is not finite.
+        ResultsError: the training data are not those of the run, or a score is not finite.
     """
     recipe = scoring_recipe(load_recipe(run.path / RECIPE), settings)
     task = load_task(recipe)
+    if run.result.get("data") not in (None, fingerprint(task)):
+        raise ResultsError(
+            f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
+            "the weights would mean something else. Put them back, or name them by data.folder."
+        )
     seed_all(recipe.seed, "evaluate", run.result["updates"])
     model = task.build_model().to(torch.accelerator.current_accelerator() or "cpu").eval()
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]

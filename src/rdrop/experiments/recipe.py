@@ -57,7 +57,7 @@ class Section(BaseModel):
 
 
 class DataFiles(Section):
-    """Where the examples come from, by the first of these that is set: `tiny`, `train`, `folder`, `hub`.
+    """Where the examples come from, by the first of these that is set: `tiny`, `train` or `folder`, `hub`.
 
     What the folder and the files look like, docs/tasks/ says for each task.
     """
@@ -72,11 +72,24 @@ class DataFiles(Section):
     tiny: bool = Field(description="Examples made up by the task: seconds to train on, and of no meaning.")
 
     @model_validator(mode="after")
-    def _only_train_has_own_splits(self) -> Self:
+    def _no_file_is_left_unread(self) -> Self:
+        for key in ("train", "folder"):
+            if self.tiny and getattr(self, key) is not None:
+                rule = "must be null with data.tiny (tiny=true): its examples are made up"
+                raise RecipeError(f"data.{key}", rule, value=getattr(self, key))
+        if self.train is not None and self.folder is not None:
+            raise RecipeError("data.folder", "must be null with data.train, which is read instead", value=self.folder)
         for key in ("valid", "test"):
             if getattr(self, key) is not None and self.train is None:
                 raise RecipeError(f"data.{key}", "needs data.train", value=getattr(self, key))
         return self
+
+
+MADE_UP: dict[str, object] = {
+    "data.tiny": True,
+    **dict.fromkeys(("data.train", "data.valid", "data.test", "data.folder")),
+}
+"""What a recipe's tiny form changes in `DataFiles`."""
 
 
 class ModelSection(Section):
@@ -262,6 +275,8 @@ class Recipe(BaseModel):
             raise RecipeError("dropout", f"must have passes (={self.passes}) rates, one for each", value=self.dropout)
         if self.dropout is not None and self.cutoff is not None:
             raise RecipeError("dropout", "must be null with a cutoff, whose passes share a forward", value=self.dropout)
+        if self.cutoff is None and self.cutoff_ratio > 0:
+            raise RecipeError("cutoff_ratio", "must be 0 without a cutoff; set cutoff too", value=self.cutoff_ratio)
         if self.cutoff is not None and self.cutoff_ratio == 0:
             raise RecipeError("cutoff_ratio", f"must be above 0 for cutoff (={self.cutoff})", value=0)
         if self.fused and (self.dropout is not None or self.task_passes != "all"):

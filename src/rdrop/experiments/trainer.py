@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from rdrop.experiments import checkpoints
 from rdrop.experiments.cost import CostMeter
+from rdrop.experiments.fingerprint import fingerprint
 from rdrop.experiments.machine import machine, versions
 from rdrop.experiments.method import Method, MethodError, count_positions, uses_rdrop
 from rdrop.experiments.optimization import build_optimizer, learning_rate_at
@@ -80,6 +81,8 @@ class RunState:
     """The last scores whose weights the final score averages, if it does."""
     seconds: float = 0.0
     resumed: int = 0
+    data: str = ""
+    """The fingerprint of the training data."""
     sums: dict[str, float] = field(default_factory=dict)
     """Of what the next `train` row averages, with the counts."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -148,7 +151,7 @@ class _Training:
             self.unlabelled_order = self.order_unlabelled()
             self.method = Method(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
-        self.state = RunState()
+        self.state = RunState(data=fingerprint(self.task))
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         self.parallel_model = self.accelerator.prepare_model(self.model)  # what is trained: under DDP, its wrapper
@@ -347,6 +350,7 @@ class _Training:
             "valid": self.score("valid"),
             "test": self.score("test"),
             "notes": self.task.notes,
+            "data": state.data,
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes),
             "versions": versions(),
@@ -390,12 +394,21 @@ class _Training:
         if checkpoint is not None:
             checkpoint.restore_model(self.model)
             checkpoint.restore_optimizer(self.optimizer)
-            self.state = _parse_state(checkpoint)
+            self.state = self.taken_up(_parse_state(checkpoint))
             self.state.resumed += 1
             self.saved_step = self.state.step
         if self.accelerator.is_main_process:
             # If the score of this step is still to come, so are its rows.
             self.folder.truncate_metrics(self.state.step - self.must_evaluate())
+
+    def taken_up(self, found: RunState) -> RunState:
+        data = self.state.data
+        if found.data not in (data, ""):
+            raise TrainingError(
+                f"the training data are not those with which {self.folder.path} began: other examples, vocabulary or "
+                "classes. Put them back, or delete that folder to start the run again."
+            )
+        return replace(found, data=data)
 
     # ------------------------------------------------------------------------------------------ files and processes
 

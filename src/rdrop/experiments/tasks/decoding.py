@@ -27,7 +27,7 @@ class Search:
     The search for a sentence ends with as many finished hypotheses as there are beams. Of hypotheses with the same
     score either may be returned: the two decoders add up in a different order. Where `min_length` and
     `no_repeat_ngram` rule tokens out, CTranslate2 shares their probability among the others, and `generate` (as
-    fairseq) does not: with several beams they then often differ.
+    fairseq) does not: with several beams they then often differ, and `generate` searches.
     """
 
     beams: int
@@ -40,6 +40,11 @@ class Search:
     """Ids that are not for output: padding, and what the model has no token for."""
     prefix: tuple[int, ...] = ()
     """What every output begins with, e.g. BART's `<s>`; it is not returned."""
+
+    @property
+    def rules_tokens_out(self) -> bool:
+        """While there are several hypotheses to choose from. To forbid an empty output costs all of them the same."""
+        return self.beams > 1 and (self.min_length > 1 or self.no_repeat_ngram > 0)
 
 
 class Decoder(Protocol):
@@ -56,8 +61,11 @@ class Decoder(Protocol):
 def decoder_of(model: nn.Module, search: Search) -> Decoder:
     """CTranslate2 with the present weights of `model` in float32; `generate`, with a warning, where that cannot be.
 
-    Later changes of the weights are not seen. Random numbers are not used.
+    A search that rules tokens out is for `generate`, which scores what is left as the literature does. Later changes of
+    the weights are not seen. Random numbers are not used.
     """
+    if search.rules_tokens_out:
+        return TransformersDecoder(model, search)
     why = why_not_ctranslate2(model)
     if why is None:
         from rdrop.experiments.tasks.ctranslate2_search import CTranslate2Decoder
