@@ -11,14 +11,15 @@ from types import NoneType
 from typing import Any
 
 import pytest
+from accelerate.utils import LoggerType
 from rich.console import Console
 
 from rdrop.experiments import cli, trainer
 from rdrop.experiments.plan import plan_comparison
-from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress
+from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipes.digits import DIGITS
-from rdrop.experiments.results import RunFolder
+from rdrop.experiments.results import RunFolder, find_runs
 
 KEYS = list(DIGITS.descriptions())
 NOT_A_NUMBER = ("", "abc", "true", "[1]", "{}", '"1"', "NaN", "Infinity", "-Infinity", "1e999", "0x10", "1_0", "-1")
@@ -247,6 +248,52 @@ def test_a_run_that_cannot_go_on_is_one_line_and_status_1(
     assert complaint(capsys) == "baseline, seed 0: step 3: loss is nan. Lower learning_rate."
 
 
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_tracker_that_cannot_be_used_is_named_before_anything_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    given = [command, "digits", "tiny=true", "--runs", str(tmp_path), "--tracker", "tensorboard", "--tracker"]
+    known = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
+    assert cli.run([*given, "foo"]) == 2
+    assert complaint(capsys) == f"--tracker foo: no such tracker; Accelerate knows {known}"
+    assert cli.run([*given, "comet_ml"]) == 2
+    assert complaint(capsys) == (
+        f"--tracker comet_ml: Accelerate does not find it; pip install comet-ml, or take another of {known}"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_is_here_is_told_of_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    command = ["train", "digits", "tiny=true", "updates=2", "warmup_steps=0", "--runs", str(tmp_path)]
+    assert cli.run([*command, "--tracker", "tensorboard"]) == 0
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rdrop"]
+    settings = [
+        "tiny=true",
+        "updates=2",
+        "warmup_steps=0",
+        "--seeds",
+        "1",
+        "--no-double-batch",
+        "--runs",
+        str(tmp_path),
+    ]
+    command = [sys.executable, *launcher, "compare", "digits", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("One seed shows nothing") == done.stdout.count("report.html") == 1
+    assert done.stderr.count("1/2  baseline, seed 0: test accuracy") == 1
+    assert done.stderr.count("2/2  R-Drop") == 1
+    assert [run.result["machine"]["processes"] for run in find_runs(tmp_path) if run.result] == [2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-tiny", "report.html", "results.html"]
+
+
 def test_a_damaged_result_is_named_and_not_trained_over(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,4 +416,12 @@ def test_lines_are_sparse() -> None:
     display.start("baseline, seed 0", DIGITS)
     for step in (1, 2, 3):
         display.update(trainer.Progress(step, 400, 0.5, None, 0.01))
-    assert console.export_text() == "baseline, seed 0: 2/400, 100 updates/s, loss 0.5\n"
+    assert console.export_text() == "baseline, seed 0: 2/400, 4 s left, 100 updates/s, loss 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("updates", "words"),
+    [(0, "0 s"), (99, "99 s"), (180, "3 min"), (5900, "98 min"), (9000, "2.5 h"), (360_000, "100.0 h")],
+)
+def test_the_time_left_is_that_of_the_updates_left(updates: int, words: str) -> None:
+    assert time_left(trainer.Progress(100, 100 + updates, 0.5, None, 1.0)) == words

@@ -8,6 +8,7 @@ or a run that failed, 2 a mistake in the command, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -28,6 +29,7 @@ from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_compa
 from rdrop.experiments.recipe import Recipe, RecipeError, override
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.results import ResultsError, RunRecord, find_runs
+from rdrop.experiments.trackers import TrackerError
 
 if TYPE_CHECKING:
     from rdrop.check import CheckReport
@@ -75,10 +77,11 @@ def run(arguments: Sequence[str]) -> int:
         return int(app(list(arguments) or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error.format_message(), status=2)
-    except (RecipeError, ResultsError, DataError) as error:
+    except (RecipeError, ResultsError, DataError, TrackerError) as error:
         return _fail(str(error), status=2)
     except StoppedError as error:
-        return _fail(f"{error}; go on with: {shlex.join(['rdrop', *arguments])}", status=error.status)
+        again = "the same command" if "RANK" in os.environ else shlex.join(["rdrop", *arguments])
+        return _fail(f"{error}; go on with: {again}", status=error.status)
     except (FailedRunError, OSError) as error:
         return _fail(str(error), status=1)
 
@@ -113,8 +116,10 @@ def list_recipes(
     """Show the recipes, with what is published and what the finished runs scored; or the keys of one recipe."""
     from rdrop.experiments.catalogue import catalogue
 
-    table = catalogue(runs) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(
+        catalogue(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
+    )
 
 
 @app.command()
@@ -135,8 +140,9 @@ def train(
         recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
     )
     run = Run.of(_label_of(chosen.model_dump()), chosen, runs)
-    train_all([run], Console(stderr=True), trackers=tracker or ())
-    _show_result(run)
+    train_all([run], _progress_console(), trackers=tracker or ())
+    if _is_first_process():
+        _show_result(run)
 
 
 @app.command()
@@ -166,9 +172,10 @@ def compare(
         recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
     )
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
-    train_all(plan, Console(stderr=True), trackers=tracker or ())
-    _show_comparisons([record for run in plan for record in find_runs(run.folder)])
-    _write_page(runs)
+    train_all(plan, _progress_console(), trackers=tracker or ())
+    if _is_first_process():
+        _show_comparisons([record for run in plan for record in find_runs(run.folder)])
+        _write_page(runs)
 
 
 @app.command()
@@ -258,6 +265,15 @@ def bench(
         run(benchmarks or (), sizes, conditions, Console(highlight=False), output)
     except BenchError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _is_first_process() -> bool:
+    """Whether this process shows and writes: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _progress_console() -> Console:
+    return Console(stderr=True, quiet=not _is_first_process())
 
 
 def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rdrop.experiments.progress import Display, show_progress
 from rdrop.experiments.recipe import Recipe, RecipeError
 from rdrop.experiments.results import RunFolder
+from rdrop.experiments.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,11 @@ def train_all(runs: list[Run], console: Console, *, trackers: Sequence[str] = ()
     """Trains the runs that are not finished, showing the progress.
 
     Raises:
+        TrackerError: before anything is loaded.
         StoppedError: what is finished stays finished, and the run that was on goes on from its checkpoint next time.
         FailedRunError: the same, but first the cause must be removed.
     """
+    require_trackers(trackers)
     waiting = [run for run in runs if run.result() is None]
     if len(waiting) < len(runs):
         console.print(f"{len(runs) - len(waiting)} of {len(runs)} runs finished already", highlight=False)

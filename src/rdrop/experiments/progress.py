@@ -76,7 +76,7 @@ class Bars:
 
 
 class Lines:
-    """A line for each finished run, and one in half a minute while a run is on."""
+    """A line for each finished run, and one in half a minute while a run is on, with the time left of that run."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -89,7 +89,8 @@ class Lines:
 
     def update(self, progress: trainer.Progress) -> None:
         if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
-            self._print(f"{self._label}: {progress.step}/{progress.updates}, {pace(progress)}")
+            line = f"{self._label}: {progress.step}/{progress.updates}, {time_left(progress)} left, {pace(progress)}"
+            self._print(line)
 
     def finish(self, line: str) -> None:
         self._print(line)
@@ -114,6 +115,15 @@ def forward_examples(recipe: Recipe) -> float:
     """The cost of a run, for the time left: examples, or tokens, that go through the network in training."""
     extra_passes = (recipe.passes - 1) / recipe.every if recipe.alpha > 0 else 0
     return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * (1 + extra_passes)
+
+
+def time_left(progress: trainer.Progress) -> str:
+    """Until the last update, in whole seconds, minutes or tenths of hours: "45 s", "12 min", "3.5 h"."""
+    seconds = (progress.updates - progress.step) * progress.seconds_per_step
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
 def pace(progress: trainer.Progress) -> str:
