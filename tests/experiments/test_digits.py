@@ -125,3 +125,19 @@ def test_both_losses_learn_the_labelled_images(tmp_path: Path) -> None:
         assert losses[-1] < losses[0]
         assert result["metric"] == "accuracy"
         assert set(result["valid"]) == set(result["test"]) == {"accuracy", "loss"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    recipe = SMALL.replace(updates=2, warmup_steps=0, evaluate_every=2, batch_size=20)
+    losses = {}
+    for compiled in (False, True):
+        train(recipe.replace(compile=compiled), tmp_path / str(compiled))
+        [row] = (row for row in RunFolder(tmp_path / str(compiled)).metrics() if row["kind"] == "train")
+        losses[compiled] = row["task_loss"]
+        assert row["divergence"] > 0  # two passes of the compiled model have two masks
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)  # the masks are others
