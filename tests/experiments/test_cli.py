@@ -181,6 +181,21 @@ def test_the_larger_batch_has_as_many_examples_as_rdrop_has_passes(tmp_path: Pat
     assert plan[-1].label == "baseline, three times the batch, seed 0"
 
 
+def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simcut = ["alpha=6", "cutoff=embedding", "cutoff_ratio=0.05", "task_passes=first", "divergence=from-first"]
+    for settings in ([], ["cutoff=unknown", "cutoff_ratio=0.05"], simcut):
+        assert cli.run(["compare", "digits", *settings, "--seeds", "1", "--runs", str(tmp_path)]) == 0
+    assert [recipe.alpha for recipe in trained] == [0, DIGITS.alpha, 0, DIGITS.alpha, 6]  # both baselines once
+    capsys.readouterr()
+    assert cli.run(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("digits: 1 seed") == 1
+    for arm in ("R-Drop (", "R-Drop + unknown cutoff (", "SimCut ("):
+        assert f"{arm}alpha" in shown
+
+
 def test_a_comparison_shows_table_and_verdict(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,9 @@ from rdrop.experiments.recipe import Recipe, RecipeError
 from rdrop.experiments.results import RunFolder
 from rdrop.experiments.trackers import require_trackers
 
+PLAIN = {"alpha": 0.0, "cutoff": None, "cutoff_ratio": 0.0, "task_passes": "all", "divergence": "symmetric"}
+"""The baseline, whatever it is compared with: R-Drop, R-Drop + Cutoff and SimCut of one recipe share its runs."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,7 +55,7 @@ def plan_comparison(recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_
     """
     if recipe.alpha == 0:
         raise RecipeError("alpha", "a comparison needs R-Drop, alpha > 0; alpha=0 is its baseline anyway", value=0)
-    arms = [recipe.replace(alpha=0.0), recipe]
+    arms = [recipe.replace(**PLAIN), recipe]
     if larger_batch:
         arms.append(_with_larger_batch(arms[0]))
     return [
