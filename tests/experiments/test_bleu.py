@@ -79,6 +79,15 @@ def test_every_form_has_its_signature() -> None:
     assert "case:lc" in scorer.signatures["bleu_tokenized_split"]
 
 
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_of_text_in_lower_case_the_signatures_say_so_and_the_scores_are_the_same(tokenized: bool) -> None:
+    hypothesis, reference = "it &apos;s a well-known old thing .", "it &apos;s a well-done old thing ."
+    cased, lower = (BleuScorer("en", tokenized=tokenized, lowercase=lowercase) for lowercase in (False, True))
+    assert lower([hypothesis], [reference]) == cased([hypothesis], [reference])
+    assert all("case:lc" in signature for signature in lower.signatures.values())
+    assert "case:mixed" in cased.signatures["bleu"]
+
+
 def test_empty_translations_score_zero() -> None:
     assert BleuScorer("en", tokenized=True)(["", ""], ["a b", "c"]) == {
         "bleu": 0.0,

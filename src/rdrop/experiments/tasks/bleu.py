@@ -22,15 +22,17 @@ UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf9
 class BleuScorer:
     """Scores of text in `language`; `tokenized`: its words are apart by spaces, and escaped, as Moses leaves them.
 
+    `lowercase`: the references came in lower case, as the translations do; the signatures say so.
+
     Chinese (`zh`), Japanese (`ja`) and Thai (`th`) are scored by characters.
 
     Text as it is written has the first and the last form, the last on the tokens that sacreBLEU makes of it. Of
     tokenized text the first form is that of Moses's detokenizer, on both sides.
     """
 
-    def __init__(self, language: str, *, tokenized: bool) -> None:
-        written = BLEU(tokenize=TOKENIZERS.get(language, "13a"))
-        tokens = BLEU(tokenize="none", force=True)  # force: it would warn of tokenized text
+    def __init__(self, language: str, *, tokenized: bool, lowercase: bool = False) -> None:
+        written = BLEU(tokenize=TOKENIZERS.get(language, "13a"), lowercase=lowercase)
+        tokens = BLEU(tokenize="none", lowercase=lowercase, force=True)  # force: it would warn of tokenized text
         split = BLEU(tokenize="none", lowercase=True, force=True)
         self._forms: dict[str, tuple[BLEU, Callable[[str], str]]] = {}
         if tokenized:

@@ -70,7 +70,7 @@ class Translation:
         self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
         for split, references in self._references.items():
             self._require_words(pairs[split].where, references)
-        self._bleu = BleuScorer(data.target, tokenized=data.tokenized)
+        self._bleu = BleuScorer(data.target, tokenized=data.tokenized, lowercase=data.lowercase)
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
 
