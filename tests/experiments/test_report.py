@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
@@ -83,11 +84,26 @@ def test_page_lies_beside_the_runs_unless_told_otherwise(three_arms, tmp_path):
     assert write_report(three_arms) == three_arms / "report.html"
     elsewhere = tmp_path / "new folder" / "page.html"
     assert write_report(three_arms, elsewhere) == elsewhere
-    assert elsewhere.read_bytes() == (three_arms / "report.html").read_bytes()
+    here, there = (Page(path.read_text()) for path in (three_arms / "report.html", elsewhere))
+    assert there.visible == here.visible
+
+
+def test_every_folder_of_a_run_is_a_link_from_wherever_the_page_lies(three_arms, tmp_path):
+    folders = {run.path.resolve() for run in find_runs(three_arms) if run.result is not None}
+    for out in (three_arms / "report.html", tmp_path / "new folder" / "page.html"):
+        page = Page(write_report(three_arms, out).read_text())
+        links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+        assert {(out.parent / unquote(link)).resolve() for link in links if not link.startswith("#")} == folders
+
+
+def test_a_name_that_looks_like_an_address_is_a_folder(tmp_path):
+    write_run(tmp_path, 0.7, name="javascript:alert(1)")
+    links = [attributes["href"] for tag, attributes in page_of(tmp_path).elements if tag == "a"]
+    assert [link.startswith("javascript%3Aalert") for link in links] == [True]
 
 
 def test_same_runs_give_the_same_bytes_in_another_process(three_arms, tmp_path):
-    here = write_report(three_arms).read_bytes()
+    here = write_report(three_arms, tmp_path / "here.html").read_bytes()
     program = "import pathlib; report.write_report(*map(pathlib.Path, sys.argv[1:]))"
     out = tmp_path / "again.html"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
@@ -120,13 +136,14 @@ def test_every_run_is_listed_with_its_digest(three_arms, page):
         assert str(record.path.relative_to(three_arms)) in page.visible
 
 
-def test_page_loads_nothing_and_runs_nothing(page):
+def test_page_loads_nothing_and_runs_nothing(three_arms, page):
     assert page.count("script") == page.count("link") == page.count("img") == 0
     policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
     addresses = set(re.findall(r'(?:https?:)?//[^\s"\'<>)]+', page.text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert all(a["href"].startswith("#") for _, a in page.elements if "href" in a)
+    runs = {f"digits/{record.path.name}/" for record in find_runs(three_arms)}
+    assert all(a["href"].startswith("#") or a["href"] in runs for _, a in page.elements if "href" in a)
 
 
 def test_no_two_elements_share_an_id_and_every_reference_has_its_target(page):
@@ -295,6 +312,27 @@ def test_curves_leave_gaps_where_a_value_is_no_finite_number(tmp_path):
     steps, values = curve_of(comparison.arms[0], Curve("valid", "loss", ""))
     assert steps == [1, 4]
     assert values.tolist() == [[0.5, 0.3]]
+
+
+def test_notes_on_the_scores_stand_below_them_once_where_all_runs_agree(tmp_path):
+    for seed in (0, 1, 2):
+        notes = {"decoded by": "ctranslate2 4" if seed else "transformers 5", "train pairs": "read 30, used 26"}
+        write_run(tmp_path, 0.7, seed=seed, notes=notes)
+    below = page_of(tmp_path).visible.split("Notes on the scores:")[1].split("Figures")[0]
+    assert "decoded by transformers 5 (1 run), ctranslate2 4 (2 runs)" in below
+    assert below.count("read 30, used 26") == 1
+
+
+def test_without_notes_nothing_is_said_of_them(page):
+    assert "Notes on the scores" not in page.visible
+
+
+def test_a_run_says_whose_weights_were_scored(tmp_path):
+    write_run(tmp_path, 0.7, seed=1, best_step=10, averaged_steps=[])
+    write_run(tmp_path, 0.7, seed=2, best_step=10, averaged_steps=[15, 20])
+    runs = page_of(tmp_path).visible.split("weights of update resumed digest folder")[1]
+    assert "1 70.0 71.0 10 0 " in runs
+    assert "2 70.0 71.0 15, 20 0 " in runs
 
 
 def test_many_arms_and_seeds_still_make_a_page(tmp_path):

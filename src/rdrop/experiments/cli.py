@@ -335,7 +335,7 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
     from rdrop.experiments.checkpoints import CheckpointError
-    from rdrop.experiments.evaluation import evaluate
+    from rdrop.experiments.evaluation import scored_again
     from rdrop.experiments.finished import sort_out
     from rdrop.experiments.plan import quiet_transformers, summary
 
@@ -350,10 +350,9 @@ def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
     for number, run in enumerate(finished, start=1):
         label = _label_of(run.recipe)
         try:
-            scores = evaluate(run, settings)
+            result = scored_again(run, settings)
         except CheckpointError as error:
             raise FailedRunError(f"{label}: {error}") from error
-        result = run.result | {"test": scores}
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
     return scored
@@ -367,13 +366,20 @@ def _show_result(run: Run) -> None:
     result = run.result()
     assert result is not None  # it has just been trained
     _show_scores(result, ("valid", "test"))
-    Console(highlight=False).print(
-        f"The weights of update {result['best_step']}, the best on the valid split. {run.folder}", soft_wrap=True
-    )
+    Console(highlight=False).print(f"{_scored_weights(result)} {run.folder}", soft_wrap=True)
+
+
+def _scored_weights(result: Mapping[str, Any]) -> str:
+    *others, last = result.get("averaged_steps") or [None]
+    if last is None:
+        return f"The weights of update {result['best_step']}, the best on the valid split."
+    if not others:
+        return f"The weights of update {last}."
+    return f"The mean of the weights of updates {', '.join(map(str, others))} and {last}."
 
 
 def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
-    """A row a metric, the main one first."""
+    """A row a metric, the main one first; below, what a reader should know beside the numbers."""
     from rdrop.experiments.wording import NumberStyle
 
     table = _table("", *splits)
@@ -384,6 +390,8 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(Text(_label_of(result["recipe"]), "bold"))
     console.print(table)
+    for name, note in result.get("notes", {}).items():
+        console.print(Text(f"{name}: {note}"), soft_wrap=True)
 
 
 def _show_comparisons(records: list[RunRecord]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,10 +21,17 @@ SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 
 
 def evaluate(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, float]:
-    """The scores on the test split of the weights that the run was scored with; without settings, its own again.
+    """The scores of `scored_again` alone."""
+    scores: dict[str, float] = scored_again(run, settings)["test"]
+    return scores
 
-    `settings` change the recipe as in `override`, but only what training did not see: `SCORING_KEYS`, and the keys of
-    `decoding`. The training data are loaded as in the run: vocabulary and classes come from them.
+
+def scored_again(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """The result of the run with its weights scored on the test split anew: `test`, and the `notes` on the scores.
+
+    Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
+    not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and
+    classes come from them.
 
     Raises:
         RecipeError: a setting that would have trained another model.
@@ -44,7 +52,7 @@ def evaluate(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, float]
     checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
-    return scores
+    return run.result | {"test": scores, "notes": task.notes}
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> Recipe:

@@ -12,7 +12,7 @@ class Published:
     """
 
     dataset: str
-    """As the paper names it: "IWSLT14 De-En"."""
+    """As the paper names it, without the split: "IWSLT14 De-En"."""
     metric: str
     """As a reader says it: "BLEU", "ROUGE-L", "accuracy", "perplexity"."""
     model: str
@@ -25,3 +25,7 @@ class Published:
     """What `rdrop` was made with: "R-Drop + Cutoff", "SimCut"."""
     recalled: bool = False
     higher_is_better: bool = True
+    split: str = "test"
+    """What was scored, as the literature calls it: "test", "dev", "valid"."""
+    headline: bool = False
+    """Whether `rdrop` is one of the results that the paper is known by."""

@@ -13,7 +13,7 @@ from rdrop.experiments import report_figures, report_tables
 from rdrop.experiments.compare import Comparison, comparisons
 from rdrop.experiments.finished import FinishedRun, UnusableRun, sort_out
 from rdrop.experiments.markup import Markup, element, joined
-from rdrop.experiments.report_settings import distinguishing_settings, shown
+from rdrop.experiments.report_settings import distinguishing_settings, titled
 from rdrop.experiments.results import ResultsError, find_runs, write_atomically
 from rdrop.experiments.wording import counted
 
@@ -31,11 +31,13 @@ def write_report(runs: Path, out: Path | None = None) -> Path:
         raise ResultsError(f"{runs} holds no run. `rdrop compare digits --runs {runs}` makes some.")
     out = out or runs / "report.html"
     finished, unusable = sort_out(records)
-    write_atomically(out, _page(comparisons(records), finished, unusable, runs).encode())
+    write_atomically(out, _page(comparisons(records), finished, unusable, runs, out.parent).encode())
     return out
 
 
-def _page(found: list[Comparison], finished: list[FinishedRun], unusable: list[UnusableRun], root: Path) -> str:
+def _page(
+    found: list[Comparison], finished: list[FinishedRun], unusable: list[UnusableRun], root: Path, place: Path
+) -> str:
     names = [f"c{number}" for number in range(1, len(found) + 1)]
     settings = distinguishing_settings(found)
     title = f"R-Drop report: {', '.join(dict.fromkeys(c.name for c in found)) or 'no finished run'}"
@@ -51,7 +53,7 @@ def _page(found: list[Comparison], finished: list[FinishedRun], unusable: list[U
     body = element(
         "body",
         _header(found, settings, names, finished, unusable),
-        *(_section(c, setting, name, root) for c, setting, name in zip(found, settings, names, strict=True)),
+        *(_section(c, setting, name, root, place) for c, setting, name in zip(found, settings, names, strict=True)),
         report_tables.unusable_runs(unusable, root),
         _glossary(),
         element("footer", _versions_line(finished)),
@@ -74,7 +76,7 @@ def _header(
     if finished:
         counts.append(f"last finished {_moment(max(run.result['finished'] for run in finished))}")
     contents = [
-        element("li", element("a", _title(c, setting), href=f"#{name}"))
+        element("li", element("a", titled(c.name, setting), href=f"#{name}"))
         for c, setting, name in zip(found, settings, names, strict=True)
     ]
     return element(
@@ -87,16 +89,18 @@ def _header(
     )
 
 
-def _section(comparison: Comparison, setting: dict[str, object], name: str, root: Path) -> Markup:
+def _section(comparison: Comparison, setting: dict[str, object], name: str, root: Path, place: Path) -> Markup:
+    """`place` is the folder of the page, from which its links lead to the folders of the runs."""
     first, *others = comparison.verdict().split("\n")
     return element(
         "section",
-        element("h2", _title(comparison, setting), id=f"{name}-title"),
+        element("h2", titled(comparison.name, setting), id=f"{name}-title"),
         element("p", first, class_="verdict first"),
         *(element("p", sentence, class_="verdict") for sentence in others),
         _warnings(comparison),
         element("h3", "Result"),
         report_tables.results(comparison),
+        report_tables.notes(comparison),
         element("h3", "Figures"),
         report_figures.figures(comparison, name),
         element("h3", "Cost"),
@@ -106,16 +110,11 @@ def _section(comparison: Comparison, setting: dict[str, object], name: str, root
         element("h3", "Versions and machine"),
         report_tables.environment(comparison),
         element("h3", "Runs"),
-        report_tables.runs(comparison, root),
+        report_tables.runs(comparison, root, place),
         class_="comparison",
         id=name,
         aria_labelledby=f"{name}-title",
     )
-
-
-def _title(comparison: Comparison, setting: dict[str, object]) -> str:
-    details = ", ".join(f"{key} = {shown(value)}" for key, value in setting.items())
-    return f"{comparison.name} ({details})" if details else comparison.name
 
 
 def _moment(finished: str) -> str:
@@ -154,7 +153,7 @@ def _glossary() -> Markup:
         ),
         "Test and valid": (
             "Valid chose the checkpoint, so its scores flatter every arm a little. "
-            "Test scored the chosen checkpoint, once."
+            "Test scored the chosen checkpoint, or the mean of the last ones, once."
         ),
         "Task loss": "The loss of plain training, without the divergence: the same quantity for every arm.",
         "Divergence": "How far the passes over one example disagree, per position, before it is weighted with alpha.",

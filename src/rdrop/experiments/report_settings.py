@@ -49,5 +49,11 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
     return settings
 
 
+def titled(name: str, setting: Mapping[str, object]) -> str:
+    """The name of a comparison, with the settings that tell it from others of that name."""
+    details = ", ".join(f"{key} = {shown(value)}" for key, value in setting.items())
+    return f"{name} ({details})" if details else name
+
+
 def _keys(recipes: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for recipe in recipes for key in recipe))

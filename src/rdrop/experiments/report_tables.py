@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rdrop.experiments.compare import Arm, Comparison, MetricSection
 from rdrop.experiments.finished import FinishedRun, UnusableRun
@@ -51,6 +53,22 @@ def _result_cells(
         style.interval(difference.interval),
         wins_ties_losses(difference),
     ]
+
+
+def notes(comparison: Comparison) -> Markup | None:
+    """What a reader should know beside the scores; where the runs differ, every value with the number of its runs."""
+    of_runs = [_notes_of(run) for arm in comparison.arms for run in arm.runs]
+    facts = {
+        key: _counts(Counter(shown(own[key]) if key in own else NOT_KNOWN for own in of_runs))
+        for key in dict.fromkeys(key for own in of_runs for key in own)
+    }
+    return joined((element("p", "Notes on the scores:", class_="note"), _facts(facts))) if facts else None
+
+
+def _notes_of(run: FinishedRun) -> Mapping[str, Any]:
+    """Empty where a version of before notes wrote the result."""
+    found = run.result.get("notes")
+    return found if isinstance(found, Mapping) else {}
 
 
 def costs(comparison: Comparison) -> Markup:
@@ -137,25 +155,29 @@ def _parameters(run: FinishedRun) -> str:
     return f"{count:,}" if isinstance(count, int) else NOT_KNOWN
 
 
-def runs(comparison: Comparison, root: Path) -> Markup:
-    """Every run of the comparison with its scores, its difference from the baseline's run and its folder."""
+def runs(comparison: Comparison, root: Path, place: Path) -> Markup:
+    """Every run of the comparison with its scores, its difference from the baseline's run and its folder.
+
+    The folder is named as seen from `root`, and linked as seen from `place`, where the page is.
+    """
     style = comparison.results()[0].style
     return _table(
         "Runs",
         (
-            "seed", f"test {style.heading(comparison.metric)}", "difference", "valid", "best update",
+            "seed", f"test {style.heading(comparison.metric)}", "difference", "valid", "weights of update",
             "resumed", "digest", "folder",
         ),
-        [_runs_of_arm(comparison, arm, style, root) for arm in comparison.arms],
+        [_runs_of_arm(comparison, arm, style, root, place) for arm in comparison.arms],
         caption=(
-            "best update: where the checkpoint with the best valid score was; "
+            "weights of update: whose weights were scored, those with the best valid score; "
+            "of several updates, the mean of their weights; "
             "resumed: how often the run was taken up again after a stop."
         ),
         class_="runs",
     )  # fmt: skip
 
 
-def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Path) -> Markup:
+def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Path, place: Path) -> Markup:
     metric, baseline = comparison.metric, comparison.baseline
     test, valid = arm.scores(metric, "test"), arm.scores(metric, "valid")
     differences = {}
@@ -169,14 +191,23 @@ def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Pat
             element("td", style.score(test.get(run.seed))),
             element("td", "" if arm is baseline else style.difference(differences.get(run.seed))),
             element("td", style.score(valid.get(run.seed))),
-            element("td", _plain(run.result.get("best_step"))),
+            element("td", _scored_updates(run)),
             element("td", _plain(run.result.get("resumed"))),
             element("td", element("code", _plain(run.result.get("digest")))),
-            element("td", element("code", _below(run.path, root))),
+            element("td", element("a", element("code", _below(run.path, root)), href=_address(run.path, place))),
         )
         for run in arm.runs
     ]
     return joined((element("tr", element("th", arm.label, scope="rowgroup", colspan="8")), *rows))
+
+
+def _scored_updates(run: FinishedRun) -> str:
+    averaged = run.result.get("averaged_steps")
+    return (
+        ", ".join(map(str, averaged))
+        if isinstance(averaged, list) and averaged
+        else _plain(run.result.get("best_step"))
+    )
 
 
 def unusable_runs(unusable: list[UnusableRun], root: Path) -> Markup | None:
@@ -227,3 +258,8 @@ def _plain(value: Any) -> str:
 
 def _below(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _address(folder: Path, place: Path) -> str:
+    """The folder as a link of a page that lies in the folder `place`."""
+    return quote(Path(os.path.relpath(folder, place)).as_posix()) + "/"

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from rdrop.experiments.compare import Arm, Comparison, comparisons
+from rdrop.experiments.compare import Arm, Comparison, MetricSection, comparisons
 from rdrop.experiments.markup import Markup, element, joined
 from rdrop.experiments.paired import mean, sd
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipes import PUBLISHED, RECIPES
+from rdrop.experiments.recipes import PUBLISHED, RECIPES, dataset_of
+from rdrop.experiments.report_settings import distinguishing_settings, titled
 from rdrop.experiments.results import find_runs, write_atomically
 from rdrop.experiments.wording import counted
 
-HEADINGS = ("dataset", "metric", "value", "model", "method", "from")
+HEADINGS = ("dataset", "split", "metric", "value", "model", "method", "from")
 TASKS = {
     "translation": "Machine translation",
     "summarization": "Summarization",
@@ -50,6 +51,7 @@ class Row:
     """One value of a table: who reports it, of what, with which method."""
 
     dataset: str
+    split: str
     metric: str
     value: str
     sort_value: float
@@ -64,6 +66,7 @@ class Row:
         return element(
             "tr",
             element("th", self.dataset, scope="row"),
+            element("td", self.split),
             element("td", self.metric),
             element("td", self.value, data_sort=f"{self.sort_value:.6g}"),
             element("td", self.model),
@@ -81,45 +84,80 @@ def write_results(runs: Path, out: Path | None = None) -> Path:
 
 
 def rows_of_task(task: str, found: list[Comparison]) -> list[Row]:
-    """The rows of a task in the order of the catalogue: of each recipe first what is published, then ours."""
+    """The rows of a task in the order of the catalogue: of each recipe first what is published, then ours.
+
+    Our own comparisons of recipes with another name than the catalogue's follow.
+    """
+    own: dict[str, list[Row]] = {}
+    # By its place report.html numbers the section of a comparison.
+    for place, (comparison, setting) in enumerate(zip(found, distinguishing_settings(found), strict=True), start=1):
+        if _task_of(comparison) == task:
+            title = titled(comparison.name, setting)
+            own.setdefault(comparison.name, []).extend(_own_rows(comparison, title, f"report.html#c{place}"))
     names = [name for name, recipe in RECIPES.items() if recipe.task == task]
     rows: list[Row] = []
-    for name in names:
-        for published in PUBLISHED.get(name, ()):
-            rows += _published_rows(published)
-        for place, comparison in enumerate(found, start=1):  # by which report.html numbers its sections
-            if comparison.name == name:
-                rows += _own_rows(comparison, f"report.html#c{place}")
+    for name in dict.fromkeys([*names, *own]):
+        if name in names:
+            for published in PUBLISHED.get(name, ()):
+                rows += _published_rows(published)
+        rows += own.get(name, [])
     return rows
+
+
+def _task_of(comparison: Comparison) -> str:
+    return str(comparison.arms[0].runs[0].recipe.get("task"))
 
 
 def _published_rows(published: Published) -> Iterator[Row]:
     source = f"published: {published.source}" + (", as recalled" if published.recalled else "")
-    direction = "" if published.higher_is_better else " (lower is better)"
-    for value, method in ((published.baseline, "baseline"), (published.rdrop, published.method)):
+    figures = (
+        (published.baseline, "baseline", ""),
+        (published.rdrop, published.method, " (headline result)" if published.headline else ""),
+    )
+    for value, method, mark in figures:
         if value is not None:
-            metric = published.metric + direction
-            yield Row(published.dataset, metric, f"{value:g}", value, published.model, method, source)
-
-
-def _own_rows(comparison: Comparison, link: str) -> Iterator[Row]:
-    published = PUBLISHED.get(comparison.name, ())
-    dataset = published[0].dataset if published else comparison.name
-    direction = "" if comparison.higher_is_better else " (lower is better)"
-    style = comparison.results()[0].style
-    for arm in comparison.arms:
-        scores = tuple(arm.scores(comparison.metric, "test").values())
-        if scores:
             yield Row(
-                dataset,
-                style.heading(comparison.metric) + direction,
-                style.spread(mean(scores), sd(scores)),
-                style.factor * (mean(scores) or 0.0),
-                _model(arm),
-                arm.label,
-                f"ours: {comparison.name}, {counted(len(scores), 'seed')}",
-                link,
+                published.dataset,
+                published.split,
+                published.metric + _direction(published.higher_is_better),
+                f"{value:g}",
+                value,
+                published.model,
+                method,
+                source + mark,
             )
+
+
+def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Row]:
+    """A row for each metric of the test split and arm; the loss is a metric only where it is what is compared."""
+    dataset = dataset_of(comparison.arms[0].runs[0].recipe)
+    for section in comparison.results():
+        if section.split == "test" and (section.metric == comparison.metric or not section.metric.endswith("loss")):
+            for arm in comparison.arms:
+                yield from _own_row(
+                    arm, section, dataset, _direction(comparison.direction(section.metric)), title, link
+                )
+
+
+def _own_row(arm: Arm, section: MetricSection, dataset: str, direction: str, title: str, link: str) -> Iterator[Row]:
+    scores = tuple(arm.scores(section.metric, section.split).values())
+    average = mean(scores)
+    if average is not None:
+        yield Row(
+            dataset,
+            section.split,
+            section.style.heading(section.metric) + direction,
+            section.style.spread(average, sd(scores)),
+            section.style.factor * average,
+            _model(arm),
+            arm.label,
+            f"ours: {title}, {counted(len(scores), 'seed')}",
+            link,
+        )
+
+
+def _direction(higher_is_better: bool | None) -> str:
+    return " (lower is better)" if higher_is_better is False else ""
 
 
 def _model(arm: Arm) -> str:
@@ -141,7 +179,10 @@ def _page(found: list[Comparison]) -> str:
         element("title", "R-Drop: published and measured"),
         element("style", Markup(files("rdrop.experiments").joinpath("report.css").read_text(encoding="utf-8"))),
     )
-    sections = [_section(title, rows) for task, title in TASKS.items() if (rows := rows_of_task(task, found))]
+    others = {task: task for task in sorted(map(_task_of, found)) if task not in TASKS}
+    sections = [
+        _section(title, rows) for task, title in (TASKS | others).items() if (rows := rows_of_task(task, found))
+    ]
     body = element("body", _header(found), *sections, element("script", Markup(SCRIPT)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -160,8 +201,11 @@ def _header(found: list[Comparison]) -> Markup:
         element(
             "p",
             "Published rows say where they stand; “as recalled” marks figures written down from memory and not checked "
-            "since. Our rows are means over all seeds that were run, with the standard deviation, on the test split; a "
-            "smaller model or data set than the paper's can be compared with its own baseline only.",
+            "since, “headline result” marks those that the paper is known by. Our rows are means over all seeds that "
+            "were run, with the standard deviation, on the test split. For GLUE and ImageNet, whose test labels are "
+            "not public, that is the dev or valid split of the literature. A smaller model or data set than the "
+            "paper's can be compared with its own baseline only. Each of our rows links to its comparison in the "
+            "report, with settings, curves, cost and the folder of every run.",
             class_="note",
         ),
     )

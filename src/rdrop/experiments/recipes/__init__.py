@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name
@@ -14,22 +15,27 @@ MODULES = (
     "image_classification",
     "digits",
 )
-"""One a task, in the order in which they are listed. Each has `RECIPES`, and `PUBLISHED` by the name of the recipe."""
+"""One a task, in the order in which they are listed.
+
+Each has `RECIPES` and, by the name of the recipe, `PUBLISHED` and the `DATASETS` of which nothing is published.
+"""
 
 
-def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]]]:
+def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]], dict[str, str]]:
     recipes: dict[str, Recipe] = {}
     published: dict[str, tuple[Published, ...]] = {}
+    datasets: dict[str, str] = {}
     for name in MODULES:
         module = import_module(f"{__name__}.{name}")
         own: tuple[Recipe, ...] = module.RECIPES
         reported: Mapping[str, tuple[Published, ...]] = module.PUBLISHED
         recipes |= {recipe.name: recipe for recipe in own}
         published |= reported
-    return recipes, published
+        datasets |= {name: rows[0].dataset for name, rows in reported.items()} | module.DATASETS
+    return recipes, published, datasets
 
 
-RECIPES, PUBLISHED = _collect()
+RECIPES, PUBLISHED, DATASETS = _collect()
 
 
 def find_recipe(name: str) -> Recipe:
@@ -41,3 +47,21 @@ def find_recipe(name: str) -> Recipe:
         rule = f"no such recipe; the nearest is {nearest} (a saved one is a path that ends in .json)"
         raise RecipeError("recipe", rule, value=name, nearest=nearest)
     return RECIPES[name]
+
+
+def dataset_of(recipe: Mapping[str, Any]) -> str:
+    """What a run learned from, as a reader names it; `recipe` is what its recipe.json says.
+
+    The data set of the catalogue; of data of one's own, the file, the folder or the hub's name; else the recipe's name.
+    """
+    name, data = str(recipe["name"]), recipe.get("data")
+    known = DATASETS.get(name.removesuffix("-tiny"))
+    if not isinstance(data, Mapping):
+        return known or name
+    if data.get("tiny"):
+        return "made-up examples"
+    # A catalogued data set may lie in a folder; files of one's own take its place.
+    for key in ("train",) if known else ("train", "folder", "hub"):
+        if data.get(key):
+            return str(data[key]).rstrip("/").rsplit("/", 1)[-1]
+    return known or name

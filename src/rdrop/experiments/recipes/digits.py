@@ -131,3 +131,4 @@ DIGITS = DigitsRecipe(
 
 RECIPES = (DIGITS,)
 PUBLISHED: dict[str, tuple[Published, ...]] = {}
+DATASETS = {"digits": "Digits"}

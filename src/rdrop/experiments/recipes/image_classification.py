@@ -244,9 +244,16 @@ RECIPES = (
 )
 
 _SOURCE = "Liang et al. 2021, image classification"
+
+
+def _imagenet(model: str, baseline: float, rdrop: float) -> Published:
+    return Published("ImageNet", "accuracy", model, baseline, rdrop, _SOURCE, recalled=True, split="valid")
+
+
 PUBLISHED = {
-    "cifar-100-vit-b16": (Published("CIFAR-100", "accuracy", "ViT-B/16", 92.64, 93.29, _SOURCE),),
+    "cifar-100-vit-b16": (Published("CIFAR-100", "accuracy", "ViT-B/16", 92.64, 93.29, _SOURCE, headline=True),),
     "cifar-100-vit-l16": (Published("CIFAR-100", "accuracy", "ViT-L/16", 93.44, 93.85, _SOURCE, recalled=True),),
-    "imagenet-vit-b16": (Published("ImageNet", "accuracy", "ViT-B/16", 83.97, 84.38, _SOURCE, recalled=True),),
-    "imagenet-vit-l16": (Published("ImageNet", "accuracy", "ViT-L/16", 85.15, 85.57, _SOURCE, recalled=True),),
+    "imagenet-vit-b16": (_imagenet("ViT-B/16", 83.97, 84.38),),
+    "imagenet-vit-l16": (_imagenet("ViT-L/16", 85.15, 85.57),),
 }
+DATASETS = {"cifar-10-4k": "CIFAR-10, 4,000 images"}

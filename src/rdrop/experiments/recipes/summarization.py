@@ -273,6 +273,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
             baseline=baseline,
             rdrop=rdrop,
             source="Liang et al. 2021",
+            headline=True,
         )
         for metric, baseline, rdrop in (
             ("ROUGE-1", 44.16, 44.51),
@@ -281,3 +282,4 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         )
     ),
 }
+DATASETS = {"aeslc": "AESLC"}
