@@ -355,6 +355,27 @@ def test_a_saved_recipe_replays_the_run(
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("averaged", "said"),
+    [
+        ([], f"The weights of update {DIGITS.updates}, the best on the valid split."),
+        ([20], "The weights of update 20."),
+        ([10, 20], "The mean of the weights of updates 10 and 20."),
+        ([10, 20, 30], "The mean of the weights of updates 10, 20 and 30."),
+    ],
+)
+def test_a_run_says_whose_weights_were_scored_and_the_notes_on_its_scores(
+    averaged: list[int], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "digits" / DIGITS.digest()
+    notes = {"decoded by": "ctranslate2 4", "signature of bleu": "nrefs:1|case:lc"}
+    RunFolder(folder).write_result(finish(DIGITS, folder) | {"averaged_steps": averaged, "notes": notes})
+    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 0
+    *_, first, second, last = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("decoded by: ctranslate2 4", "signature of bleu: nrefs:1|case:lc")
+    assert last == f"{said} {folder}"
+
+
 def test_list_shows_every_key_of_a_recipe_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["list", "digits", "alpha=0.625"]) == 0
     shown = capsys.readouterr().out

@@ -4,13 +4,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rdrop.experiments import cli
-from rdrop.experiments.evaluation import evaluate
+from rdrop.experiments.evaluation import evaluate, scored_again
 from rdrop.experiments.finished import FinishedRun, sort_out
 from rdrop.experiments.recipe import Recipe, RecipeError
 from rdrop.experiments.recipes import RECIPES
@@ -81,6 +82,14 @@ def test_another_search_is_used_and_leaves_the_loss(averaged: FinishedRun, monke
     scores = evaluate(averaged, ["decoding.beams=2"])
     assert [search.beams for search in searches] == [2]
     assert scores["loss"] == averaged.result["test"]["loss"]
+
+
+def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(averaged, result=averaged.result | {"notes": {"decoded by": "another version"}})
+    assert scored_again(other)["notes"] == averaged.result["notes"]
+    out, _ = shown([averaged.path], capsys)
+    for name, note in averaged.result["notes"].items():
+        assert f"{name}: {note}\n" in out
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ def test_every_metric_of_the_test_split_has_a_row_and_the_loss_has_none(tmp_path
     ]
 
 
+def test_a_baseline_of_several_methods_stands_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = tuple(Published("Digits", "accuracy", "ViT", 80.0, v, "A 2021", method=m) for v, m in ((81, "A"), (82, "B")))
+    monkeypatch.setattr(results_page, "PUBLISHED", {"digits": both})
+    assert [row.value for row in results_page.rows_of_task("digits", [])] == ["80", "81", "82"]
+
+
 def test_two_files_under_one_recipe_are_told_apart(tmp_path: Path) -> None:
     for file in ("reviews.csv", "mails.csv"):
         write_run(tmp_path, 0.5, data={"train": f"texts/{file}"})

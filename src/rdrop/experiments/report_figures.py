@@ -48,7 +48,8 @@ def _plots(comparison: Comparison) -> list[_Plot]:
             score,
             "score",
             f"Validation {words(comparison.metric)}.",
-            f"Single pass, {better} is better. The checkpoint at each run's best point is the one scored on test.",
+            f"Single pass, {better} is better. The checkpoint at each run's best point is scored on test, "
+            "or the mean of the last ones.",
         ),
         _Plot(
             Curve("train", "task_loss", "training task loss", from_zero=True),

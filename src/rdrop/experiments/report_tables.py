@@ -62,7 +62,7 @@ def notes(comparison: Comparison) -> Markup | None:
         key: _counts(Counter(shown(own[key]) if key in own else NOT_KNOWN for own in of_runs))
         for key in dict.fromkeys(key for own in of_runs for key in own)
     }
-    return joined((element("p", "Notes on the scores:", class_="note"), _facts(facts))) if facts else None
+    return joined((element("p", "Notes on the scores:", class_="note"), _facts(facts, wide=True))) if facts else None
 
 
 def _notes_of(run: FinishedRun) -> Mapping[str, Any]:
@@ -135,13 +135,13 @@ def environment(comparison: Comparison) -> Markup:
     return _facts(facts)
 
 
-def _facts(facts: Mapping[str, str]) -> Markup:
-    """Names and values in as many columns as fit."""
+def _facts(facts: Mapping[str, str], *, wide: bool = False) -> Markup:
+    """Names and values, in two columns unless they are `wide`."""
     pairs = (
         element("div", element("dt", element("code", name)), element("dd", element("code", value)))
         for name, value in facts.items()
     )
-    return element("dl", *pairs, class_="facts")
+    return element("dl", *pairs, class_="facts wide" if wide else "facts")
 
 
 def _counts(values: Counter[str]) -> str:

@@ -99,7 +99,8 @@ def rows_of_task(task: str, found: list[Comparison]) -> list[Row]:
     for name in dict.fromkeys([*names, *own]):
         if name in names:
             for published in PUBLISHED.get(name, ()):
-                rows += _published_rows(published)
+                # One baseline may stand beside several methods.
+                rows += [row for row in _published_rows(published) if row not in rows]
         rows += own.get(name, [])
     return rows
 
