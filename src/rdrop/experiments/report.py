@@ -1,7 +1,8 @@
 """Run folders in, one self-contained HTML page out: verdicts, result tables, figures, cost, settings and every run.
 
 The page needs no server, no network, no script and no font of its own; it follows light and dark, a phone's width and
-paper. The same folders give the same bytes. What is written in the files is escaped, whatever it says.
+paper. The same folders give the same bytes at the same place. What is written in the files is escaped, whatever it
+says.
 """
 
 from __future__ import annotations
