@@ -45,6 +45,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.results import FORMAT, RunFolder
 from rdrop.experiments.tasks import Batch, LearnsFromUnlabelled, load_task
+from rdrop.experiments.trackers import require_trackers
 from rdrop.loss import LossTerms
 
 TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
@@ -111,11 +112,13 @@ def train(
     Raises:
         TrainingError: the folder belongs to another recipe, the recipe does not fit its task, R-Drop has nothing to act
             on, a number is not finite.
+        TrackerError: Accelerate does not know a tracker, or does not find its package.
         DataError: the data are not what they should be: which file and line.
         CheckpointError: checkpoints are there, and all are damaged.
         StorageError: the disk is full or cannot be written. What was saved before stays good.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call resumes it.
     """
+    require_trackers(trackers)
     run = RunFolder(folder)
     result = run.result()
     if result is not None:

@@ -14,7 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import MADE_UP, Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
 
 FILES_OF_LAYOUT = {"splits": 3, "valid-test": 2, "one-text": 1}
 """Files, or splits on the hub, that are read."""
@@ -89,7 +89,7 @@ class LanguageModellingRecipe(Recipe):
     def tiny(self) -> Self:
         words = self.data.tokens == "words" or self.model.adaptive_cutoffs is not None
         changes: dict[str, object] = {
-            "data.tiny": True,
+            **MADE_UP,
             "data.lines": None,
             "data.train_lines": None,
             "data.tokens": self.data.tokens or "bpe",

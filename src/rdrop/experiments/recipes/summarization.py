@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import (
     LARGEST_COUNT,
+    MADE_UP,
     Count,
     DataFiles,
     DecodingSection,
@@ -93,8 +94,8 @@ class SummarizationRecipe(Recipe):
             precision="fp32",
             evaluate_every=10,
             checkpoint_every=10,
+            **MADE_UP,
             **{
-                "data.tiny": True,
                 "data.document_tokens": 32,
                 "data.summary_tokens": 16,
                 "model.name": None,

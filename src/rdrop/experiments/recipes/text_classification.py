@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import MADE_UP, Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
 
 Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 
@@ -87,7 +87,8 @@ class TextClassificationRecipe(Recipe):
             precision="fp32",
             evaluate_every=10,
             checkpoint_every=20,
-            **{"data.tiny": True, "data.max_length": 24, "data.counts": None, "data.unlabelled": None},
+            **MADE_UP,
+            **{"data.max_length": 24, "data.counts": None, "data.unlabelled": None},
             **{"model.name": None, "model.vocabulary": 320, "model.layers": 1, "model.hidden_size": 32},
             **{"model.heads": 2, "model.intermediate_size": 64, "model.attention_dropout": 0.1},
         )

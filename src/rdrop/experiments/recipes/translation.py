@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import (
+    MADE_UP,
     Count,
     DataFiles,
     DecodingSection,
@@ -91,8 +92,8 @@ class TranslationRecipe(Recipe):
             precision="fp32",
             evaluate_every=10,
             checkpoint_every=10,
+            **MADE_UP,
             **{
-                "data.tiny": True,
                 "data.vocabulary": 60,
                 "data.max_length": 63,
                 "data.codes": None,
