@@ -185,9 +185,10 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simcut = ["alpha=6", "cutoff=embedding", "cutoff_ratio=0.05", "task_passes=first", "divergence=from-first"]
-    for settings in ([], ["cutoff=unknown", "cutoff_ratio=0.05"], simcut):
+    for settings in ([], ["cutoff=unknown", "cutoff_ratio=0.05"], simcut, ["every=2"], ["dropout=[0.1,0.3]"]):
         assert cli.run(["compare", "digits", *settings, "--seeds", "1", "--runs", str(tmp_path)]) == 0
-    assert [recipe.alpha for recipe in trained] == [0, DIGITS.alpha, 0, DIGITS.alpha, 6]  # both baselines once
+    alpha = DIGITS.alpha
+    assert [recipe.alpha for recipe in trained] == [0, alpha, 0, alpha, 6, alpha, alpha]  # both baselines once
     capsys.readouterr()
     assert cli.run(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
