@@ -15,8 +15,15 @@ from rdrop.experiments.results import RunFolder
 from rdrop.experiments.trackers import require_trackers
 
 PLAIN = {
-    **{"alpha": 0.0, "every": 1, "dropout": None, "fused": False, "encoder_once": False},
-    **{"cutoff": None, "cutoff_ratio": 0.0, "task_passes": "all", "divergence": "symmetric"},
+    "alpha": 0.0,
+    "every": 1,
+    "dropout": None,
+    "fused": False,
+    "encoder_once": False,
+    "cutoff": None,
+    "cutoff_ratio": 0.0,
+    "task_passes": "all",
+    "divergence": "symmetric",
 }
 """The baseline, whatever it is compared with: R-Drop, R-Drop + Cutoff and SimCut of one recipe share its runs."""
 
