@@ -271,9 +271,10 @@ def test_a_tracker_that_cannot_be_used_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     given = [command, "digits", "tiny=true", "--runs", str(tmp_path), "--tracker", "tensorboard", "--tracker"]
-    known = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
     assert cli.run([*given, "foo"]) == 2
-    assert complaint(capsys) == f"--tracker foo: no such tracker; Accelerate knows {known}"
+    said, known = complaint(capsys).split("Accelerate knows ")
+    assert said == "--tracker foo: no such tracker; "
+    assert {"comet_ml", "tensorboard", "wandb"} <= set(known.split(", "))
     assert cli.run([*given, "comet_ml"]) == 2
     assert complaint(capsys) == (
         f"--tracker comet_ml: Accelerate does not find it; pip install comet-ml, or take another of {known}"

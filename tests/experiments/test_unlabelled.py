@@ -1,5 +1,6 @@
 """Examples without labels: R-Drop learns from them by the divergence alone, plain training does not see them."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_they_are_seen_by_the_updates_that_use_r_drop(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(SemiSupervised, "unlabelled_batch", noted)
     train(RECIPE.replace(every=2), tmp_path)  # updates 2, 4, 6 and 8 of eight
+    del seen[0]  # the fingerprint's
     assert [len(indices) for indices in seen] == [PER_UPDATE // RECIPE.accumulation] * 4 * RECIPE.accumulation
 
 
@@ -129,14 +131,23 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
     def stop(progress: trainer.Progress) -> None:
         if progress.step == 5:
-            import signal
-
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Preempted):
         train(RECIPE, tmp_path / "stopped", on_progress=stop)
     train(RECIPE, tmp_path / "stopped")
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Preempted):
+        train(RECIPE, tmp_path, on_progress=lambda progress: signal.raise_signal(signal.SIGTERM))
+    original = SemiSupervised.unlabelled_batch
+    monkeypatch.setattr(
+        SemiSupervised, "unlabelled_batch", lambda task, indices, epoch: original(task, indices[::-1], epoch)
+    )
+    with pytest.raises(TrainingError, match="the training data are not those with which"):
+        train(RECIPE, tmp_path)
 
 
 @pytest.mark.parametrize("per_update", [1, SIZE + 1])

@@ -18,20 +18,14 @@ from typing import Any, NamedTuple
 from rdrop.experiments.finished import FinishedRun, is_finite_number, sort_out
 from rdrop.experiments.paired import PairedDifference, paired_difference
 from rdrop.experiments.results import RunRecord
-from rdrop.experiments.wording import NumberStyle, verdict
+from rdrop.experiments.wording import LARGE_METRICS, PERCENT_METRICS, NumberStyle, verdict
 
 ARM_KEYS = (
     *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
     *("fused", "encoder_once", "batch_size", "batch_tokens"),
 )
-_HIGHER_IS_BETTER = frozenset(
-    ("accuracy", "bleu", "f1", "mcc", "pearson", "precision", "recall", "rouge1", "rouge2", "rougeL", "spearman")
-)
 _LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
-_HIGHER_IS_BETTER = frozenset(
-    ("accuracy", "bleu", "f1", "mcc", "pearson", "precision", "recall", "rouge1", "rouge2", "rougeL", "spearman")
-)
-_LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
+_HIGHER_IS_BETTER = (PERCENT_METRICS | LARGE_METRICS) - _LOWER_IS_BETTER
 _MODES = {"fused": "fused", "encoder_once": "encoder once"}
 _BATCH_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 

@@ -20,12 +20,6 @@ from rdrop.experiments.tasks import load_task
 SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 
 
-def evaluate(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, float]:
-    """The scores of `scored_again` alone."""
-    scores: dict[str, float] = scored_again(run, settings)["test"]
-    return scores
-
-
 def scored_again(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     """The result of the run with its weights scored on the test split anew: `test`, and the `notes` on the scores.
 

@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 class Prefetched(Generic[Value]):
-    """`at(step)` is `function(step)`; within the context, that of the step after is then on its way, in a thread.
+    """`at(step)` is `function(step)`; within the context it is made in a thread, and that of the step after follows.
 
     `function` must depend on nothing but the step: whether a value was made ahead cannot be seen in it. It is never
     called twice at once, nor for a step from `end` on. What it raises, `at` raises when it comes to that step.
@@ -23,9 +23,12 @@ class Prefetched(Generic[Value]):
         self._ahead: tuple[int, Future[Value]] | None = None
 
     def at(self, step: int) -> Value:
+        if self._thread is None:
+            return self._function(step)
         ahead, self._ahead = self._ahead, None
-        value = ahead[1].result() if ahead is not None and ahead[0] == step else self._function(step)
-        if self._thread is not None and step + 1 < self._end:
+        is_ahead = ahead is not None and ahead[0] == step
+        value = (ahead[1] if ahead is not None and is_ahead else self._thread.submit(self._function, step)).result()
+        if step + 1 < self._end:
             self._ahead = step + 1, self._thread.submit(self._function, step + 1)
         return value
 
