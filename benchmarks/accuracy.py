@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdrop import kernels, linear_rdrop_loss, rdrop_loss, symmetric_kl
-from rdrop.kernels.linear import linear_forward
+from rdrop.linear_loss import linear_forward
 from rdrop.loss import LossTerms
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rdrop.check
 from rdrop.check import CheckReport, check_rdrop
+from rdrop.check.watch import differ
 from rdrop.loss import symmetric_kl
-from rdrop.probe import differ
-from rdrop.views import repeat_batch
+from rdrop.passes import repeat_batch
 
 transformers = pytest.importorskip("transformers")
 
@@ -381,7 +381,7 @@ def zero_head() -> nn.Module:
     return model
 
 
-def labelled(labels: Any) -> dict[str, Tensor]:
+def labeled(labels: Any) -> dict[str, Tensor]:
     return {**TOKENS, "labels": torch.as_tensor(labels)}
 
 
@@ -408,21 +408,21 @@ DEBERTA = {**TINY, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "
 MARIAN = {**TINY_SEQ2SEQ, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 GOOD: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "bert-classification": (bert, labelled([0, 1, 1, 0])),
-    "bert-regression": (lambda: bert(num_labels=1, problem_type="regression"), labelled([0.5, 1.0, 1.5, 0.0])),
+    "bert-classification": (bert, labeled([0, 1, 1, 0])),
+    "bert-regression": (lambda: bert(num_labels=1, problem_type="regression"), labeled([0.5, 1.0, 1.5, 0.0])),
     "bert-multi-label": (
         lambda: bert(num_labels=3, problem_type="multi_label_classification"),
-        labelled([[0.0, 1.0, 0.0]] * 4),
+        labeled([[0.0, 1.0, 0.0]] * 4),
     ),
     "bert-token": (
         build("BertForTokenClassification", "BertConfig", **TINY),
-        labelled([[0, 1] * 5] * 4),
+        labeled([[0, 1] * 5] * 4),
     ),
     "bert-question": (
         build("BertForQuestionAnswering", "BertConfig", **TINY),
         {**TOKENS, "start_positions": torch.arange(4), "end_positions": torch.arange(4)},
     ),
-    "bert-masked-lm": (build("BertForMaskedLM", "BertConfig", **TINY), labelled(TOKENS["input_ids"])),
+    "bert-masked-lm": (build("BertForMaskedLM", "BertConfig", **TINY), labeled(TOKENS["input_ids"])),
     "bert-checkpointed": (lambda: checkpointed_bert(use_reentrant=False), TOKENS),
     "bert-checkpointed-reentrant": (lambda: checkpointed_bert(use_reentrant=True), TOKENS),
     "roberta": (build("RobertaForSequenceClassification", "RobertaConfig", **TINY), TOKENS),
@@ -436,7 +436,7 @@ GOOD: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "bart": (bart, SEQ2SEQ),
     "marian": (build("MarianMTModel", "MarianConfig", **MARIAN), SEQ2SEQ),
     "t5": (build("T5ForConditionalGeneration", "T5Config", **T5), SEQ2SEQ),
-    "gpt2": (build("GPT2LMHeadModel", "GPT2Config", **GPT2), labelled(TOKENS["input_ids"])),
+    "gpt2": (build("GPT2LMHeadModel", "GPT2Config", **GPT2), labeled(TOKENS["input_ids"])),
     "llama": (build("LlamaForCausalLM", "LlamaConfig", **TINY, attention_dropout=0.1), TOKENS),
     "vit": (lambda: vit(hidden_dropout_prob=0.1), PIXELS),
     "mlp": (mlp, X),
@@ -692,7 +692,7 @@ def test_a_sharded_model_is_only_looked_at_and_trains_on() -> None:
 
 
 def test_the_page_lists_every_code() -> None:
-    source = Path(rdrop.check.__file__).read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(rdrop.check.__file__).parent.glob("*.py"))
     emitted = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
     page = (Path(__file__).parents[1] / "docs" / "check.md").read_text(encoding="utf-8")
     listed = {code for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for code in re.findall("`(.*?)`", row)}

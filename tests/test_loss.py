@@ -244,8 +244,8 @@ def test_reductions_agree(weighted):
         assert getattr(none, name)[2] == 0
         torch.testing.assert_close(getattr(none, name).sum(), getattr(total, name))
     torch.testing.assert_close(total.divergence / 3, mean.divergence)
-    normaliser = options["weight"][labels[labels >= 0]].sum() if weighted else 3
-    torch.testing.assert_close(total.task_loss / normaliser, mean.task_loss)
+    normalizer = options["weight"][labels[labels >= 0]].sum() if weighted else 3
+    torch.testing.assert_close(total.task_loss / normalizer, mean.task_loss)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

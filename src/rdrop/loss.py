@@ -199,12 +199,12 @@ def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
     low = (logits - (high - taken)) - (logits[0] + taken)  # logits - logits[0] == high + low, exactly (Knuth's TwoSum)
     difference = (high - high.gather(-1, anchor)) + (low - low.gather(-1, anchor))
     difference = difference.masked_fill(outside, 0.0)
-    # log of the ratio of the normalisers: by log1p of a small sum where the passes are close, else as it stands.
+    # log of the ratio of the normalizers: by log1p of a small sum where the passes are close, else as it stands.
     growth = p[0] * torch.expm1(difference.clamp(max=60.0))
     close = (difference.amax(-1, keepdim=True) < 60) & (growth.abs().sum(-1, keepdim=True) < 0.5)
     near = torch.log1p(growth.sum(-1, keepdim=True).clamp(-0.5, 0.5))
-    log_normaliser = (logits - logits.gather(-1, anchor)).logsumexp(-1, keepdim=True)
-    return difference - torch.where(close, near, log_normaliser - log_normaliser[0])
+    log_normalizer = (logits - logits.gather(-1, anchor)).logsumexp(-1, keepdim=True)
+    return difference - torch.where(close, near, log_normalizer - log_normalizer[0])
 
 
 # ---------------------------------------------------------------------------------------------- task losses
@@ -223,15 +223,15 @@ def cross_entropy(
         values = F.cross_entropy(rows, targets, weight=weight, label_smoothing=label_smoothing, reduction="none")
         return values.view(logits.shape[:-1])
     logits = logits - logits.detach().amax(-1, keepdim=True)  # for the gradient, whose rounding grows with the logits
-    log_normaliser = logits.logsumexp(-1)
-    values = log_normaliser - logits.gather(-1, labels[..., None]).squeeze(-1)
+    log_normalizer = logits.logsumexp(-1)
+    values = log_normalizer - logits.gather(-1, labels[..., None]).squeeze(-1)
     if weight is not None:
         weight = weight.to(logits.dtype)
         values = values * weight[labels]
     if label_smoothing:
-        uniform = log_normaliser - logits.mean(-1)
+        uniform = log_normalizer - logits.mean(-1)
         if weight is not None:
-            uniform = log_normaliser * weight.mean() - (logits * weight).mean(-1)
+            uniform = log_normalizer * weight.mean() - (logits * weight).mean(-1)
         values = (1 - label_smoothing) * values + label_smoothing * uniform
     return values
 
@@ -298,7 +298,7 @@ def rdrop_loss(
             of the first dimensions of `logits` and `labels`.
         labels: of the batch as it was before repeating: `(N, ...)` class indices; or `(N, ..., V)` probabilities
             (cross-entropy) or zeros and ones (binary cross-entropy); or `(N,)` or `(N, V)` numbers (regression).
-        alpha: the paper's weight of the divergence, >= 0: translation 5, summarization 0.7, language modelling 1,
+        alpha: the paper's weight of the divergence, >= 0: translation 5, summarization 0.7, language modeling 1,
             GLUE 0.1 to 1, ViT 0.6.
         label_smoothing, weight: as in `F.cross_entropy`. They act on the cross-entropy, never on the divergence.
         ignore_index: positions with this label count in neither term; their logits never matter, NaN included.
@@ -312,7 +312,7 @@ def rdrop_loss(
             `(M, ..., V)` and labels `(M, ...)` to `(M, ...)`. Ignored positions reach neither callable: both see
             zero logits and label 0 there.
         task_passes: the passes, counted from 0, whose mean is the task loss; None: all of them. `(0,)` is SimCut: only
-            the first pass, the clean one, learns from the labels. `()` is for unlabelled data: the divergence alone
+            the first pass, the clean one, learns from the labels. `()` is for unlabeled data: the divergence alone
             is the loss, and a label only says whether its position counts, any value but `ignore_index`. The
             divergence, and what `alpha` means, are the same for all of them.
         implementation: "auto" takes the fastest that can compute these arguments here: for `cross_entropy` of class
@@ -451,7 +451,7 @@ def _kernel_terms_apart(
 
 
 def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
-    """The passes `which`, in ascending order: a view where they are neighbours."""
+    """The passes `which`, in ascending order: a view where they are neighbors."""
     first, last = which[0], which[-1]
     if last - first + 1 == len(which):
         return passes[first : last + 1]
@@ -713,7 +713,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _label_weights(weight: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """The normaliser of the weighted mean of `F.cross_entropy`: the sum of the class weights of the valid labels."""
+    """The normalizer of the weighted mean of `F.cross_entropy`: the sum of the class weights of the valid labels."""
     return weight[labels].masked_fill(~valid, 0.0).sum()
 
 

@@ -1,209 +1,407 @@
-"""One batch, several passes: repeat it for one forward, split what comes back; or one forward for each pass.
+"""Views: passes whose input differs by more than dropout. Cutoff, SimCut and plain R-Drop as values of one idea.
 
-A *pass* is one forward with one dropout mask. Rows are ordered pass by pass: two passes of `x` are `[x; x]`, so row `i`
-of pass `k` is row `k * N + i`. Passes whose input differs too, by a cutoff, are in `cutoff.py`.
+A *view* is a pass with its input perturbation. A method is a tuple of views, one for each pass, and a divergence:
+
+    RDROP    (View(), View())
+    CUTOFF   (View(), View(Cutoff("token", 0.1)))
+    SIMCUT   (View(), View(Cutoff("embedding", 0.05), carries_task_loss=False))
+
+`perturb_batch` makes the inputs, `rdrop_loss` the loss; docs/views.md has an example of each.
 """
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from .dropout import dropout_rate
+from .passes import repeat_batch
 
-T = TypeVar("T")
+Kind = Literal["token", "span", "feature", "unknown", "embedding"]
 
-# The tensor that decides the batch size when the tensors of a batch disagree, most telling name first.
-MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "labels")
+B = TypeVar("B", bound=Mapping[str, Any])
 
 
-def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) -> T:
-    """The batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
+@dataclass(frozen=True)
+class Cutoff:
+    """What one pass does not get to see. Drawn anew for each example and each batch."""
 
-        logits = model(repeat_batch(x))         # one forward, two dropout masks: (2N, ..., V)
-        logits = model(**repeat_batch(inputs)).logits
+    kind: Kind
+    """`token`: the embeddings of single tokens are zero, and attention leaves them out;
+    `span`: the same for one run of neighboring tokens;
+    `feature`: some dimensions of the embedding are zero in the whole example, special tokens included;
+    `unknown`: tokens are replaced by the unknown token, in the decoder's input too;
+    `embedding`: the embeddings of tokens are zero, in the decoder's input too; positions and attention stay."""
+    ratio: float
+    """The expected share of what is cut: of the tokens that may be cut, or of the embedding's dimensions."""
 
-    Goes through tensors, mappings (dict, OrderedDict, `BatchEncoding`, `ModelOutput`), lists, tuples, namedtuples and
-    dataclasses, and gives the same types back. The input is not changed. Left as they are: 0-dimensional tensors,
-    tensors that are not batched, and whatever is not a tensor, lists of strings as long as the batch included.
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"cutoff kind (={self.kind!r}) must be one of {', '.join(get_args(Kind))}")
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"cutoff ratio (={self.ratio}) must be in [0, 1], the share that is cut, such as 0.05")
 
-    A tensor is batched when its first dimension is the batch size. The batch size is `batch_size` if given, else what
-    all tensors agree on, else the size of the main input (`input_ids`, `inputs_embeds`, `pixel_values`,
-    `input_values`, `input_features` or `labels`, the first that is there). A tensor that is not batched but happens to
-    be as long as the batch cannot be told apart: keep it out of `batch`.
 
-    Raises `ValueError` when the batch size cannot be known or no tensor is batched, `TypeError` for a `PackedSequence`
-    or a nested tensor.
+@dataclass(frozen=True)
+class View:
+    """One pass: what is cut from its input (None: nothing), and whether it carries the task loss."""
+
+    cutoff: Cutoff | None = None
+    carries_task_loss: bool = True
+
+    @property
+    def cuts(self) -> bool:
+        return self.cutoff is not None and self.cutoff.ratio > 0
+
+
+RDROP = (View(), View())
+"""The passes differ by dropout alone."""
+
+CUTOFF = (View(), View(Cutoff("token", 0.1)))
+"""R-Drop + Cutoff for language understanding (Shen et al. 2020); for translation, `views_of("unknown", 0.05)`."""
+
+SIMCUT = (View(), View(Cutoff("embedding", 0.05), carries_task_loss=False))
+"""SimCut (Gao et al., NAACL 2022): only the clean pass learns from the labels. Its divergence is `kl_from_first`."""
+
+
+def views_of(
+    cutoff: Kind | None = None,
+    cutoff_ratio: float = 0.0,
+    task_passes: Literal["all", "first"] = "all",
+    passes: int = 2,
+) -> tuple[View, ...]:
+    """The views that these settings name: the first pass clean, all others with the cutoff. None has no ratio.
+
+    `RDROP == views_of()`, `CUTOFF == views_of("token", 0.1)`, `SIMCUT == views_of("embedding", 0.05, "first")`.
     """
-    _require_passes(passes)
-    size = find_batch_size(batch) if batch_size is None else batch_size
-
-    def repeat(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor] * passes) if tensor.dim() > 0 and tensor.shape[0] == size else tensor
-
-    if size not in [tensor.shape[0] for _, tensor in named_tensors(batch, "batch") if tensor.dim() > 0]:
-        raise ValueError(f"no tensor of the batch has batch_size={size} rows; there are:\n{_listing(batch)}")
-    return map_tensors(repeat, batch)
+    if task_passes not in ("all", "first"):
+        raise ValueError(f"task_passes (={task_passes!r}) must be 'all' or 'first'")
+    if operator.index(passes) < 2:
+        raise ValueError(f"passes (={passes}) must be at least 2: the first is clean, the others are cut")
+    other = View(None if cutoff is None else Cutoff(cutoff, cutoff_ratio), carries_task_loss=task_passes == "all")
+    return (View(), *[other] * (passes - 1))
 
 
-def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
-    """The inverse of `repeat_batch`: `passes` outputs of the same type, in the order of the passes.
+def task_passes_of(views: Sequence[View]) -> tuple[int, ...]:
+    """The passes that carry the task loss, as `rdrop_loss(task_passes=...)` wants them."""
+    return tuple(index for index, view in enumerate(views) if view.carries_task_loss)
 
-        first, second = split_passes(model(repeat_batch(x)))
 
-    Every tensor `(passes * N, ...)` becomes views `(N, ...)`, without a copy; 0-dimensional tensors (a loss) and
-    whatever is not a tensor (a key-value cache) are handed to each pass as they are.
+# ----------------------------------------------------------------------------------------------- perturbing a batch
 
-    Raises `ValueError` when a first dimension cannot be divided by `passes`.
+
+def perturb_batch(
+    batch: B, views: Sequence[View], *, special_ids: Collection[int] | None = None, unknown_id: int | None = None
+) -> tuple[B, Perturbation]:
+    """`repeat_batch(batch, len(views))` in which each pass has its own cutoff, and what the model must leave out.
+
+        repeated, perturbed = perturb_batch(inputs, SIMCUT, special_ids=tokenizer.all_special_ids)
+        with perturbed(model):
+            logits = model(**repeated).logits
+        loss = rdrop_loss(
+            logits, labels, alpha=6.0, task_passes=task_passes_of(SIMCUT), divergence=kl_from_first
+        ).loss
+
+    Changed are `input_ids`, `attention_mask` and `decoder_input_ids`, by the kinds of `Cutoff`; labels and everything
+    else are repeated only. What is zeroed in the embeddings happens in the forward, so it must run in the block:
+    see `Perturbation`. Nothing is drawn for views without a cutoff: then this is `repeat_batch`, and any batch will do.
+
+    Never cut: ids in `special_ids`, positions with 0 in `attention_mask` or `decoder_attention_mask`, the last token
+    of `input_ids` that is attended to, and the first of `decoder_input_ids`.
+
+    For passes in forwards of their own (`dropout_rate`), give one view at a time.
+
+    Args:
+        batch: a mapping as Hugging Face models take: `input_ids` `(N, S)`; if it has them, `attention_mask` `(N, S)`,
+            `decoder_input_ids` and `decoder_attention_mask` `(N, T)`. An encoder-decoder model that makes its own
+            decoder input from the labels would not see it cut: make it, e.g. by the model's
+            `prepare_decoder_input_ids_from_labels(labels)`.
+        views: one for each pass.
+        special_ids: e.g. `tokenizer.all_special_ids`; `()` where there are none. Needed for every kind but `feature`.
+        unknown_id: e.g. `tokenizer.unk_token_id`. Needed for `unknown`.
+
+    Raises:
+        ValueError: an argument that a cutoff needs is missing, or the batch has no such tensors.
+
+    Random numbers come from torch's global generator of the batch's device; the device is not waited for.
     """
-    _require_passes(passes)
-    batched = [(place, tensor) for place, tensor in named_tensors(output, "output") if tensor.dim() > 0]
-    if not batched:
-        raise ValueError(f"no batched tensor to split in the output, a {type(output).__name__}")
-    for place, tensor in batched:
-        if tensor.shape[0] % passes:
-            raise ValueError(
-                f"{place} has shape {tuple(tensor.shape)}: its first dimension cannot be divided into {passes} passes; "
-                "split the output of a forward of repeat_batch(batch, passes) with the same number of passes"
-            )
-
-    def rows_of(index: int) -> Callable[[Tensor], Tensor]:
-        def rows(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 0:
-                return tensor
-            size = tensor.shape[0] // passes
-            return tensor.narrow(0, index * size, size)
-
-        return rows
-
-    return tuple(map_tensors(rows_of(index), output) for index in range(passes))
+    repeated = repeat_batch(batch, len(views))
+    kinds = {view.cutoff.kind for view in views if view.cutoff is not None and view.cuts}
+    if not kinds:
+        return repeated, Perturbation()
+    _require_what_they_need(kinds, special_ids, unknown_id)
+    specials = frozenset(special_ids or ())
+    source = _side(repeated, "input_ids", "attention_mask", specials)
+    sides = [source]
+    if kinds & ON_BOTH_SIDES and "decoder_input_ids" in repeated:
+        sides.append(_side(repeated, "decoder_input_ids", "decoder_attention_mask", specials))
+    for index, view in enumerate(views):
+        if view.cutoff is not None and view.cuts:
+            for side in sides if view.cutoff.kind in ON_BOTH_SIDES else [source]:
+                side.cut(side.rows_of(index, len(views)), view.cutoff, unknown_id)
+    if kinds & OUT_OF_ATTENTION:
+        repeated["attention_mask"] = source.attention_mask  # type: ignore[index]  # repeat_batch could rebuild it
+    zeroings = tuple(_Zeroing(side) for side in sides if side.zeroes)
+    return repeated, Perturbation(zeroings, lacks_decoder_input=bool(kinds & ON_BOTH_SIDES) and len(sides) == 1)
 
 
-def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:
-    """One forward for each pass, pass `k` with dropout rate `dropout[k]`: the tuple of the outputs.
-
-        first, second = sequential_passes(model, inputs, dropout=(0.1, 0.3))
-        loss = rdrop_loss(torch.cat([first.logits, second.logits]), labels, alpha=1.0).loss
-
-    For two dropout rates, and for models whose passes must not share a forward (layerdrop): `None` keeps the model's
-    own rates, so `dropout=(None, None)` is two plain forwards. Rates are as in `dropout_rate`: what is at 0 stays at 0,
-    and the model has its own rates back afterwards. A mapping is called as `model(**batch)`, a tuple or list as
-    `model(*batch)`, anything else as `model(batch)`.
-
-    Under `DistributedDataParallel` two forwards before one backward fail with reentrant gradient checkpointing.
-    """
-    if len(dropout) < 2:
-        raise ValueError(f"dropout must give a rate for each of at least 2 passes, got {dropout!r}")
-    outputs = []
-    for p in dropout:
-        with nullcontext() if p is None else dropout_rate(model, p):
-            outputs.append(call_model(model, batch))
-    return tuple(outputs)
+ON_BOTH_SIDES: frozenset[Kind] = frozenset({"unknown", "embedding"})
+OUT_OF_ATTENTION: frozenset[Kind] = frozenset({"token", "span"})
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], nest: T) -> T:
-    """The nest with `function` applied to every tensor; a part in which nothing changes is the same object."""
-    if isinstance(nest, Tensor):
-        return function(nest)  # type: ignore[return-value]
-    children = _children(nest)
-    changed = {key: new for key, old in children.items() if (new := map_tensors(function, old)) is not old}
-    return _rebuild(nest, children, changed) if changed else nest
-
-
-def named_tensors(nest: object, place: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a nest with its place as one would write it: `batch['input_ids']`, `batch[0].mask`."""
-    if isinstance(nest, Tensor):
-        if nest.is_nested:
-            raise TypeError(
-                f"{place} is a nested tensor, which has no rows to repeat; pad it: tensor.to_padded_tensor(0)"
-            )
-        yield place, nest
-    for key, child in _children(nest, place).items():
-        step = f"[{key!r}]" if isinstance(nest, (Mapping, list)) or isinstance(key, int) else f".{key}"
-        yield from named_tensors(child, place + step)
-
-
-def _children(nest: object, place: str = "the batch") -> dict[Any, Any]:
-    """The parts of a container by key, index or field name; empty for everything that is no container."""
-    if isinstance(nest, PackedSequence):
-        raise TypeError(
-            f"{place} is a PackedSequence, whose rows are interleaved; repeat the padded batch first, "
-            "then pack it: pack_padded_sequence(repeat_batch(padded), repeat_batch(lengths), ...)"
+def _require_what_they_need(
+    kinds: Collection[Kind], special_ids: Collection[int] | None, unknown_id: int | None
+) -> None:
+    if special_ids is None and set(kinds) != {"feature"}:
+        raise ValueError(
+            f"cutoff {', '.join(sorted(kinds))} needs special_ids, the tokens that are never cut: "
+            "special_ids=tokenizer.all_special_ids, or () where there are none"
         )
-    if isinstance(nest, Mapping):
-        return dict(nest.items())
-    if isinstance(nest, (list, tuple)):
-        return dict(zip(getattr(nest, "_fields", range(len(nest))), nest, strict=True))
-    if _is_record(nest):
-        names = [field.name for field in dataclasses.fields(nest)]  # type: ignore[arg-type]
-        return {name: getattr(nest, name) for name in names if hasattr(nest, name)}
-    return {}
+    if unknown_id is None and "unknown" in kinds:
+        raise ValueError(
+            "cutoff unknown needs unknown_id, the token that replaces others: unknown_id=tokenizer.unk_token_id; "
+            "a vocabulary without one can have its embeddings zeroed, cutoff 'embedding'"
+        )
 
 
-def _is_record(nest: object) -> bool:
-    return dataclasses.is_dataclass(nest) and not isinstance(nest, (type, Mapping))
+@dataclass(eq=False)
+class _Side:
+    """The ids of the encoder or of the decoder, repeated, and what is cut from them."""
 
+    name: str
+    ids: Tensor
+    """`(m*N, ..., S)`, in memory of its own: a token is replaced in place."""
+    attention_mask: Tensor
+    may_be_cut: Tensor
+    zeroed: Tensor
+    """The positions whose embedding is zero."""
+    features: list[tuple[slice, float]] = field(default_factory=list)
+    """The rows some of whose dimensions are zero, and the share of the dimensions."""
+    zeroes: bool = False
 
-def _rebuild(nest: Any, children: dict[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A copy of the container `nest` in which the parts named in `changed` are replaced."""
-    if isinstance(nest, tuple):
-        values = tuple((children | changed).values())
-        return nest._make(values) if hasattr(nest, "_make") else type(nest)(values)
-    if isinstance(nest, Mapping) and not isinstance(nest, MutableMapping):
-        raise TypeError(f"a {type(nest).__name__} cannot be rebuilt with other tensors; pass a dict")
-    new = copy.copy(nest)
-    for key, value in changed.items():
-        if _is_record(nest):
-            object.__setattr__(new, key, value)  # a frozen dataclass too
+    def rows_of(self, index: int, passes: int) -> slice:
+        n = self.ids.shape[0] // passes
+        return slice(index * n, (index + 1) * n)
+
+    def cut(self, rows: slice, cutoff: Cutoff, unknown_id: int | None) -> None:
+        self.zeroes |= cutoff.kind != "unknown"
+        if cutoff.kind == "feature":
+            self.features.append((rows, cutoff.ratio))
+            return
+        draw = random_span if cutoff.kind == "span" else random_tokens
+        chosen = draw(self.may_be_cut[rows], cutoff.ratio)
+        if cutoff.kind == "unknown":
+            assert unknown_id is not None
+            self.ids[rows].masked_fill_(chosen, unknown_id)
         else:
-            new[key] = value
-    return new
+            self.zeroed[rows] = chosen
+        if cutoff.kind in OUT_OF_ATTENTION:
+            self.attention_mask[rows].masked_fill_(chosen, 0)
 
 
-def find_batch_size(batch: object) -> int:
-    """The number of rows of a batch, by the rules of `repeat_batch`."""
-    tensors = {place: tensor for place, tensor in named_tensors(batch, "batch") if tensor.dim() > 0}
-    if not tensors:
+def _side(repeated: Mapping[str, Any], name: str, mask_name: str, special_ids: frozenset[int]) -> _Side:
+    ids = repeated.get(name) if isinstance(repeated, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.is_floating_point():
+        what = f"a {type(repeated).__name__} without it" if ids is None else f"with {_shape(ids)}"
+        raise ValueError(f"a cutoff needs token ids (N, S) as batch[{name!r}]; the batch is {what}")
+    rows = repeated["input_ids"].shape[0]
+    mask = repeated.get(mask_name)
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if ids.shape[0] != rows or not isinstance(mask, Tensor) or mask.shape != ids.shape:
         raise ValueError(
-            f"no batched tensor in the batch, a {type(batch).__name__}; "
-            'lists and arrays must be tensors first (a tokenizer: return_tensors="pt")'
+            f"batch[{name!r}] is {_shape(ids)} and batch[{mask_name!r}] {_shape(mask)} after repeating; a cutoff needs "
+            f"both (N, S), with the {rows} rows of batch['input_ids']"
         )
-    sizes = {tensor.shape[0] for tensor in tensors.values()}
-    if len(sizes) > 1:
-        sizes = _main_input_sizes(tensors)
-    if len(sizes) != 1:
-        raise ValueError(
-            f"the tensors of the batch disagree about the batch size; pass batch_size=. There are:\n{_listing(batch)}"
+    attended = mask != 0
+    kept = _first(attended) if name == "decoder_input_ids" else _first(attended.flip(-1)).flip(-1)
+    may_be_cut = attended & ~kept & ~_is_one_of(ids, special_ids)
+    nothing = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    return _Side(name, ids, mask, may_be_cut, zeroed=nothing)
+
+
+def _shape(value: object) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _first(attended: Tensor) -> Tensor:
+    """True at the first True of each row only."""
+    return attended & (attended.cumsum(-1) == 1)
+
+
+def _is_one_of(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
+    return torch.isin(ids, _on_device(special_ids, ids.device))
+
+
+@cache
+def _on_device(special_ids: frozenset[int], device: torch.device) -> Tensor:
+    """Kept, because sending them waits for an accelerator."""
+    with torch.inference_mode(False):
+        return torch.tensor(sorted(special_ids), dtype=torch.long, device=device)
+
+
+def random_tokens(may_be_cut: Tensor, ratio: float) -> Tensor:
+    """Each of the tokens that may be cut with probability `ratio`: `(N, S)` bool to `(N, S)` bool."""
+    return may_be_cut & (torch.rand(may_be_cut.shape, device=may_be_cut.device) < ratio)
+
+
+def random_span(may_be_cut: Tensor, ratio: float) -> Tensor:
+    """One run of neighbors among the tokens of each row that may be cut: `(N, S)` bool to `(N, S)` bool."""
+    place = may_be_cut.cumsum(-1) - 1
+    count = may_be_cut.sum(-1, keepdim=True)
+    length = _random_count(count * ratio)
+    room = count - length
+    start = (torch.rand(room.shape, device=room.device) * (room + 1)).long().minimum(room)
+    return may_be_cut & (place >= start) & (place < start + length)
+
+
+def random_features(rows: int, dimensions: int, ratio: float, device: torch.device) -> Tensor:
+    """A random set of dimensions for each row: `(rows, D)` bool."""
+    place = torch.rand(rows, dimensions, device=device).argsort(-1).argsort(-1)
+    return place < _random_count(torch.full((rows, 1), dimensions * ratio, device=device))
+
+
+def _random_count(expected: Tensor) -> Tensor:
+    """Whole numbers next to `expected` that are `expected` in the mean, so that short examples are cut too."""
+    return (expected + torch.rand(expected.shape, device=expected.device)).floor().long()
+
+
+# ------------------------------------------------------------------------------------------- zeroing the embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeroing:
+    """What is left out when the ids of one side are embedded."""
+
+    side: _Side
+    drawn: dict[int, Tensor] = field(default_factory=dict)
+    """The dimensions cut of embeddings of each width, so that ids looked up in parts lose the same."""
+
+    def apply(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        """`embedded` `(..., D)` of `ids` `(...)`, which are a view of the side's ids, with zeros in the cut places."""
+        cut = self.seen_as(ids, self.side.zeroed)[..., None]
+        if self.side.features:
+            row = torch.arange(len(self.side.ids), device=ids.device).view(-1, *[1] * (self.side.ids.dim() - 1))
+            cut = cut | self.features(embedded)[self.seen_as(ids, row.expand(self.side.ids.shape).contiguous())]
+        return embedded.masked_fill(cut, 0.0)
+
+    def features(self, embedded: Tensor) -> Tensor:
+        """`(m*N, D)`: the dimensions that are zero in each row."""
+        width = embedded.shape[-1]
+        if width not in self.drawn:
+            cut = torch.zeros(len(self.side.ids), width, dtype=torch.bool, device=embedded.device)
+            for rows, ratio in self.side.features:
+                cut[rows] = random_features(rows.stop - rows.start, width, ratio, embedded.device)
+            self.drawn[width] = cut
+        return self.drawn[width]
+
+    def seen_as(self, ids: Tensor, values: Tensor) -> Tensor:
+        """Values for each of the side's ids, in the order in which the view `ids` shows these."""
+        return values.as_strided(ids.shape, ids.stride(), ids.storage_offset())
+
+    def is_of(self, ids: object) -> TypeGuard[Tensor]:
+        return (
+            isinstance(ids, Tensor)
+            and ids.dtype == self.side.ids.dtype
+            and ids.untyped_storage().data_ptr() == self.side.ids.untyped_storage().data_ptr()
         )
-    return sizes.pop()
 
 
-def _main_input_sizes(tensors: dict[str, Tensor]) -> set[int]:
-    for name in MAIN_INPUTS:
-        sizes = {tensor.shape[0] for place, tensor in tensors.items() if place.endswith((f"[{name!r}]", f".{name}"))}
-        if sizes:
-            return sizes
-    return set()
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """Call it with the model: in the block, its embeddings of the batch's token ids have zeros where they are cut.
+
+        with perturbed(model):
+            logits = model(**repeated).logits
+
+    The zeros are put in by hooks on the model's `nn.Embedding`s, which leave with the block, after an exception too;
+    ids are recognized by their memory, in a view too. So the model may be wrapped (DDP),
+    scale its embeddings, or share one between encoder and decoder, and adds its positions as ever. A compiled model has
+    a graph break at each embedding, and must not have run without such a block before. Gradient checkpointing must not
+    be around the embedding itself (that of Hugging Face is around layers): backward would embed again, outside the
+    block.
+
+    Raises:
+        RuntimeError: at the end of the block, where the model never embedded one of these tensors (it copied it first,
+            or embeds by something else): its input was not cut.
+        ValueError: an encoder-decoder model makes its own decoder input, which is to be cut.
+    """
+
+    zeroings: tuple[_Zeroing, ...] = ()
+    lacks_decoder_input: bool = False
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        if self.lacks_decoder_input and _is_encoder_decoder(model):
+            raise ValueError(
+                f"{type(model).__name__} makes its own decoder input, which would not be cut; put it into the batch: "
+                'batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)'
+            )
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        look_up = _LookUp(self.zeroings)
+        begin, end = look_up.begin, look_up.end
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
+            begin, end = (torch.compiler.disable(hook) for hook in (begin, end))  # type: ignore[no-untyped-call]
+        hooks: list[RemovableHandle] = []
+        for module in embeddings if self.zeroings else []:
+            hooks.append(module.register_forward_pre_hook(begin))
+            hooks.append(module.register_forward_hook(end, always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        never_embedded = [zeroing.side.name for zeroing in self.zeroings if zeroing not in look_up.done]
+        if never_embedded:
+            names = ", ".join(never_embedded)
+            raise RuntimeError(
+                f"no nn.Embedding of {type(model).__name__} looked up {names}: nothing was cut. Run "
+                "the forward of the repeated batch inside the block, in a model that embeds these tensors, not copies. "
+                "A compiled model that has run without such a block does not see it: call torch.compiler.reset() once, "
+                "and run it in a block first. Cutoff 'unknown' needs nothing of the model"
+            )
 
 
-def _listing(batch: object) -> str:
-    return "\n".join(f"  {place}: {tuple(tensor.shape)}" for place, tensor in named_tensors(batch, "batch"))
+class _LookUp(TorchFunctionMode):
+    """Within the forward of an `nn.Embedding`: puts the zeros into what it looks up for the ids of the batch.
+
+    Not into what it returns: BART's positions are an `nn.Embedding` too, which is called with the ids for their shape.
+    """
+
+    def __init__(self, zeroings: Sequence[_Zeroing]) -> None:
+        super().__init__()
+        self.zeroings = zeroings
+        self.done: set[_Zeroing] = set()
+        self.depth = 0
+
+    def begin(self, *_: object) -> None:
+        self.depth += 1
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        if self.depth:  # 0: something before `begin` raised
+            self.depth -= 1
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.embedding:
+            for zeroing in self.zeroings:
+                if zeroing.is_of(args[0]):
+                    self.done.add(zeroing)
+                    result = zeroing.apply(args[0], result)
+        return result
 
 
-def _require_passes(passes: int) -> None:
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes must be an integer of at least 1, got {passes!r}")
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)

@@ -14,12 +14,13 @@ import pytest
 from accelerate.utils import LoggerType
 from rich.console import Console
 
-from rdrop.experiments import cli, trainer
+from rdrop.experiments import cli
 from rdrop.experiments.plan import plan_comparison
 from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.recipes.digits import DIGITS
-from rdrop.experiments.results import RunFolder, find_runs
+from rdrop.experiments.run_folder import RunFolder, find_runs
+from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.training import trainer
 
 KEYS = list(DIGITS.descriptions())
 NOT_A_NUMBER = ("", "abc", "true", "[1]", "{}", '"1"', "NaN", "Infinity", "-Infinity", "1e999", "0x10", "1_0", "-1")

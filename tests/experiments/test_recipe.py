@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name, override
 from rdrop.experiments.recipes import RECIPES, find_recipe
-from rdrop.experiments.recipes.digits import DIGITS
-from rdrop.experiments.tasks import TASKS
+from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.task import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdrop.experiments import checkpoints, trainer
 from rdrop.experiments.recipe import ModelSection, Probability, Recipe, Section, override
-from rdrop.experiments.results import RunFolder
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.training import checkpoints, trainer
 from rdrop.loss import cross_entropy, symmetric_kl
 
 VOCABULARY, WIDTH, POSITIONS = 11, 8, 5

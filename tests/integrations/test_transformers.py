@@ -126,7 +126,7 @@ def test_gradient_checkpointing_that_loses_the_dropout_masks_is_refused(folder: 
         train(RDropTrainer, model, CLASSIFY.batches[:1], folder, settings, alpha=1.0)
 
 
-def test_a_compiled_model_is_recognised(folder: str) -> None:
+def test_a_compiled_model_is_recognized(folder: str) -> None:
     model = build(CLASSIFY)
     compiled = torch.compile(build(CLASSIFY), backend="eager")
     plain = train(RDropTrainer, model, CLASSIFY.batches[:1], folder, alpha=ALPHA)

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM, MarianMTModel
 
-from rdrop.integrations import transformers as transformers_module
+from rdrop import linear_loss as linear
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer, Target
-from rdrop.kernels import linear
+from rdrop.integrations.transformers import trainer as transformers_module
 
 ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration")
 CLASSIFY = CASES["sequence classification"]

@@ -1,6 +1,6 @@
 """Bars from records, as SVG: `python -m rdrop.bench.plots RECORDS.jsonl ... --output FOLDER`, a file a benchmark.
 
-The text stays text. Colours are CSS variables, with a second set for readers whose page is dark. The same records give
+The text stays text. Colors are CSS variables, with a second set for readers whose page is dark. The same records give
 the same bytes.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from rdrop.bench.records import Record, comparisons, read
 from rdrop.bench.table import Line, compare, layout_of, number
 
-# Drawn in a colour that stands for a CSS variable, which replaces it in the finished SVG.
+# Drawn in a color that stands for a CSS variable, which replaces it in the finished SVG.
 _INK, _RULE, _OTHERS, _OURS, _PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 LIGHT = {_INK: "#1f2328", _RULE: "#d1d9e0", _OTHERS: "#8c959f", _OURS: "#0a6cbd", _PAPER: "#ffffff"}
 DARK = {_INK: "#f0f6fc", _RULE: "#3d444d", _OTHERS: "#7d8590", _OURS: "#4aa3f0", _PAPER: "#0d1117"}

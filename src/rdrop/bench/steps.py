@@ -30,8 +30,8 @@ from rdrop.bench.measure import DTYPES, Call, Conditions, measure, record
 from rdrop.bench.records import Record
 from rdrop.bench.rows import ALPHA, IGNORED, SMOOTHING, official
 from rdrop.dropout import dropout_sources
-from rdrop.integrations.transformers import CHECKED_MICRO_BATCHES, RDropSeq2SeqTrainer
-from rdrop.views import repeat_batch
+from rdrop.integrations.transformers.trainer import CHECKED_MICRO_BATCHES, RDropSeq2SeqTrainer
+from rdrop.passes import repeat_batch
 
 COMPARED_WITH = ("plain", "plain_twice_the_batch")
 VOCABULARIES = (10_000, 50_000)

@@ -24,16 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.files import DataError
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
 from rdrop.experiments.recipe import Recipe, RecipeError, override
 from rdrop.experiments.recipes import find_recipe
-from rdrop.experiments.results import ResultsError, RunRecord, find_runs
-from rdrop.experiments.trackers import TrackerError
+from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.training.trackers import TrackerError
 
 if TYPE_CHECKING:
     from rdrop.check import CheckReport
-    from rdrop.experiments.finished import UnusableRun
+    from rdrop.experiments.comparison.finished_runs import UnusableRun
 
 # typer imports click or brings its own, by version. This is the UsageError of the one it uses.
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -54,8 +54,8 @@ DataFolder = Annotated[
 TrainFile = Annotated[str | None, typer.Option("--train", metavar="FILE", help="Your own data: data.train.")]
 ValidFile = Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Chooses the checkpoint: data.valid.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Scores it, once: data.test.")]
-UnlabelledFile = Annotated[
-    str | None, typer.Option("--unlabelled", metavar="FILE", help="Texts without labels: data.unlabelled.")
+UnlabeledFile = Annotated[
+    str | None, typer.Option("--unlabeled", metavar="FILE", help="Texts without labels: data.unlabeled.")
 ]
 ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A hub id or a folder: model.name.")]
 Trackers = Annotated[
@@ -114,11 +114,11 @@ def list_recipes(
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
     """Show the recipes, with what is published and what the finished runs scored; or the keys of one recipe."""
-    from rdrop.experiments.catalogue import catalogue
+    from rdrop.experiments.report.recipe_table import catalog
 
     console = Console(highlight=False)
     console.print(
-        catalogue(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
+        catalog(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
     )
 
 
@@ -130,15 +130,13 @@ def train(
     train: TrainFile = None,
     valid: ValidFile = None,
     test: TestFile = None,
-    unlabelled: UnlabelledFile = None,
+    unlabeled: UnlabeledFile = None,
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
-    chosen = _chosen(
-        recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
-    )
+    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     run = Run.of(_label_of(chosen.model_dump()), chosen, runs)
     train_all([run], _progress_console(), trackers=tracker or ())
     if _is_first_process():
@@ -154,7 +152,7 @@ def compare(
     train: TrainFile = None,
     valid: ValidFile = None,
     test: TestFile = None,
-    unlabelled: UnlabelledFile = None,
+    unlabeled: UnlabeledFile = None,
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
@@ -168,9 +166,7 @@ def compare(
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
-    chosen = _chosen(
-        recipe, settings, data=data, train=train, valid=valid, test=test, unlabelled=unlabelled, model=model
-    )
+    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
     train_all(plan, _progress_console(), trackers=tracker or ())
     if _is_first_process():
@@ -318,7 +314,7 @@ def _table(*headings: str) -> Table:
 def _check_model(recipe: Recipe) -> CheckReport:
     from rdrop.check import check_rdrop
     from rdrop.experiments.randomness import seed_all
-    from rdrop.experiments.tasks import load_task
+    from rdrop.experiments.tasks.task import load_task
 
     task = load_task(recipe)
     seed_all(recipe.seed, "model")
@@ -334,10 +330,10 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 
 def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
-    from rdrop.experiments.checkpoints import CheckpointError
-    from rdrop.experiments.evaluation import scored_again
-    from rdrop.experiments.finished import sort_out
+    from rdrop.experiments.comparison.finished_runs import sort_out
     from rdrop.experiments.plan import quiet_transformers, summary
+    from rdrop.experiments.training.checkpoints import CheckpointError
+    from rdrop.experiments.training.evaluation import scored_again
 
     finished, unusable = sort_out(find_runs(runs))
     if not finished:
@@ -380,7 +376,7 @@ def _scored_weights(result: Mapping[str, Any]) -> str:
 
 def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
     """A row a metric, the main one first; below, what a reader should know beside the numbers."""
-    from rdrop.experiments.wording import NumberStyle
+    from rdrop.experiments.comparison.wording import NumberStyle
 
     table = _table("", *splits)
     for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
@@ -395,9 +391,9 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
 
 
 def _show_comparisons(records: list[RunRecord]) -> None:
-    from rdrop.experiments.compare import comparisons
-    from rdrop.experiments.compare_table import terminal_table
-    from rdrop.experiments.finished import sort_out
+    from rdrop.experiments.comparison.comparison import comparisons
+    from rdrop.experiments.comparison.finished_runs import sort_out
+    from rdrop.experiments.comparison.terminal_table import terminal_table
 
     console = Console(highlight=False)
     for comparison in comparisons(records):
@@ -413,8 +409,8 @@ def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:
 
 
 def _write_page(runs: Path) -> None:
-    from rdrop.experiments.report import write_report
-    from rdrop.experiments.results_page import write_results
+    from rdrop.experiments.report.page import write_report
+    from rdrop.experiments.report.published_page import write_results
 
     console = Console(highlight=False)
     console.print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from rdrop.experiments.progress import Display, show_progress
 from rdrop.experiments.recipe import Recipe, RecipeError
-from rdrop.experiments.results import RunFolder
-from rdrop.experiments.trackers import require_trackers
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.training.trackers import require_trackers
 
 PLAIN = {
     "alpha": 0.0,
@@ -98,7 +98,7 @@ def train_all(runs: list[Run], console: Console, *, trackers: Sequence[str] = ()
 
 
 def _train(run: Run, display: Display, trackers: Sequence[str]) -> dict[str, Any]:
-    from rdrop.experiments import checkpoints, trainer
+    from rdrop.experiments.training import checkpoints, trainer
 
     quiet_transformers()
     try:
@@ -117,7 +117,7 @@ def quiet_transformers() -> None:
 
 def summary(result: dict[str, Any], *, cost: bool = True) -> str:
     """The outcome of a run in one line: "test accuracy 87.3 %, trained in 14 s"."""
-    from rdrop.experiments.wording import NumberStyle, words
+    from rdrop.experiments.comparison.wording import NumberStyle, words
 
     metric = result["metric"]
     style = NumberStyle.of(metric, [])
@@ -137,6 +137,6 @@ def _with_larger_batch(baseline: Recipe) -> Recipe:
 
 
 def _label(arm: Recipe, recipe: Recipe) -> str:
-    from rdrop.experiments.compare import Method
+    from rdrop.experiments.comparison.comparison import Method
 
     return Method.of(arm.model_dump()).label(Method.of(recipe.model_dump()).batch)

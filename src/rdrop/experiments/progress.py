@@ -15,7 +15,7 @@ from rich.text import Text
 from rdrop.experiments.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rdrop.experiments import trainer
+    from rdrop.experiments.training import trainer
 
 SECONDS_BETWEEN_LINES = 30.0
 SPEED_WINDOW_SECONDS = 120.0  # spans several runs of an arm, so that the time left does not jump between the arms

@@ -133,7 +133,7 @@ class DecodingSection(Section):
 
     beams: Count = Field(description="Beams of the search for the test score. 1: greedy.")
     length_penalty: float = Field(
-        description="The power of the length that divides a text's log-probability: above 0 favours longer ones."
+        description="The power of the length that divides a text's log-probability: above 0 favors longer ones."
     )
     batch_size: Count = Field(description="How many texts are written at once.")
 
@@ -370,7 +370,7 @@ def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe saved at `path`, e.g. `runs/digits/0123456789ab/recipe.json`. A missing key is an error."""
-    # The catalogue imports this module.
+    # The catalog imports this module.
     from rdrop.experiments.recipes import RECIPES
 
     try:

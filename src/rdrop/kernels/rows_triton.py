@@ -12,7 +12,7 @@ FAR (float64, three visits, in small blocks so that its registers do not slow th
 lose digits: a pass far above pass 1 at some class, or class k an outlier.
 
 One program computes one position, so the grid never changes a bit of the result. Inside the loops no sum crosses
-threads: each thread adds the GROUP neighbouring classes it holds, and the partial sums meet after the last block.
+threads: each thread adds the GROUP neighboring classes it holds, and the partial sums meet after the last block.
 """
 
 from typing import NamedTuple
@@ -97,10 +97,10 @@ def rows(
             for a in tl.static_range(M):
                 base, scale, _, _ = _pass(statistics, a)
                 at_label = tl.load(row + a * pass_stride + label).to(tl.float32) - base
-                log_normaliser = -tl.log(scale) - at_label  # of z_a - z_a[label]
-                loss += (1 - label_smoothing) * label_weight * log_normaliser
+                log_normalizer = -tl.log(scale) - at_label  # of z_a - z_a[label]
+                loss += (1 - label_smoothing) * label_weight * log_normalizer
                 if SMOOTH:
-                    loss += label_smoothing / classes * (all_weight * log_normaliser - below_label[a])
+                    loss += label_smoothing / classes * (all_weight * log_normalizer - below_label[a])
             loss = loss / M
             tl.store(task + n, loss)
             tl.store(divergence + n, value)
@@ -225,7 +225,7 @@ class _Sums(NamedTuple):
 
     at: tl.tensor  # z_a[k], exactly: with z_1[k] it gives the same differences again in the backward
     rise: tl.tensor  # the largest d_a
-    d: tl.tensor  # sums under p_1, unnormalised: of d_a,
+    d: tl.tensor  # sums under p_1, unnormalized: of d_a,
     x: tl.tensor  # x_a,
     xf: tl.tensor  # x_a f_a,
     size: tl.tensor  # and of the absolute values that the last came from
@@ -250,7 +250,7 @@ def _near_forward(
     base = tl.full((), LOWEST, tl.float32)
     zero = base * 0
     none = tl.zeros((BLOCK // GROUP,), tl.float32)
-    mass = none  # sum of p_1, unnormalised: exp(z_1 - base)
+    mass = none  # sum of p_1, unnormalized: exp(z_1 - base)
     sums = ()
     for _ in tl.static_range(M):
         sums = sums + (_Sums(base, none - INFINITY, none, none, none, none, none),)
@@ -302,29 +302,29 @@ def _near_forward(
                 )
         sums = updated
 
-    normaliser = tl.sum(mass, 0)
+    normalizer = tl.sum(mass, 0)
     d_means = ()
     below_label = ()
     d_mean = zero
     for a in tl.static_range(M):
-        d_means = d_means + (tl.sum(sums[a].d, 0) / normaliser,)
+        d_means = d_means + (tl.sum(sums[a].d, 0) / normalizer,)
         below_label = below_label + (tl.sum(sums[a].below, 0),)
         d_mean += d_means[a] / M
     total = zero
     size = zero
     near = base > LOWEST
-    _keep(statistics, 0, base, 1 / normaliser, -d_mean, zero)
+    _keep(statistics, 0, base, 1 / normalizer, -d_mean, zero)
     for a in tl.static_range(1, M):
         s = sums[a]
-        growth = tl.sum(s.x, 0) / normaliser
+        growth = tl.sum(s.x, 0) / normalizer
         f = d_means[a] - d_mean
-        covariance = (tl.sum(s.xf, 0) / normaliser - growth * f) / (1 + growth)
+        covariance = (tl.sum(s.xf, 0) / normalizer - growth * f) / (1 + growth)
         total += covariance
-        size += tl.sum(s.size, 0) / normaliser / (1 + growth)
+        size += tl.sum(s.size, 0) / normalizer / (1 + growth)
         # Below -0.875, x_a is near -1 in most of p_1, and 1 + growth has lost its digits.
         near = near & (growth >= -0.875) & (tl.max(s.rise, 0) <= MAX_RISE)
-        _keep(statistics, a, s.at, 1 / (normaliser * (1 + growth)), f + covariance, growth)
-    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the covariance cancelled
+        _keep(statistics, a, s.at, 1 / (normalizer * (1 + growth)), f + covariance, growth)
+    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the covariance canceled
     tl.store(statistics, 0.0)
     if M > 1:
         total = total / (M - 1)
@@ -458,10 +458,10 @@ def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: 
         sums = updated
     total = tl.zeros((), tl.float64)
     for a in tl.static_range(M):
-        normaliser = tl.sum(sums[a][0], 0)
-        mean = tl.sum(sums[a][1], 0) / normaliser
+        normalizer = tl.sum(sums[a][0], 0)
+        mean = tl.sum(sums[a][1], 0) / normalizer
         total += mean
-        tl.store(statistics + 2 + 4 * a, 1 / normaliser)
+        tl.store(statistics + 2 + 4 * a, 1 / normalizer)
         tl.store(statistics + 3 + 4 * a, mean)
     tl.store(statistics, 1.0)
     if M > 1:

@@ -334,7 +334,7 @@ struct Values {
   double task, divergence;
 };
 
-// Mean over the passes of the cross-entropy, from the log-normalisers and sum_classes w (z_a - base_a).
+// Mean over the passes of the cross-entropy, from the log-normalizers and sum_classes w (z_a - base_a).
 template <int M, class T>
 INLINE double task_loss(const Position<M, T>& position, const Statistics& s, const double* below_base, double smoothing,
                         double total_weight) {
@@ -342,10 +342,10 @@ INLINE double task_loss(const Position<M, T>& position, const Statistics& s, con
   const double label_weight = position.weight ? position.weight[position.label] : 1.0;
   double total = 0;
   for (int a = 0; a < m; ++a) {
-    const double log_normaliser = -std::log(s.pass[a].scale * kTwo64);  // less base_a
+    const double log_normalizer = -std::log(s.pass[a].scale * kTwo64);  // less base_a
     const double at_label = to_float(position.row[a][position.label]) - s.pass[a].base;
-    total += (1 - smoothing) * label_weight * (log_normaliser - at_label);
-    if (smoothing) total += smoothing / position.classes * (total_weight * log_normaliser - below_base[a]);
+    total += (1 - smoothing) * label_weight * (log_normalizer - at_label);
+    if (smoothing) total += smoothing / position.classes * (total_weight * log_normalizer - below_base[a]);
   }
   return total / m;
 }
@@ -404,28 +404,28 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, doub
     }
   }
 
-  const double normaliser = sum(p_total);
+  const double normalizer = sum(p_total);
   double d[kCapacity], d_mean = 0, below_base[kCapacity], largest_offset = 0;
-  for (int a = 1; a < m; ++a) d_mean += d[a] = sum(d_total[a]) / normaliser;
+  for (int a = 1; a < m; ++a) d_mean += d[a] = sum(d_total[a]) / normalizer;
   d_mean /= m;
   s.path = kPath;
-  s.pass[0] = {range.base[0], 1 / normaliser, -d_mean, 0};
+  s.pass[0] = {range.base[0], 1 / normalizer, -d_mean, 0};
   below_base[0] = sum(below_base_total[0]);
-  double total = 0, uncentred = 0;
+  double total = 0, uncentered = 0;
   for (int a = 1; a < m; ++a) {
-    const double growth = sum(x_total[a]) / normaliser, f = d[a] - d_mean;
-    const double xf = sum(xf_total[a]) / normaliser * (M == 2 ? 0.5 : 1.0);
+    const double growth = sum(x_total[a]) / normalizer, f = d[a] - d_mean;
+    const double xf = sum(xf_total[a]) / normalizer * (M == 2 ? 0.5 : 1.0);
     if (growth < -0.875) return false;  // x_a near -1 in most of p_1: 1 + growth has lost its digits
     const double covariance = (xf - growth * f) / (1 + growth);
     total += covariance;
-    uncentred += std::abs(xf) / (1 + growth);
-    s.pass[a] = {range.base[a], 1 / (normaliser * (1 + growth)), f + covariance, growth};
+    uncentered += std::abs(xf) / (1 + growth);
+    s.pass[a] = {range.base[a], 1 / (normalizer * (1 + growth)), f + covariance, growth};
     below_base[a] = below_base[0] + sum(below_base_total[a]);
     if (std::abs(offset[a].high) > largest_offset) largest_offset = std::abs(offset[a].high);
   }
-  if (total < uncentred / 16) return false;  // class k is an outlier: the covariance has lost its digits
+  if (total < uncentered / 16) return false;  // class k is an outlier: the covariance has lost its digits
   // Each d has an error of 2^-25 offset; against the sum of p d^2, about 2 total, it is in the seventh digit.
-  const double beside_anchor = 1 - kTwo64 / normaliser;
+  const double beside_anchor = 1 - kTwo64 / normalizer;
   if (kPath == kDirect && sizeof(T) == 4 && largest_offset * largest_offset * beside_anchor > 32 * total / (m - 1))
     return false;
   values.divergence = total < 0 || m == 1 ? 0 : total / (m - 1);
@@ -441,7 +441,7 @@ INLINE bool try_near(const Position<M, T>& position, const Range<M, T>& range, d
   return near_forward<kPath, kWeighted>(position, range, smoothing, total_weight, s, values);
 }
 
-// In float64, LANES / 2 classes: f_a = t_a - mean_b t_b with t_a = z_a - base_a, and p_a unnormalised.
+// In float64, LANES / 2 classes: f_a = t_a - mean_b t_b with t_a = z_a - base_a, and p_a unnormalized.
 template <class S, class T>
 INLINE void far_terms(S slice, const Position<0, T>& position, const Statistics& s, int64_t i, int half, Double* f,
                       Double* p) {
@@ -484,9 +484,9 @@ void far_forward(const Position<0, T>& position, double smoothing, double total_
   });
   double total = 0;
   for (int a = 0; a < m; ++a) {
-    const double normaliser = sum(p_sum[a]);
-    s.pass[a].scale = 1 / (kTwo64 * normaliser);
-    s.pass[a].mean = sum(pf_sum[a]) / normaliser;
+    const double normalizer = sum(p_sum[a]);
+    s.pass[a].scale = 1 / (kTwo64 * normalizer);
+    s.pass[a].mean = sum(pf_sum[a]) / normalizer;
     total += s.pass[a].mean;
   }
   s.path = kFar;

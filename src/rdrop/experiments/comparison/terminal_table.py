@@ -1,0 +1,60 @@
+"""A comparison as one table for the terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection
+from rdrop.experiments.comparison.paired import PairedDifference, mean, sd
+from rdrop.experiments.comparison.wording import NumberStyle, counted, ratio, wins_ties_losses
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """Per metric and arm: mean ± sd over the seeds, difference from the baseline with its 95 % interval, wins, ties
+    and losses over the paired seeds, and the cost of a step in time and memory against the baseline.
+    """
+    table = Table(
+        title=Text(f"{comparison.name}: {counted(len(comparison.seeds), 'seed')}", style="bold"),
+        title_justify="left",
+        caption=Text(_caption(comparison)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+    )
+    # The two columns that may wrap give way, the wider one first, where the terminal is narrow; nothing is cut off.
+    table.add_column("", overflow="fold")
+    for heading in ("mean ± sd", "diff.", "95 % interval", "W/T/L", "time", "memory"):
+        table.add_column(heading, justify="right", no_wrap=heading != "95 % interval", overflow="fold")
+    for number, section in enumerate(comparison.results()):
+        _add_section(table, comparison, section, with_cost=number == 0)
+    return table
+
+
+def _add_section(table: Table, comparison: Comparison, section: MetricSection, *, with_cost: bool) -> None:
+    style = section.style
+    table.add_row(Text(f"{section.split} {style.heading(section.metric)}", style="bold"))
+    for arm, difference in section.rows:
+        scores = tuple(arm.scores(section.metric, section.split).values())
+        cells = [style.spread(mean(scores), sd(scores)), *_difference_cells(difference, style)]
+        table.add_row(Text(arm.label), *cells, *(_cost_ratios(comparison, arm) if with_cost else ()))
+    table.add_section()
+
+
+def _difference_cells(difference: PairedDifference | None, style: NumberStyle) -> list[str]:
+    if difference is None:
+        return ["", "", ""]
+    return [style.difference(difference.mean), style.interval(difference.interval), wins_ties_losses(difference)]
+
+
+def _cost_ratios(comparison: Comparison, arm: Arm) -> list[str]:
+    return [ratio(comparison.cost_ratio(arm, key)) for key in ("step_milliseconds", "peak_extra_bytes")]
+
+
+def _caption(comparison: Comparison) -> str:
+    lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
+    return "\n".join((*lines, *map(str, comparison.gaps())))

@@ -1,0 +1,170 @@
+"""Run folders in, one self-contained HTML page out: verdicts, result tables, figures, cost, settings and every run.
+
+The page needs no server, no network, no script and no font of its own; it follows light and dark, a phone's width and
+paper. The same folders give the same bytes at the same place. What is written in the files is escaped, whatever it
+says.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from rdrop.experiments.comparison.comparison import Comparison, comparisons
+from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun, sort_out
+from rdrop.experiments.comparison.wording import counted
+from rdrop.experiments.report import figures as report_figures
+from rdrop.experiments.report import tables as report_tables
+from rdrop.experiments.report.html import Markup, element, joined
+from rdrop.experiments.report.settings import distinguishing_settings, titled
+from rdrop.experiments.run_folder import ResultsError, find_runs, write_atomically
+
+# The browser itself refuses whatever would be loaded or run.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(runs: Path, out: Path | None = None) -> Path:
+    """Write the page on all runs at or below the folder `runs`; returns its path, `runs/report.html` by default.
+
+    Raises `ResultsError` if `runs` is not a folder or no run has ever been started in it.
+    """
+    records = find_runs(runs)
+    if not records:
+        raise ResultsError(f"{runs} holds no run. `rdrop compare digits --runs {runs}` makes some.")
+    out = out or runs / "report.html"
+    finished, unusable = sort_out(records)
+    write_atomically(out, _page(comparisons(records), finished, unusable, runs, out.parent).encode())
+    return out
+
+
+def _page(
+    found: list[Comparison], finished: list[FinishedRun], unusable: list[UnusableRun], root: Path, place: Path
+) -> str:
+    names = [f"c{number}" for number in range(1, len(found) + 1)]
+    settings = distinguishing_settings(found)
+    title = f"R-Drop report: {', '.join(dict.fromkeys(c.name for c in found)) or 'no finished run'}"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))),
+    )
+    body = element(
+        "body",
+        _header(found, settings, names, finished, unusable),
+        *(_section(c, setting, name, root, place) for c, setting, name in zip(found, settings, names, strict=True)),
+        report_tables.unusable_runs(unusable, root),
+        _glossary(),
+        element("footer", _versions_line(finished)),
+    )
+    # "95" must not stand at the end of one line and its "%" on the next.
+    unbroken = body.replace("95 %", "95\N{NO-BREAK SPACE}%")
+    return f"<!DOCTYPE html>\n{element('html', head, Markup(unbroken), lang='en')}\n"
+
+
+def _header(
+    found: list[Comparison],
+    settings: list[dict[str, object]],
+    names: list[str],
+    finished: list[FinishedRun],
+    unusable: list[UnusableRun],
+) -> Markup:
+    counts = [counted(len(finished), "finished run"), counted(len(found), "comparison")]
+    if unusable:
+        counts.append(f"{counted(len(unusable), 'run')} unfinished or damaged")
+    if finished:
+        counts.append(f"last finished {_moment(max(run.result['finished'] for run in finished))}")
+    contents = [
+        element("li", element("a", titled(c.name, setting), href=f"#{name}"))
+        for c, setting, name in zip(found, settings, names, strict=True)
+    ]
+    return element(
+        "header",
+        element("h1", "R-Drop against plain training"),
+        element("p", " · ".join(counts), class_="sub"),
+        element("nav", element("ul", *contents, class_="contents"), aria_label="Comparisons")
+        if len(found) > 1
+        else None,
+    )
+
+
+def _section(comparison: Comparison, setting: dict[str, object], name: str, root: Path, place: Path) -> Markup:
+    """`place` is the folder of the page, from which its links lead to the folders of the runs."""
+    first, *others = comparison.verdict().split("\n")
+    return element(
+        "section",
+        element("h2", titled(comparison.name, setting), id=f"{name}-title"),
+        element("p", first, class_="verdict first"),
+        *(element("p", sentence, class_="verdict") for sentence in others),
+        _warnings(comparison),
+        element("h3", "Result"),
+        report_tables.results(comparison),
+        report_tables.notes(comparison),
+        element("h3", "Figures"),
+        report_figures.figures(comparison, name),
+        element("h3", "Cost"),
+        report_tables.costs(comparison),
+        element("h3", "Settings"),
+        report_tables.settings(comparison),
+        element("h3", "Versions and machine"),
+        report_tables.environment(comparison),
+        element("h3", "Runs"),
+        report_tables.runs(comparison, root, place),
+        class_="comparison",
+        id=name,
+        aria_labelledby=f"{name}-title",
+    )
+
+
+def _moment(finished: str) -> str:
+    """`2026-11-22T20:00:04Z` as a reader writes it; anything else as it is."""
+    return f"{finished[:-1].replace('T', ' ')} UTC" if finished.endswith("Z") else finished
+
+
+def _warnings(comparison: Comparison) -> Markup | None:
+    sentences = [f"L{str(gap)[1:]}." for gap in comparison.gaps()]
+    if comparison.repeats:
+        folders = ", ".join(run.path.name for run in comparison.repeats)
+        sentences.append(f"An arm and seed was run more than once; the latest run counts and these do not: {folders}.")
+    runs = [run for arm in comparison.arms for run in arm.runs]
+    for key, consequence in (
+        ("machine", "times and memory are not comparable between them"),
+        ("versions", "a difference may come from them"),
+    ):
+        if any(run.result.get(key) != runs[0].result.get(key) for run in runs):
+            sentences.append(f"The runs were not all made with the same {key}: {consequence}.")
+    rdrop_arms = sum(not arm.method.is_plain for arm in comparison.arms)
+    if rdrop_arms > 1:
+        sentences.append(
+            f"{rdrop_arms} R-Drop arms stand against one baseline and each interval is for itself alone: "
+            "the best of them looks better than it is. Choose one on valid, then confirm it with new seeds."
+        )
+    return element("ul", *(element("li", s) for s in sentences), class_="warnings") if sentences else None
+
+
+def _glossary() -> Markup:
+    terms = {
+        "Seed": "Decides initial weights, order of the data and dropout masks. Arms are compared seed by seed.",
+        "Difference": "The arm's score minus the baseline's with the same seed, averaged over the seeds both have.",
+        "95 % interval": (
+            "The t interval of that average: in repetitions with new seeds, 95 of 100 such intervals hold the true "
+            "mean difference. It covers the luck of the seed, not that of the choice of data."
+        ),
+        "Test and valid": (
+            "Valid chose the checkpoint, so its scores flatter every arm a little. "
+            "Test scored the chosen checkpoint, or the mean of the last ones, once."
+        ),
+        "Task loss": "The loss of plain training, without the divergence: the same quantity for every arm.",
+        "Divergence": "How far the passes over one example disagree, per position, before it is weighted with alpha.",
+        "Twice the batch": "Plain training that spends the compute of R-Drop's second pass on twice the examples.",
+    }
+    pairs = [joined((element("dt", term), element("dd", meaning))) for term, meaning in terms.items()]
+    return element("section", element("h3", "How to read this page"), element("dl", *pairs, class_="terms"))
+
+
+def _versions_line(finished: list[FinishedRun]) -> str:
+    made_by = sorted({str(run.result.get("versions", {}).get("rdrop", "unknown")) for run in finished})
+    return f"Trained with rdrop {', '.join(made_by)}." if made_by else "No run has finished."

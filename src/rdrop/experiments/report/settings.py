@@ -1,0 +1,59 @@
+"""Recipes laid out flat: which settings the runs of a comparison share, and in which they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rdrop.experiments.comparison.comparison import ARM_KEYS, Comparison
+
+_ABSENT = object()
+
+
+def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The recipe with dotted keys (`data.train_labels`), in its own order."""
+    found: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def shown(value: object) -> str:
+    """A setting as it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
+    """Dotted key -> its value in each arm, the seed left out, in the order of the recipe."""
+    recipes = [flat(arm.runs[0].recipe) for arm in comparison.arms]
+    return {key: [recipe.get(key) for recipe in recipes] for key in _keys(recipes) if key != "seed"}
+
+
+def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
+    """For each comparison the settings that tell it from others of the same name; empty if the name is unique."""
+    recipes = [flat(comparison.arms[0].runs[0].recipe) for comparison in found]
+    settings: list[dict[str, object]] = []
+    for comparison, recipe in zip(found, recipes, strict=True):
+        namesakes = [other for c, other in zip(found, recipes, strict=True) if c.name == comparison.name]
+        differing = [
+            key
+            for key in _keys(namesakes)
+            if key not in {"seed", *(set(ARM_KEYS) - {"batch_size", "batch_tokens"})}
+            and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
+        ]
+        settings.append({key: recipe.get(key) for key in differing})
+    return settings
+
+
+def titled(name: str, setting: Mapping[str, object]) -> str:
+    """The name of a comparison, with the settings that tell it from others of that name."""
+    details = ", ".join(f"{key} = {shown(value)}" for key, value in setting.items())
+    return f"{name} ({details})" if details else name
+
+
+def _keys(recipes: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for recipe in recipes for key in recipe))

@@ -1,0 +1,242 @@
+"""The run folder: the one interface between training and reporting.
+
+    runs/<recipe name>/<digest>/
+      recipe.json      the complete recipe
+      metrics.jsonl    one JSON object a line
+      result.json      written last: its presence says the run is finished
+      checkpoints/     see `rdrop.experiments.training.checkpoints`
+
+Every file is valid JSON. JSON has no NaN and no infinity, and a run that met one must say so: such a number is written
+as the string "NaN", "Infinity" or "-Infinity", and read back as the float it was. No other string is changed.
+
+This module needs the standard library only, so that a report can be made where nothing is trained.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+FORMAT = 1
+"""The version of the layout; `result.json` carries it."""
+
+RECIPE, METRICS, RESULT = "recipe.json", "metrics.jsonl", "result.json"
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class ResultsError(ValueError):
+    """A file of a run folder that is not what it should be: which file, what is wrong, what to do."""
+
+
+class StorageError(OSError):
+    """A write that failed: the path, the bytes it needed and the bytes that are free."""
+
+
+class RunFolder:
+    """Reads and writes the files of one run. Nothing is created before the first write."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        write_atomically(self.path / RECIPE, _to_json(recipe, indent=2))
+
+    def recipe(self) -> dict[str, Any]:
+        return _read_object(self.path / RECIPE)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`, on the disk when this returns."""
+        append_synced(self.path / METRICS, _to_json(row))
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the rows after `step` (all of them for -1) and a half-written last line.
+
+        A resumed run calls this with the step of its checkpoint, so that no row ever stands twice.
+        """
+        kept = [_to_json(row) for row in self.metrics() if row["step"] <= step]
+        if (self.path / METRICS).exists():
+            write_atomically(self.path / METRICS, b"".join(kept))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows, oldest first. A last line without its newline was cut off by a crash and is left out."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return [_parse_row(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_atomically(self.path / RESULT, _to_json(result, indent=2))
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, or None while the run is unfinished."""
+        path = self.path / RESULT
+        if not path.exists():
+            return None
+        result = _read_object(path)
+        if result.get("format") != FORMAT:
+            raise ResultsError(
+                f"{path}: format is {result.get('format')!r} and this version of rdrop reads {FORMAT}. "
+                "Read it with the version that wrote it, or run the recipe again."
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run folder holds. `problem` says what is missing or damaged; it is None for a whole, finished run."""
+
+    path: Path
+    recipe: dict[str, Any] | None
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    problem: str | None = None
+
+
+def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
+    """Every run folder at or below `root`, in the order of their paths.
+
+    An unfinished or damaged folder is a record with a `problem`, not an error: one bad run must not hide the good ones.
+    Raises `ResultsError` if `root` is not a folder.
+    """
+    if not Path(root).is_dir():
+        raise ResultsError(f"{root} is not a folder. Give the folder that holds the runs, such as runs/.")
+    return [_read_record(path) for path in _run_paths(Path(root))]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`: a reader sees the old file or the new one, even after a crash, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_failed_write(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def append_synced(path: Path, content: bytes) -> None:
+    with explain_failed_write(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(path, content, mode="ab")
+
+
+def write_synced(path: Path, content: bytes, mode: str = "wb") -> None:
+    """Writes or appends `content` and waits for the disk. A failed write leaves no part of it behind."""
+    size_before = path.stat().st_size if mode == "ab" and path.exists() else 0
+    # Unbuffered, so that closing the file after a failure has nothing left to write.
+    with open(path, mode, buffering=0) as file:
+        try:
+            remaining = memoryview(content)
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size_before)
+            if not size_before:
+                path.unlink()
+            raise
+
+
+@contextmanager
+def explain_failed_write(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turns an `OSError` of the block into a `StorageError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        existing = next(folder for folder in path.absolute().parents if folder.exists())
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. It needs {needed_bytes} bytes; "
+            f"{disk_usage(existing).free} bytes are free. Free some space, or choose a folder that can be written."
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder (a rename, a new file) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _run_paths(root: Path) -> list[Path]:
+    names = (RECIPE, METRICS, RESULT)
+    return sorted({path.parent for name in names for path in root.rglob(name)})
+
+
+def _read_record(path: Path) -> RunRecord:
+    folder = RunFolder(path)
+    problems: list[str] = []
+    recipe = _attempt(folder.recipe, problems)
+    result = _attempt(folder.result, problems)
+    metrics = _attempt(folder.metrics, problems) or []
+    if not problems and result is None:
+        step = metrics[-1]["step"] if metrics else 0
+        problems.append(f"{path}: unfinished, last row at step {step}. Run it again to resume it.")
+    return RunRecord(path, recipe, result, metrics, " ".join(problems) or None)
+
+
+def _attempt(read: Any, problems: list[str]) -> Any:
+    try:
+        return read()
+    except (ResultsError, OSError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    row = _parse_object(line, where)
+    if not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
+        raise ResultsError(f"{where}: a row needs a `kind` and a whole number as `step`. The file is damaged.")
+    return row
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _parse_object(path.read_bytes(), where=str(path))
+
+
+def _parse_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"{where}: not valid JSON ({error}). The file is damaged; run the recipe again.") from error
+    if not isinstance(value, dict):
+        raise ResultsError(f"{where}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
+    return {key: _restore_floats(entry) for key, entry in value.items()}
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _to_json(value: dict[str, Any], indent: int | None = None) -> bytes:
+    text = json.dumps(_spell_floats(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _spell_floats(value: Any) -> Any:
+    """NaN and the infinities as strings, in any depth of dicts and lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in _NON_FINITE.items() if repr(number) == repr(value))
+    return _map_nested(_spell_floats, value)
+
+
+def _restore_floats(value: Any) -> Any:
+    """The inverse of `_spell_floats`."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    return _map_nested(_restore_floats, value)
+
+
+def _map_nested(function: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: function(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [function(entry) for entry in value]
+    return value

@@ -1,0 +1,1 @@
+"""Beam search for the tasks that write text."""

@@ -1,0 +1,1 @@
+"""Digits: recipes, data, model, scores."""

@@ -1,0 +1,134 @@
+"""Handwritten digits from few labels: a small Vision Transformer on the 8 x 8 images of scikit-learn's `load_digits`.
+
+The demonstration: the data come with scikit-learn (1,797 images), and a run takes seconds on a laptop.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rdrop.experiments.published import Published
+from rdrop.experiments.recipe import Count, ModelSection, Probability, Recipe, RecipeError, Section, Seed
+
+IMAGES = 1797
+IMAGE_SIZE = 8
+
+
+class DigitsData(Section):
+    train_labels: Count = Field(description="Labeled images to train on, drawn by `seed`.")
+    valid_size: Count = Field(description="Images that choose the checkpoint.")
+    test_size: Count = Field(description="Images that score the chosen checkpoint, once.")
+    shift: int = Field(
+        ge=0, le=4, description="Training images move by up to this many pixels each way, at random in each epoch."
+    )
+    split_seed: Seed = Field(
+        description="Decides which images are scored; apart from `seed`, so that seeds share them."
+    )
+
+
+class DigitsModel(ModelSection):
+    layers: Count = Field(description="Transformer layers.")
+    hidden_size: Count = Field(description="Width of the residual stream.")
+    heads: Count = Field(description="Attention heads per layer.")
+    intermediate_size: Count = Field(description="Width of the feed-forward layer.")
+    patch_size: Count = Field(description="Edge of a square patch, in pixels of the 8 x 8 image.")
+    dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layer.")
+    attention_dropout: Probability = Field(description="Rate on the attention probabilities.")
+
+
+class DigitsRecipe(Recipe):
+    """Handwritten digits of 8 x 8 pixels from few labels, with a small Vision Transformer."""
+
+    task: Literal["digits"] = Field(description=Recipe.model_fields["task"].description)
+    data: DigitsData
+    model: DigitsModel
+
+    def tiny(self) -> Self:
+        return self.replace(
+            name=f"{self.name}-tiny", updates=20, warmup_steps=2, evaluate_every=10, checkpoint_every=10
+        )
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        data, model = self.data, self.model
+        wanted = data.train_labels + data.valid_size + data.test_size
+        if wanted > IMAGES:
+            raise RecipeError(
+                "data.train_labels",
+                f"with data.valid_size and data.test_size it makes {wanted} images, but there are {IMAGES}",
+                value=data.train_labels,
+            )
+        if self.batch_size is not None and self.batch_size > data.train_labels:
+            raise RecipeError(
+                "batch_size",
+                f"must be at most data.train_labels (={data.train_labels})",
+                value=self.batch_size,
+            )
+        if IMAGE_SIZE % model.patch_size:
+            raise RecipeError(
+                "model.patch_size",
+                f"must divide the edge of the image, {IMAGE_SIZE} pixels",
+                value=model.patch_size,
+            )
+        return self
+
+
+# Chosen on the valid split, with seeds from 1000 that the comparison does not use. docs/results.md has all we tried.
+DIGITS = DigitsRecipe(
+    name="digits",
+    task="digits",
+    alpha=1.0,  # the upper end of the paper's range for classification, 0.1 to 1
+    passes=2,  # the paper's method
+    every=1,  # the paper's best of 1, 2, 5 and 10
+    dropout=None,
+    cutoff=None,
+    cutoff_ratio=0.0,
+    task_passes="all",
+    divergence="symmetric",
+    updates=800,  # 133 epochs of 200 labels: it learns to the end, and yet the demonstration ends in minutes
+    batch_size=32,
+    batch_tokens=None,
+    accumulation=1,
+    optimizer="adamw",
+    beta1=0.9,  # PyTorch's defaults for AdamW, these three
+    beta2=0.999,
+    epsilon=1e-8,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup_steps=80,  # a tenth of the updates
+    weight_decay=0.01,  # PyTorch's default for AdamW
+    clip_norm=1.0,
+    label_smoothing=0.0,  # off, to leave R-Drop the only regularizer besides dropout
+    precision="fp32",
+    compile=False,
+    fused=False,
+    encoder_once=False,
+    evaluate_every=100,
+    patience=None,
+    average_last=1,
+    checkpoint_every=200,
+    keep_checkpoints=2,  # a damaged newest one falls back on the one before
+    seed=0,
+    data=DigitsData(
+        train_labels=200,  # of 1,797: few
+        valid_size=500,
+        test_size=1000,
+        shift=1,  # without it the labels are learned by heart in the first third, and seeds differ by chance
+        split_seed=0,
+    ),
+    model=DigitsModel(
+        layers=2,
+        hidden_size=64,
+        heads=4,
+        intermediate_size=128,
+        patch_size=4,  # 4 patches
+        dropout=0.1,  # BERT's and the first Transformer's; the library's ViT has 0, where R-Drop cannot act
+        attention_dropout=0.1,
+    ),
+)
+
+RECIPES = (DIGITS,)
+PUBLISHED: dict[str, tuple[Published, ...]] = {}
+DATASETS = {"digits": "Digits"}

@@ -1,0 +1,120 @@
+"""Handwritten digits (scikit-learn's 8 x 8 images) from few labels, by a small Vision Transformer."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.randomness import derived_seed
+from rdrop.experiments.tasks.task import Batch
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.digits.recipes import DigitsRecipe
+
+IMAGE_SIZE, CLASSES = 8, 10
+BRIGHTEST = 16.0  # load_digits counts ink from 0 to 16
+BACKGROUND = -1.0  # no ink, as the model sees it
+EVALUATION_BATCH = 250
+
+
+class Digits:
+    """Which images are scored is decided by `data.split_seed`; which are labeled for training, by the run's `seed`.
+
+    So all seeds are scored on the same images, and the luck of the labeled few is part of what the seeds vary.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+    task_loss = staticmethod(cross_entropy)
+    divergence = staticmethod(symmetric_kl)
+
+    def __init__(self, recipe: "DigitsRecipe") -> None:
+        self.notes: dict[str, str] = {}
+        self._model = recipe.model
+        digits = load_digits()
+        self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
+        self._labels = torch.tensor(digits.target)
+
+        data = recipe.data
+        self._shift, self._seed = data.shift, recipe.seed
+        order = np.random.default_rng(data.split_seed).permutation(len(self._labels))
+        valid, test, pool = np.split(order, [data.valid_size, data.valid_size + data.test_size])
+        train = stratified_draw(pool, digits.target, data.train_labels, recipe.seed)
+        self.splits = {name: torch.tensor(rows) for name, rows in (("train", train), ("valid", valid), ("test", test))}
+
+    def build_model(self) -> nn.Module:
+        model = self._model
+        return ViTForImageClassification(
+            ViTConfig(
+                image_size=IMAGE_SIZE,
+                patch_size=model.patch_size,
+                num_channels=1,
+                num_hidden_layers=model.layers,
+                hidden_size=model.hidden_size,
+                num_attention_heads=model.heads,
+                intermediate_size=model.intermediate_size,
+                # Both are 0 by default, and R-Drop would have nothing to act on.
+                hidden_dropout_prob=model.dropout,
+                attention_probs_dropout_prob=model.attention_dropout,
+                num_labels=CLASSES,  # type: ignore[call-arg]  # an argument of the parent class
+            )
+        )
+
+    def train_size(self) -> int:
+        return len(self.splits["train"])
+
+    def train_lengths(self) -> None:
+        return None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def unknown_id(self) -> None:
+        return None
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        rows = self.splits["train"][indices]
+        return {"pixel_values": self._shifted(self._images[rows], indices, epoch), "labels": self._labels[rows]}
+
+    def _shifted(self, images: Tensor, indices: list[int], epoch: int) -> Tensor:
+        """Each image moved by its own whole pixels in this epoch; what comes in is background."""
+        most, size = self._shift, IMAGE_SIZE
+        generator = np.random.default_rng(derived_seed(self._seed, "shift", epoch))
+        moves = generator.integers(0, 2 * most + 1, (self.train_size(), 2))[indices].tolist()
+        padded = F.pad(images, (most, most, most, most), value=BACKGROUND)
+        return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves, strict=True)])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(pixel_values=batch["pixel_values"]).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        rows = self.splits[split]
+        device = next(model.parameters()).device
+        logits = [
+            model(pixel_values=self._images[part].to(device)).logits for part in torch.split(rows, EVALUATION_BATCH)
+        ]
+        scores, labels = torch.cat(logits).float().cpu(), self._labels[rows]
+        return {
+            "loss": F.cross_entropy(scores, labels).item(),
+            "accuracy": (scores.argmax(-1) == labels).double().mean().item(),
+        }
+
+
+def stratified_draw(pool: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """`size` members of `pool`, drawn at random by `seed`, the same number of each class to within one."""
+    shuffled = np.random.default_rng(seed).permutation(pool)
+    classes = labels[shuffled]
+    rank_in_class = np.array([np.count_nonzero(classes[:place] == label) for place, label in enumerate(classes)])
+    return shuffled[np.argsort(rank_in_class, kind="stable")[:size]]

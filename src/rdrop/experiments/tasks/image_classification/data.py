@@ -1,0 +1,152 @@
+"""Which images are trained on, choose the checkpoint and score it. What has no source of its own is held out of train.
+
+The split that the literature calls the test set is never the one that chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdrop.experiments.recipe import nearest_name
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.image_classification.images import ImageSet, read_hub, read_images
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.image_classification.recipes import ImageData
+
+SUFFIXES = ("", ".npz", ".bin")
+"""What is tried after the name of a split: a folder of class folders, or a file."""
+SYNONYMS = (("train",), ("valid", "validation", "val"), ("test",))
+
+
+class Split(NamedTuple):
+    images: ImageSet
+    rows: NDArray[np.int64]
+    """Those of the images that are in this split."""
+
+
+def load_splits(data: ImageData) -> dict[str, Split]:
+    """ "train", "valid" and "test" of the first source that is set: `train`, `folder`, `hub`."""
+    if data.train is not None:
+        named = {"train": data.train, "valid": data.valid, "test": data.test}
+        own = {name: Path(path) for name, path in named.items() if path is not None}
+        _require_own_places(own)
+        return _with_held_out({name: _read_own(path) for name, path in own.items()}, data)
+    if data.folder is not None:
+        found = _read_folder(Path(data.folder), data)
+    elif data.hub is not None:
+        found = _read_hub(data.hub, data)
+    else:
+        raise DataError(
+            "no images are given; set data.train or data.folder to a folder with a sub-folder for each class, or "
+            "data.hub to the id of a data set"
+        )
+    _require_count(found, "train", data.expected_train)
+    _require_count(found, "test", data.expected_test)
+    return _with_held_out(found, data)
+
+
+def _read_own(path: Path) -> ImageSet:
+    if _is_cut_into_splits(path):
+        raise DataError(
+            f"{path}: has a split {_find_split(path, 'train')}; give it as data.folder, or its parts one by one"
+        )
+    return read_images(path)
+
+
+def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
+    """A folder of splits; or one split, from which the others are held out: class folders, or one file."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; set data.folder to the one with the images")
+    if not _is_cut_into_splits(folder):
+        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES[1:])
+        return {"train": read_images(files[0] if len(files) == 1 else folder)}
+    _require_known_names(folder)
+    wanted = {"train": "train", "valid": data.valid_split, "test": data.test_split}
+    found = {name: _find_split(folder, split) for name, split in wanted.items() if split is not None}
+    places = {name: place for name, place in found.items() if place is not None}
+    _require_own_places(places)
+    return {name: read_images(place) for name, place in places.items()}
+
+
+def _read_hub(hub: str, data: ImageData) -> dict[str, ImageSet]:
+    wanted = {"train": "train", "valid": data.valid_split, "test": data.test_split}
+    return {
+        name: read_hub(hub, data.hub_config, split, data.image_column, data.label_column)
+        for name, split in wanted.items()
+        if split is not None
+    }
+
+
+def _is_cut_into_splits(folder: Path) -> bool:
+    """Whether it has train images of its own. A class may be called "train" too: its folder holds no folders."""
+    found = _find_split(folder, "train")
+    return found is not None and (found.is_file() or any(entry.is_dir() for entry in found.iterdir()))
+
+
+def _find_split(folder: Path, split: str) -> Path | None:
+    names = next((names for names in SYNONYMS if split in names), (split,))
+    paths = [folder / f"{name}{suffix}" for name in (split, *names) for suffix in SUFFIXES]
+    return next((path for path in paths if path.is_dir() or (path.suffix and path.is_file())), None)
+
+
+def _require_own_places(places: Mapping[str, Path]) -> None:
+    resolved = [(place.resolve(), name) for name, place in places.items()]
+    for (place, name), (other_place, other) in combinations(resolved, 2):
+        if place == other_place:
+            raise DataError(f"{place}: is both {name} and {other}; each needs images of its own, so name another")
+
+
+def _require_known_names(folder: Path) -> None:
+    """A split whose name has a slip would be silently replaced by one that is held out."""
+    known = [name for names in SYNONYMS for name in names]
+    for entry in sorted(folder.iterdir()):
+        is_split = (entry.is_dir() or entry.suffix in SUFFIXES[1:]) and not entry.name.startswith(".")
+        if is_split and entry.stem not in known:
+            nearest = nearest_name(entry.stem, known)
+            raise DataError(
+                f"{entry}: is no split beside train; the nearest name is {nearest}; rename it or move it away"
+            )
+
+
+def _require_count(found: Mapping[str, ImageSet], name: str, expected: int | None) -> None:
+    if expected is None:
+        return
+    if name not in found:
+        raise DataError(
+            f"{found['train'].where}: there is no {name} split beside it, and data.expected_{name}={expected}; add it, "
+            f"or set data.expected_{name}=null"
+        )
+    if len(found[name]) != expected:
+        raise DataError(
+            f"{found[name].where}: has {len(found[name])} images, and data.expected_{name}={expected}; get it again, "
+            f"or set data.expected_{name}=null"
+        )
+
+
+def _with_held_out(found: Mapping[str, ImageSet], data: ImageData) -> dict[str, Split]:
+    train = found["train"]
+    asked = {"valid": data.valid_size, "test": data.test_size}
+    sizes = {name: asked[name] or len(train) // 10 for name in asked if name not in found}
+    if sum(sizes.values()) >= len(train) or 0 in sizes.values():
+        parts = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+        raise DataError(
+            f"{train.where}: {len(train)} images are too few to hold out {parts}; give more, or others for valid and "
+            "test, or lower data.valid_size and data.test_size"
+        )
+    order = np.random.default_rng(data.split_seed).permutation(len(train))
+    splits = {}
+    for name in ("valid", "test"):
+        if name in found:
+            own = found[name].with_classes(train.classes)
+            splits[name] = Split(own, np.arange(len(own)))
+        else:
+            held_out, order = np.split(order, [sizes[name]])
+            splits[name] = Split(train, np.sort(held_out))
+    return {"train": Split(train, np.sort(order)), **splits}

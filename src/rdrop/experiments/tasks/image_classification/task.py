@@ -1,0 +1,214 @@
+"""Image classification: a pre-trained image transformer that is fine-tuned, or a small ViT from scratch."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+
+from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.randomness import derived_seed
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
+from rdrop.experiments.tasks.image_classification.data import Split, load_splits
+from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
+from rdrop.experiments.tasks.pretrained import loading
+from rdrop.experiments.tasks.task import Batch
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.image_classification.recipes import ImageClassificationRecipe, ImageData, ImageModel
+
+EVALUATION_BATCH = 100
+DECODERS = min(16, os.cpu_count() or 1)  # threads: Pillow decodes and resizes without Python's lock
+
+DROPOUT_FIELDS = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+"""The model's keys, and what the configurations of ViT, DeiT, BEiT and Swin call them. Both are 0 by default."""
+SHAPE_FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "patch_size": "patch_size",
+}
+HALF = (0.5, 0.5, 0.5)
+"""Brings pixels from 0..1 to -1..1, as for ViT."""
+
+
+class ImageClassification:
+    """Labels are the classes of the images to train on, in their order: of class folders, that of their names.
+
+    All passes of R-Drop see the same augmented image, as in the paper: they differ in dropout alone.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+    task_loss = staticmethod(cross_entropy)
+    divergence = staticmethod(symmetric_kl)
+
+    def __init__(self, recipe: ImageClassificationRecipe) -> None:
+        self.notes: dict[str, str] = {}
+        self._seed, self._model = recipe.seed, recipe.model
+        self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
+        self.splits = load_splits(self._data)
+        self.classes = self.splits["train"].images.classes
+        self._config = _configuration(self._model, self._data.image_size, self.classes)
+        self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalization(self._model.name)
+        self._options: dict[str, bool] = {}  # of the model's forward
+
+    def _with_tiny_images(self, data: ImageData) -> ImageData:
+        folder = tempfile.mkdtemp(prefix="rdrop-images-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        write_tiny_images(Path(folder), data.test_split)
+        return data.model_copy(update={"folder": folder})
+
+    def build_model(self) -> nn.Module:
+        name = self._model.name
+        new = ViTForImageClassification
+        model = new(self._config) if name is None else _pretrained(name, self._config)  # type: ignore[arg-type]
+        self._accept_image_size(model)
+        if self._model.zero_head:
+            _zero(_head(model))
+        return model
+
+    def _accept_image_size(self, model: nn.Module) -> None:
+        """A transformer has positions for its own image size; for another one it interpolates between them."""
+        size = self._data.image_size
+        if getattr(self._config, "image_size", size) in (size, [size, size], (size, size)):
+            return
+        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            self._options = {"interpolate_pos_encoding": True}
+        try:
+            self.logits(model.eval(), {"pixel_values": torch.zeros(1, len(self._mean), size, size)})
+        except (ValueError, RuntimeError) as error:
+            rule = f"{type(model).__name__} does not take images of this size ({error}); its own is "
+            raise RecipeError("data.image_size", f"{rule}{self._config.image_size}", value=size) from error
+
+    def train_size(self) -> int:
+        return len(self.splits["train"].rows)
+
+    def train_lengths(self) -> None:
+        return None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def unknown_id(self) -> None:
+        return None
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        """Each image is drawn from (seed, epoch, index): it is the same in whichever batch it stands."""
+        data, split = self._data, self.splits["train"]
+
+        def draw(index: int) -> Image.Image:
+            image = split.images.read(int(split.rows[index]))
+            generator = np.random.default_rng(derived_seed(self._seed, "image", epoch, index))
+            return augment(image, data.image_size, data.crop, data.flip, data.smallest_crop, generator)
+
+        # The threads live as long as the batch: nothing runs between batches, and nothing has to be closed.
+        with ThreadPoolExecutor(DECODERS) as pool:
+            images = list(pool.map(draw, indices))
+        labels = split.images.labels[split.rows[indices]]
+        return {"pixel_values": to_pixel_values(images, self._mean, self._std), "labels": torch.from_numpy(labels)}
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(pixel_values=batch["pixel_values"], **self._options).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Every image whole, resized to the square."""
+        device = next(model.parameters()).device
+        images, rows = self.splits[split]
+        loss, right = 0.0, 0
+        with ThreadPoolExecutor(DECODERS) as pool:
+            for part in np.array_split(rows, -(-len(rows) // EVALUATION_BATCH)):
+                pixel_values = self._whole_images(Split(images, part), pool)
+                logits = self.logits(model, {"pixel_values": pixel_values.to(device)}).float().cpu()
+                labels = torch.from_numpy(images.labels[part])
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                right += int((logits.argmax(-1) == labels).sum())
+        return {"loss": loss / len(rows), "accuracy": right / len(rows)}
+
+    def _whole_images(self, split: Split, pool: ThreadPoolExecutor) -> Tensor:
+        def read(row: int) -> Image.Image:
+            return whole(split.images.read(row), self._data.image_size)
+
+        return to_pixel_values(list(pool.map(read, split.rows.tolist())), self._mean, self._std)
+
+
+def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...]) -> PreTrainedConfig:
+    # Dropout is read when the model is built; setting it later has no effect.
+    options: dict[str, Any] = {field: getattr(model, key) for key, field in DROPOUT_FIELDS.items()}
+    options["id2label"] = dict(enumerate(classes))
+    options["label2id"] = {name: label for label, name in enumerate(classes)}
+    if model.name is None:
+        shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
+        return ViTConfig(image_size=image_size, **shape, **options)
+    with loading(model.name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model.name, trust_remote_code=False, **options)
+    for key, field in DROPOUT_FIELDS.items():
+        if options[field] and field not in type(config)().to_dict():
+            rule = f"must be 0: a {config.model_type} model has no {field}"
+            raise RecipeError(f"model.{key}", rule, value=options[field])
+    return config
+
+
+def _pretrained(name: str, config: PreTrainedConfig) -> nn.Module:
+    with loading(name):
+        model: nn.Module = AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the output layer of another set of classes
+        )
+    return model
+
+
+def _normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation with which the model was trained, of its preprocessor_config.json."""
+    with loading(name):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    if not settings.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    found: list[Any] = [settings.get("image_mean"), settings.get("image_std")]
+    if not all(isinstance(values, list) and len(values) == 3 for values in found):
+        raise RecipeError("model.name", "its preprocessor_config.json has no image_mean and image_std", value=name)
+    return tuple(found[0]), tuple(found[1])
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    head = getattr(model, "classifier", None)
+    if not isinstance(head, nn.Linear):
+        rule = f"must be false: {type(model).__name__} has no output layer that is a plain torch.nn.Linear"
+        raise RecipeError("model.zero_head", rule, value=True)
+    return head
+
+
+@torch.no_grad()
+def _zero(head: nn.Linear) -> None:
+    for parameter in head.parameters():
+        parameter.zero_()

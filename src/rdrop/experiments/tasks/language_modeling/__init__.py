@@ -1,0 +1,1 @@
+"""Language modeling: recipes, data, model, scores."""

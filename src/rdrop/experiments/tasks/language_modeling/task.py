@@ -1,0 +1,254 @@
+"""Language modeling by a decoder-only Transformer of transformers, scored by perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
+from rdrop.experiments.tasks.language_modeling.data import load_texts
+from rdrop.experiments.tasks.language_modeling.tokens import (
+    SymbolVocabulary,
+    Tokens,
+    Vocabulary,
+    characters,
+    learned_pieces,
+    pretrained_pieces,
+    words,
+)
+from rdrop.experiments.tasks.pretrained import loading, set_rates
+from rdrop.experiments.tasks.task import Batch
+from rdrop.loss import Divergence, TaskLoss
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.language_modeling.recipes import LanguageModelingRecipe
+
+IGNORE_INDEX = -100
+EVALUATION_LOGITS = 2**25  # computed at once: 128 MB
+LONGEST_EVALUATION_BATCH = 64
+
+RATE_NAMES = {
+    "dropout": ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout"),
+    "embedding_dropout": ("embd_pdrop", "embedding_dropout", "embed_dropout"),
+    "attention_dropout": ("attn_pdrop", "attention_dropout"),
+}
+"""What the configurations of transformers' causal language models call each of our rates."""
+
+
+class Window(NamedTuple):
+    """The model predicts the tokens `start` to `stop` of a text; those from `scored` on count."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+class LanguageModeling:
+    """An example is a block of `data.block_size` neighboring tokens, each predicted from those before it in the block.
+
+    The first of a block is predicted from the last of the block before. So an epoch predicts every token once.
+    """
+
+    metric = "perplexity"
+    higher_is_better = False
+    task_loss: TaskLoss
+    divergence: Divergence
+
+    def __init__(self, recipe: LanguageModelingRecipe) -> None:
+        self._data, self._model = recipe.data, recipe.model
+        self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
+        texts = load_texts(recipe.data)
+        self._vocabulary = self._build_vocabulary(texts["train"])
+        self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
+        self.notes = self._unknown_tokens()
+        self._clusters = self._build_clusters()
+        self.task_loss = cross_entropy if self._clusters is None else self._clusters.cross_entropy
+        self.divergence = symmetric_kl if self._clusters is None else self._clusters.divergence
+
+    def build_model(self) -> nn.Module:
+        model = self._model
+        if model.name is not None:
+            with loading(model.name):
+                pretrained: nn.Module = AutoModelForCausalLM.from_pretrained(
+                    model.name,
+                    config=self._config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+            return pretrained
+        if self._clusters is None:
+            return GPT2LMHeadModel(self._gpt2_config(self._vocabulary.size))
+        assert model.adaptive_factor is not None  # the recipe has seen to it
+        assert model.adaptive_tied is not None
+        assert model.softmax_dropout is not None
+        return AdaptiveLanguageModel(
+            GPT2Model(self._gpt2_config(vocabulary=1)),  # its embedding is replaced
+            self._clusters,
+            factor=model.adaptive_factor,
+            dropout=model.softmax_dropout,
+            tied=model.adaptive_tied,
+        )
+
+    def train_size(self) -> int:
+        return -(-len(self._tokens["train"].ids) // self._data.block_size)
+
+    def train_lengths(self) -> NDArray[np.int64]:
+        lengths = np.full(self.train_size(), self._data.block_size, dtype=np.int64)
+        lengths[-1] = len(self._tokens["train"].ids) - (len(lengths) - 1) * self._data.block_size
+        return lengths
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        size, length = self._data.block_size, len(self._tokens["train"].ids)
+        return self._batch("train", [Window(i * size, min((i + 1) * size, length), i * size) for i in indices])
+
+    def special_ids(self) -> frozenset[int]:
+        return self._vocabulary.special_ids
+
+    def unknown_id(self) -> int | None:
+        return self._vocabulary.unknown_id
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """`loss` by token, and the perplexity by word: `exp(loss * tokens / words)`; by character, if those are tokens.
+
+        An end of line is a word.
+        """
+        device = next(model.parameters()).device
+        tokens = self._tokens[split]
+        total = 0.0
+        for some in self._evaluation_batches(len(tokens.ids)):
+            batch = {name: tensor.to(device) for name, tensor in self._batch(split, some).items()}
+            labels = batch.pop("labels")
+            counted = labels != IGNORE_INDEX
+            logits = self.logits(model, batch)[counted].float()
+            total += self.task_loss(logits, labels[counted]).sum(dtype=torch.float64).item()
+        return {"loss": total / len(tokens.ids), "perplexity": _exp(total / tokens.units)}
+
+    def _evaluation_batches(self, length: int) -> Iterator[list[Window]]:
+        size = EVALUATION_LOGITS // (self._data.block_size * self._vocabulary.size)
+        size = min(max(size, 1), LONGEST_EVALUATION_BATCH)
+        windows = evaluation_windows(length, self._data.block_size, self._data.context)
+        for first in range(0, len(windows), size):
+            yield windows[first : first + size]
+
+    def _batch(self, split: str, windows: list[Window]) -> Batch:
+        """`input_ids` and `labels` `(N, T)`: a label is the token after its input, -100 where it does not count."""
+        ids, start_id = self._tokens[split].ids, self._vocabulary.start_id
+        longest = max(window.stop - window.start for window in windows)
+        inputs = np.full((len(windows), longest), start_id, dtype=np.int64)  # what pads the end, nothing looks at
+        labels = np.full((len(windows), longest), IGNORE_INDEX, dtype=np.int64)
+        for row, (start, stop, scored) in enumerate(windows):
+            inputs[row, : stop - start] = np.append(ids[start - 1] if start else start_id, ids[start : stop - 1])
+            labels[row, scored - start : stop - start] = ids[scored:stop]
+        return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+
+    def _encoded(self, lines: list[str], split: str) -> Tokens:
+        tokens = self._vocabulary.encode(lines)
+        if len(tokens.ids) == 0:
+            raise DataError(f"the {split} split has no tokens; give it text")
+        return tokens
+
+    def _unknown_tokens(self) -> dict[str, str]:
+        """How many there are, for a note: a text in which many words are one and the same is easier to predict."""
+        unknown = self._vocabulary.unknown_id
+        if unknown is None:
+            return {}
+        counts = (f"{split} {np.count_nonzero(tokens.ids == unknown)}" for split, tokens in self._tokens.items())
+        return {"unknown tokens": ", ".join(counts)}
+
+    def _build_vocabulary(self, train: list[str]) -> Vocabulary:
+        data, name = self._data, self._model.name
+        if name is not None:
+            with loading(name):
+                tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
+                return pretrained_pieces(tokenizer, self._config.vocab_size)
+        if data.tokens == "bpe":
+            assert data.vocabulary is not None  # the recipe has seen to it
+            return learned_pieces(train, data.vocabulary)
+        if data.tokens == "characters":
+            return SymbolVocabulary(train, characters)
+        assert data.min_count is not None
+        return SymbolVocabulary(train, words, data.min_count)
+
+    def _build_clusters(self) -> Clusters | None:
+        model, cutoffs, size = self._model, self._model.adaptive_cutoffs, self._vocabulary.size
+        if cutoffs is None:
+            return None
+        if cutoffs[-1] >= size:
+            rule = f"must end below the number of words in the vocabulary (={size})"
+            raise RecipeError("model.adaptive_cutoffs", rule, value=cutoffs)
+        assert model.hidden_size is not None  # the recipe has seen to it
+        assert model.adaptive_factor is not None
+        try:
+            band_widths(len(cutoffs) + 1, model.hidden_size, model.adaptive_factor)
+        except ValueError as error:
+            raise RecipeError("model.adaptive_factor", str(error), value=model.adaptive_factor) from None
+        return Clusters(tuple(cutoffs), size)
+
+    def _gpt2_config(self, vocabulary: int) -> GPT2Config:
+        model = self._model
+        sizes: dict[str, Any] = {
+            "n_positions": self._data.block_size,
+            "n_embd": model.hidden_size,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_inner": model.intermediate_size,
+        }
+        config = GPT2Config(vocab_size=vocabulary, **sizes, bos_token_id=None, eos_token_id=None, use_cache=False)
+        set_rates(config, self._rates(), RATE_NAMES)
+        return config
+
+    def _pretrained_config(self, name: str) -> Any:
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise RecipeError("model.name", f"is a {config.model_type}, and not a causal language model", value=name)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and self._data.block_size > longest:
+            raise RecipeError(
+                "data.block_size", f"{name} knows {longest} positions at most", value=self._data.block_size
+            )
+        set_rates(config, self._rates(), RATE_NAMES)
+        return config
+
+    def _rates(self) -> dict[str, float | None]:
+        return {name: getattr(self._model, name) for name in RATE_NAMES}
+
+
+def evaluation_windows(length: int, size: int, context: int) -> list[Window]:
+    """Windows of at most `size` tokens that score each of `length` tokens once, with at least `context` before it.
+
+    A token has fewer before it only where the text has no more.
+
+        evaluation_windows(9, size=4, context=2)  # 0-4, 2-6 from 4, 4-8 from 6, 6-9 from 8
+    """
+    windows = [Window(0, min(size, length), 0)]
+    while (scored := windows[-1].stop) < length:
+        start = scored - context
+        windows.append(Window(start, min(start + size, length), scored))
+    return windows
+
+
+def _exp(value: float) -> float:
+    """Infinity where it overflows, which stops the run in words."""
+    return math.exp(value) if value < 709 else math.inf

@@ -1,0 +1,1 @@
+"""Summarization: recipes, data, model, scores."""

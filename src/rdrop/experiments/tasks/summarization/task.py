@@ -1,0 +1,204 @@
+"""Summarization by a sequence-to-sequence model of transformers, scored by ROUGE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.decoding.generate import Decoder, Search, decoder_of
+from rdrop.experiments.tasks.pretrained import set_rates
+from rdrop.experiments.tasks.summarization.data import Example, load_examples
+from rdrop.experiments.tasks.summarization.models import (
+    RATE_NAMES,
+    learned_tokenizer,
+    pretrained_config,
+    pretrained_tokenizer,
+    seq2seq_model,
+    shift_right,
+    small_config,
+    target_prefix,
+)
+from rdrop.experiments.tasks.summarization.scores import rouge
+from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.token_sequences import TokenSequences, in_parts
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.summarization.recipes import SummarizationRecipe
+
+IGNORE_INDEX = -100
+
+
+class Summarization:
+    """The checkpoint is chosen by the ROUGE-L of the first `data.valid_examples` of the valid split.
+
+    What a reader should know of the scores beside their numbers is in `notes`.
+    """
+
+    metric = "rougeL"
+    higher_is_better = True
+    task_loss = staticmethod(cross_entropy)
+    divergence = staticmethod(symmetric_kl)
+
+    def __init__(self, recipe: SummarizationRecipe) -> None:
+        self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
+        self.notes: dict[str, str] = {}
+        examples = load_examples(recipe.data)
+        examples["valid"] = examples["valid"][: recipe.data.valid_examples]
+        self._tokenizer = self._build_tokenizer(examples["train"])
+        self._config = self._build_config()
+        self._documents = {split: self._tokenize_documents(own) for split, own in examples.items()}
+        self._summaries = {split: self._tokenize_summaries(own) for split, own in examples.items()}
+        self._references = {split: [example.summaries for example in examples[split]] for split in ("valid", "test")}
+
+    def build_model(self) -> nn.Module:
+        return seq2seq_model(self._model.name, self._config)
+
+    def train_size(self) -> int:
+        return len(self._documents["train"])
+
+    def train_lengths(self) -> NDArray[np.int64]:
+        return np.maximum(self._documents["train"].lengths, self._summaries["train"].lengths)
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        return self._batch("train", indices)
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
+
+    def unknown_id(self) -> int | None:
+        unknown: int | None = self._tokenizer.unk_token_id
+        return unknown
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"],
+            use_cache=False,
+        ).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The loss of a reference's token, and the ROUGE of the summaries that the model writes."""
+        summaries, loss = self._summarize(model, split)
+        return {"loss": loss} | rouge(summaries, self._references[split])
+
+    def summarize(self, model: nn.Module, split: str) -> list[str]:
+        """What the score is of: a summary of each document of the split, in its order."""
+        return self._summarize(model, split)[0]
+
+    @torch.no_grad()
+    def _summarize(self, model: nn.Module, split: str) -> tuple[list[str], float]:
+        """Search and loss take turns, batch by batch: a stop signal is noticed in the forward of the loss."""
+        decoder = self._decoder(model)
+        found: dict[int, list[int]] = {}
+        total, positions = 0.0, 0
+        for indices in self._batches_of_like_length(split):
+            loss, count = self._loss(model, self._batch(split, indices))
+            total, positions = total + loss, positions + count
+            documents = [self._documents[split][index] for index in indices]
+            found |= zip(indices, decoder(documents, self._decoding.max_length), strict=True)
+        written = [found[index] for index in range(len(found))]
+        texts: list[str] = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() for text in texts], total / positions
+
+    def _decoder(self, model: nn.Module) -> Decoder:
+        search = Search(
+            beams=self._decoding.beams,
+            length_penalty=self._decoding.length_penalty,
+            min_length=self._decoding.min_length,
+            no_repeat_ngram=self._decoding.no_repeat_ngram,
+            never=tuple(sorted(self.special_ids() - {self._config.eos_token_id})),
+            prefix=target_prefix(self._tokenizer, self._config),
+        )
+        decoder = decoder_of(model, search)
+        self.notes["decoded by"] = decoder.name
+        return decoder
+
+    def _loss(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
+        """The sum over the labels of the batch, and their number."""
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = self.labels(batch).flatten()
+        logits = self.logits(model, batch).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss.item(), int((labels != IGNORE_INDEX).sum())
+
+    def _batches_of_like_length(self, split: str) -> Iterator[list[int]]:
+        """All examples, the longest documents first: what does not fit into memory shows at once."""
+        order = np.argsort(-self._documents[split].lengths, kind="stable").tolist()
+        return in_parts(order, self._decoding.batch_size)
+
+    def _batch(self, split: str, indices: list[int]) -> Batch:
+        pad = self._tokenizer.pad_token_id
+        documents = _padded([self._documents[split][index] for index in indices], pad)
+        labels = _padded([self._summaries[split][index] for index in indices], IGNORE_INDEX)
+        lengths = torch.from_numpy(self._documents[split].lengths[indices])
+        return {
+            "input_ids": documents,
+            "attention_mask": (torch.arange(documents.shape[1]) < lengths[:, None]).long(),
+            "decoder_input_ids": shift_right(labels, start=self._config.decoder_start_token_id, pad=pad),
+            "labels": labels,
+        }
+
+    def _build_tokenizer(self, train: Sequence[Example]) -> Any:
+        model = self._model
+        if model.name is not None:
+            return pretrained_tokenizer(model.name)
+        assert model.vocabulary is not None  # the recipe has seen to it
+        assert model.lowercase is not None
+        texts = (text for example in train for text in (example.document, example.summaries[0]))
+        return learned_tokenizer(texts, model.vocabulary, lowercase=model.lowercase)
+
+    def _build_config(self) -> Any:
+        lengths = {
+            "data.document_tokens": self._data.document_tokens,
+            "data.summary_tokens": self._data.summary_tokens,
+            "decoding.max_length": self._decoding.max_length + 2,  # with what begins and ends a summary
+        }
+        name = self._model.name
+        config: Any
+        if name is None:
+            config = small_config(self._model, self._tokenizer, positions=max(lengths.values()))
+        else:
+            config = pretrained_config(name)
+            _require_positions(lengths, config, name)
+        set_rates(config, self._model.rates(), RATE_NAMES)
+        return config
+
+    def _tokenize_documents(self, examples: Sequence[Example]) -> TokenSequences:
+        texts = (self._data.prefix + example.document for example in examples)
+        return TokenSequences(self._tokenize(texts, self._data.document_tokens, "text"))
+
+    def _tokenize_summaries(self, examples: Sequence[Example]) -> TokenSequences:
+        texts = (example.summaries[0] for example in examples)
+        return TokenSequences(self._tokenize(texts, self._data.summary_tokens, "text_target"))
+
+    def _tokenize(self, texts: Iterable[str], longest: int, kind: str) -> Iterator[list[int]]:
+        for part in in_parts(texts):
+            yield from self._tokenizer(**{kind: part}, truncation=True, max_length=longest)["input_ids"]
+
+
+def _require_positions(lengths: dict[str, int], config: Any, name: str) -> None:
+    positions = getattr(config, "max_position_embeddings", None)  # relative positions have no last one
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            raise RecipeError(key, f"is too long for {name}, which knows {positions} positions", value=length)
+
+
+def _padded(sequences: Sequence[list[int]], value: int) -> Tensor:
+    """`(N, longest)`, filled with `value` at the end of the shorter ones."""
+    return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=value)

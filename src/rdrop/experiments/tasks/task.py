@@ -1,0 +1,93 @@
+"""What is learned: data, model and metric of each task, behind one small protocol."""
+
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rdrop.loss import Divergence, TaskLoss
+
+Batch = dict[str, Any]
+"""What `train_batch` gives and `logits` and `labels` read: tensors by name, the examples in the first dimension."""
+
+TASKS = {
+    "digits": "digits.Digits",
+    "translation": "translation.Translation",
+    "summarization": "summarization.Summarization",
+    "text-classification": "text_classification.TextClassification",
+    "language-modeling": "language_modeling.LanguageModeling",
+    "image-classification": "image_classification.ImageClassification",
+}
+"""The module and class of each task, imported when it is asked for: a task brings its own libraries."""
+
+
+class Task(Protocol):
+    """All the training loop knows of a task. A task knows nothing of optimizer, schedule and alpha."""
+
+    metric: str
+    """The score that selects the checkpoint and is compared."""
+    higher_is_better: bool
+    task_loss: TaskLoss
+    divergence: Divergence
+    notes: dict[str, str]
+    """What a reader of the scores should know beside the numbers: signatures, what was skipped, what decoded."""
+
+    def __init__(self, recipe: Any) -> None:
+        """Loads the data; nothing is trained. Raises `DataError` for data that are not what they should be."""
+
+    def build_model(self) -> nn.Module:
+        """A new model, initialized from torch's global generator, which the caller has seeded; or a pre-trained one."""
+
+    def train_size(self) -> int:
+        """Number of training examples: the indices are `range(train_size())`."""
+
+    def train_lengths(self) -> NDArray[np.int64] | None:
+        """Tokens of each training example, of its longest sequence; None where `batch_tokens` has no meaning."""
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`.
+
+        Called in a thread, one call at a time: it must not touch the global random generators, nor the model.
+
+        For a cutoff its tensors have the names that transformers' models give them: `input_ids`, `attention_mask`, ...
+        """
+
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that a cutoff leaves alone: padding, beginning, end, unknown, mask. Empty where it has none."""
+
+    def unknown_id(self) -> int | None:
+        """The token that stands for any other; None where the vocabulary has none, or there is no vocabulary."""
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`(N, ..., V)` for a batch of N examples, which may be repeated: all of pass 1, then all of pass 2."""
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Class indices `(N, ...)`, -100 where there is nothing to learn; or numbers `(N, ..., K)`."""
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """`loss` and the metrics of "valid" or "test": plain, a single pass, with `model` in eval mode."""
+
+
+@runtime_checkable
+class LearnsFromUnlabeled(Protocol):
+    """A task that may also have examples without labels, from which R-Drop learns by the divergence alone."""
+
+    unlabeled_per_update: int
+    """How many of them an update has beside its batch."""
+
+    def unlabeled_size(self) -> int:
+        """Number of examples without labels; 0 where the recipe names none."""
+
+    def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
+        """As `train_batch`. Its labels say nothing but which positions count: those that are not -100."""
+
+
+def load_task(recipe: Any) -> Task:
+    """The task `recipe.task`, with its data loaded. Raises `ValueError` for an unknown name."""
+    if recipe.task not in TASKS:
+        raise ValueError(f"task (={recipe.task!r}) must be one of {', '.join(TASKS)}")
+    module, name = TASKS[recipe.task].split(".")
+    task: Task = getattr(import_module(f"rdrop.experiments.tasks.{module}.task"), name)(recipe)
+    return task

@@ -1,0 +1,1 @@
+"""Text classification: recipes, data, model, scores."""

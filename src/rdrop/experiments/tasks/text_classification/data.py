@@ -1,0 +1,311 @@
+"""Texts with their labels, from files, a folder or the hub: train, valid and test, with the names of the classes.
+
+Of GLUE the test split is the official dev set, whose labels are published, and valid is a tenth of train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, tenths
+from rdrop.experiments.tasks.text_classification.glue import GLUE, SCORE_RANGE
+from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.text_classification.recipes import TextClassificationData
+
+SHOWN_CLASSES = 10  # in an error
+
+
+@dataclass(frozen=True)
+class LabeledTexts:
+    first: list[str]
+    second: list[str] | None
+    labels: NDArray[Any]
+    """Class indices, int64; or numbers, float32."""
+
+    def take(self, rows: NDArray[np.int64]) -> LabeledTexts:
+        second = None if self.second is None else [self.second[row] for row in rows]
+        return LabeledTexts([self.first[row] for row in rows], second, self.labels[rows])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: LabeledTexts
+    valid: LabeledTexts
+    test: LabeledTexts
+    mismatched: LabeledTexts | None
+    """MNLI's second dev set, of other genres than the training texts."""
+    unlabeled: LabeledTexts | None
+    """Texts to learn from by the divergence alone. Their labels are all 0 and say nothing."""
+    classes: tuple[str, ...]
+    """The name of each class; empty where labels are numbers."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """For each role the names its column may have."""
+
+    text: tuple[str, ...]
+    text2: tuple[str, ...]
+    label: tuple[str, ...]
+    text2_may_lack: bool
+    may_be_empty: bool
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One file as it was read."""
+
+    name: str
+    where: Sequence[str]
+    first: list[str]
+    second: list[str] | None
+    labels: list[str]
+
+
+def load_texts(data: TextClassificationData) -> Splits:
+    """The examples that `data` names. Raises `DataError`: which file and line, what is wrong, how to fix it."""
+    tables = _tables(data)
+    if data.counts is not None and data.train is None:
+        _require_counts(tables, data.counts)
+    train = tables[0][1]
+    unlabeled = None if data.unlabeled is None else _read_file(Path(data.unlabeled), _without_label(_columns(data)))
+    classes = _class_spellings(train, data)
+    for table in [table for _, table in tables] + ([] if unlabeled is None else [unlabeled]):
+        if (table.second is None) != (train.second is None):
+            raise DataError(f"{table.name}: one of {train.name} and this file has a second text; give it to both")
+    labeled = {}
+    for name, table in tables:
+        labels = _numbers(table, data) if data.regression else _indices(table, classes, data)
+        labeled[name] = LabeledTexts(table.first, table.second, labels)
+    splits = _with_held_out(labeled, data.split_seed)
+    if data.regression:
+        for name in ("valid", "test"):
+            if np.ptp(splits[name].labels) == 0:
+                raise DataError(f"{train.name}: the labels of the {name} split are all equal; give it others")
+    return Splits(
+        splits["train"],
+        splits["valid"],
+        splits["test"],
+        splits.get("mismatched"),
+        None if unlabeled is None else _with_zeros(unlabeled, data),
+        tuple(spellings[0] for spellings in classes),
+    )
+
+
+def _with_held_out(found: dict[str, LabeledTexts], split_seed: int) -> dict[str, LabeledTexts]:
+    """With a tenth of train for each of valid and test that has no examples of its own."""
+    missing = [name for name in ("valid", "test") if name not in found]
+    if not missing:
+        return found
+    whole = found["train"]
+    train, *others = tenths(len(whole), split_seed)
+    parts = dict(zip(("valid", "test"), others, strict=True))
+    kept = np.concatenate([train, *(rows for name, rows in parts.items() if name in found)])
+    return found | {"train": whole.take(np.sort(kept))} | {name: whole.take(parts[name]) for name in missing}
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def _tables(data: TextClassificationData) -> list[tuple[str, _Table]]:
+    """The files of the splits, train first."""
+    if data.tiny:
+        with TemporaryDirectory() as folder:
+            write_tiny_texts(Path(folder), data)
+            return _read_all(_files_in(folder, data), data)
+    if data.train is not None:
+        named = (("train", data.train), ("valid", data.valid), ("test", data.test))
+        return _read_all([(name, Path(path)) for name, path in named if path is not None], data)
+    if data.folder is not None:
+        return _read_all(_files_in(data.folder, data), data)
+    if data.hub is not None:
+        return [(name, _read_hub(data.hub, split, data)) for name, split in _hub_splits(data)]
+    layout = "CoLA/train.tsv and its like" if data.glue else "train.csv, valid.csv and test.csv"
+    raise DataError(f"no data: set data.train to a file, data.folder to a folder with {layout}, or data.hub")
+
+
+def _names_of_splits(dev: Sequence[str]) -> tuple[str, ...]:
+    return ("train", "test", "mismatched")[: 1 + len(dev)]
+
+
+def _files_in(folder: str, data: TextClassificationData) -> list[tuple[str, Path]]:
+    if data.glue is None:
+        return [
+            (split, find_file(folder, *(f"{name}{kind}" for name in names for kind in TABLES)))
+            for split, names in (("train", ("train",)), ("valid", ("valid", "dev")), ("test", ("test",)))
+        ]
+    glue = GLUE[data.glue]
+    if not (Path(folder) / glue.folder).is_dir():
+        raise DataError(f"{folder}: has no folder {glue.folder}; set data.folder to the one with GLUE's folders in it")
+    names = ("train", *glue.dev)
+    files = [find_file(Path(folder) / glue.folder, f"{name}.tsv") for name in names]
+    return list(zip(_names_of_splits(glue.dev), files, strict=True))
+
+
+def _hub_splits(data: TextClassificationData) -> list[tuple[str, str]]:
+    if data.glue is not None:
+        dev = GLUE[data.glue].hub_dev
+        return list(zip(_names_of_splits(dev), ("train", *dev), strict=True))
+    assert data.hub_splits is not None  # the recipe has seen to it
+    names = {1: ("train",), 2: ("train", "test"), 3: ("train", "valid", "test")}[len(data.hub_splits)]
+    return list(zip(names, data.hub_splits, strict=True))
+
+
+def _read_all(files: Iterable[tuple[str, Path]], data: TextClassificationData) -> list[tuple[str, _Table]]:
+    return [(name, _read_file(path, _columns(data))) for name, path in files]
+
+
+def _columns(data: TextClassificationData) -> _Columns:
+    if data.glue is not None:
+        glue = GLUE[data.glue]
+        return _Columns(glue.text, glue.text2, glue.label, text2_may_lack=False, may_be_empty=glue.may_be_empty)
+    assert data.text_column is not None  # the recipe has seen to it, here and below
+    assert data.label_column is not None
+    text2 = () if data.text2_column is None else (data.text2_column,)
+    return _Columns((data.text_column,), text2, (data.label_column,), text2_may_lack=True, may_be_empty=False)
+
+
+def _without_label(columns: _Columns) -> _Columns:
+    return replace(columns, label=())
+
+
+def _with_zeros(table: _Table, data: TextClassificationData) -> LabeledTexts:
+    zeros = np.zeros(len(table.first), dtype=np.float32 if data.regression else np.int64)
+    return LabeledTexts(table.first, table.second, zeros)
+
+
+def _read_file(path: Path, columns: _Columns) -> _Table:
+    rows = read_table(path, [], optional=[*columns.text, *columns.text2, *columns.label])
+    present = rows[0].values.keys()
+    chosen: list[str | None] = []
+    for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
+        found = [name for name in names if name in present]
+        if names and not found and not may_lack:
+            read_table(path, names[:1])  # names the column that is most like it
+        chosen.append(found[0] if found else None)
+    for row in rows:  # only rows of JSON can differ
+        if row.values.keys() != present:
+            raise DataError(
+                f"{row.where}: has other columns than the first row ({', '.join(present)}); give it the same"
+            )
+    texts = [None if name is None else [row.values[name] for row in rows] for name in chosen]
+    return _checked(_Table(str(path), [row.where for row in rows], texts[0], texts[1], texts[2] or []), columns)  # type: ignore[arg-type]
+
+
+def _read_hub(hub: str, split: str, data: TextClassificationData) -> _Table:
+    from datasets import ClassLabel  # with all that reads data from the hub
+
+    columns = _columns(data)
+    found = load_hub(hub, data.hub_config, split)
+    name = f"{hub} ({data.hub_config or 'no configuration'}), {split}"
+    values: list[list[str] | None] = []
+    for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
+        chosen = next((column for column in names if column in found.column_names), None)
+        if names and chosen is None and not may_lack:
+            raise DataError(f"{name}: has no column {names[-1]!r}, only {', '.join(found.column_names)}; name another")
+        values.append(None if chosen is None else _hub_values(found, chosen, name, ClassLabel))
+    first, second, labels = values
+    assert first is not None
+    assert labels is not None
+    return _checked(_Table(name, _HubRows(name, len(first)), first, second, labels), columns)
+
+
+class _HubRows(Sequence[str]):
+    def __init__(self, name: str, size: int) -> None:
+        self._name, self._size = name, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, row: Any) -> Any:
+        return f"{self._name}:{row + 1}"
+
+
+def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[str]:
+    feature, values = found.features[column], list(found[column])
+    if None in values:
+        raise DataError(f"{name}:{values.index(None) + 1}: {column} has no value; choose another column or split")
+    if isinstance(feature, class_label):
+        if min(values) < 0:
+            raise DataError(f"{name}:{values.index(-1) + 1}: has no label; choose a split that has labels")
+        return [feature.names[value] for value in values]  # type: ignore[attr-defined]
+    return [str(value) for value in values]
+
+
+def _checked(table: _Table, columns: _Columns) -> _Table:
+    for texts in (table.first, table.second or ()):
+        for where, text in zip(table.where, texts, strict=False):
+            if not columns.may_be_empty and not text.strip():
+                raise DataError(f"{where}: the text is empty; delete the example")
+    return table
+
+
+def _require_counts(tables: list[tuple[str, _Table]], counts: Sequence[int]) -> None:
+    if len(tables) != len(counts):
+        raise DataError(f"data.counts has {len(counts)} numbers for {len(tables)} files; give one for each, or null")
+    for (_, table), count in zip(tables, counts, strict=True):
+        if len(table.first) != count:
+            raise DataError(
+                f"{table.name}: has {len(table.first)} examples and must have {count}; get it again, or set "
+                "data.counts=null"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
+
+
+def _class_spellings(train: _Table, data: TextClassificationData) -> tuple[tuple[str, ...], ...]:
+    """How each class may be written, its name first."""
+    if data.regression:
+        return ()
+    if data.glue is not None:
+        return GLUE[data.glue].classes
+    names = sorted(set(train.labels))
+    if len(names) < 2:
+        raise DataError(f"{train.name}: all labels are {names[0]!r}; a classifier needs two classes or more")
+    if len(names) > len(train.labels) / 2:
+        raise DataError(
+            f"{train.name}: has {len(names)} different labels in {len(train.labels)} examples; for numbers to predict "
+            "set data.regression=true, else check data.label_column"
+        )
+    return tuple((name,) for name in names)
+
+
+def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClassificationData) -> NDArray[np.int64]:
+    index = {spelling: number for number, spellings in enumerate(classes) for spelling in spellings}
+    try:
+        return np.array([index[label] for label in table.labels], dtype=np.int64)
+    except KeyError:
+        row = next(row for row, label in enumerate(table.labels) if label not in index)
+    known = ", ".join(name for name, *_ in classes[:SHOWN_CLASSES]) + (", ..." if len(classes) > SHOWN_CLASSES else "")
+    whose = "GLUE's classes" if data.glue else "those of the training examples"
+    raise DataError(
+        f"{table.where[row]}: the label {table.labels[row][:60]!r} is not among {whose} ({known}); correct it"
+    )
+
+
+def _numbers(table: _Table, data: TextClassificationData) -> NDArray[np.float32]:
+    low, high = SCORE_RANGE if data.glue else (-math.inf, math.inf)
+    numbers = np.empty(len(table.labels), dtype=np.float32)
+    for row, label in enumerate(table.labels):
+        try:
+            numbers[row] = float(label)
+        except ValueError:
+            raise DataError(f"{table.where[row]}: the label {label[:60]!r} is not a number; correct it") from None
+        if not (math.isfinite(numbers[row]) and low <= numbers[row] <= high):
+            allowed = f"from {low:g} to {high:g}" if data.glue else "a finite number"
+            raise DataError(f"{table.where[row]}: the label {label[:60]!r} must be {allowed}; correct it")
+    return numbers

@@ -1,0 +1,171 @@
+"""Classes of texts, or numbers for them, by an encoder with a classifier on top: GLUE, and files of your own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_texts
+from rdrop.experiments.tasks.text_classification.glue import GLUE
+from rdrop.experiments.tasks.text_classification.models import (
+    classifier,
+    configuration,
+    learned_tokenizer,
+    pretrained_tokenizer,
+)
+from rdrop.experiments.tasks.text_classification.scores import score_texts
+from rdrop.loss import Divergence, TaskLoss
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.text_classification.recipes import TextClassificationRecipe
+
+EVALUATION_BATCH = 64
+TOKENIZED_AT_ONCE = 10_000  # the tokenizer's own lists take a hundred times the memory of the arrays
+Inputs = dict[str, list[NDArray[np.int32]]]
+
+
+class TextClassification:
+    """Texts are tokenized once, at the start; a batch is padded to the longest of its texts.
+
+    `mismatched` is scored with the test split, as `accuracy_mismatched`: it is MNLI's second dev set.
+    """
+
+    higher_is_better = True
+    task_loss: TaskLoss
+    divergence: Divergence
+
+    def __init__(self, recipe: TextClassificationRecipe) -> None:
+        self.notes: dict[str, str] = {}
+        data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
+        if data.regression:
+            self.task_loss, self.divergence = squared_error, squared_difference
+        else:
+            self.task_loss, self.divergence = cross_entropy, symmetric_kl
+        own_scores = ("pearson", "spearman") if data.regression else ("accuracy", "f1_macro")
+        self._scores = GLUE[data.glue].scores if data.glue else own_scores
+        self.metric = self._scores[0]
+        self.unlabeled_per_update = data.unlabeled_batch
+
+        splits = load_texts(data)
+        self.classes = splits.classes
+        self._tokenizer = self._build_tokenizer(splits.train)
+        texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+        if splits.mismatched is not None:
+            texts["mismatched"] = splits.mismatched
+        if splits.unlabeled is not None:
+            texts["unlabeled"] = splits.unlabeled
+        self._inputs = {name: self._tokenized(split) for name, split in texts.items()}
+        self._labels = {name: _label_tensor(split.labels) for name, split in texts.items()}
+
+    def build_model(self) -> nn.Module:
+        return classifier(self._model.name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
+
+    def train_size(self) -> int:
+        return len(self._labels["train"])
+
+    def unlabeled_size(self) -> int:
+        return len(self._labels.get("unlabeled", ()))
+
+    def train_lengths(self) -> NDArray[np.int64]:
+        return _lengths(self._inputs["train"])
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
+
+    def unknown_id(self) -> int | None:
+        unknown: int | None = self._tokenizer.unk_token_id
+        return unknown
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        return self._batch("train", indices)
+
+    def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
+        return self._batch("unlabeled", indices)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Class indices `(N,)`, or the numbers to predict, `(N, 1)`."""
+        labels: Tensor = batch["labels"]
+        return labels
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        scores = self._evaluate(model, split)
+        if split == "test" and "mismatched" in self._labels:
+            scores["accuracy_mismatched"] = self._evaluate(model, "mismatched")["accuracy"]
+        return scores
+
+    def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        device = next(model.parameters()).device
+        order = np.argsort(_lengths(self._inputs[split]), kind="stable")  # texts of like length need little padding
+        outputs = []
+        for rows in np.array_split(order, -(-len(order) // EVALUATION_BATCH)):
+            batch = self._batch(split, rows.tolist())
+            outputs.append(self.logits(model, {name: value.to(device) for name, value in batch.items()}).float().cpu())
+        logits, labels = torch.cat(outputs), self._labels[split][order]
+        names, targets = self._scores, labels if self.classes else labels[:, 0]
+        return {
+            "loss": self.task_loss(logits, labels).mean().item(),
+            **score_texts(names, logits.numpy(), targets.numpy()),
+        }
+
+    # ----------------------------------------------------------------------------------------------------- the tokens
+
+    def _build_tokenizer(self, train: LabeledTexts) -> Any:
+        if self._model.name is None:
+            assert self._model.vocabulary is not None  # the recipe has seen to it
+            return learned_tokenizer([*train.first, *(train.second or ())], self._model.vocabulary)
+        tokenizer = pretrained_tokenizer(self._model.name)
+        if self._max_length > tokenizer.model_max_length:
+            rule = f"must be at most what {self._model.name} can read (={tokenizer.model_max_length})"
+            raise RecipeError("data.max_length", rule, value=self._max_length)
+        return tokenizer
+
+    def _tokenized(self, texts: LabeledTexts) -> Inputs:
+        inputs: Inputs = {}
+        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+            part = slice(start, start + TOKENIZED_AT_ONCE)
+            second = None if texts.second is None else texts.second[part]
+            encoded = self._tokenizer(
+                texts.first[part], second, truncation=True, max_length=self._max_length, return_attention_mask=False
+            )
+            for name, rows in encoded.items():
+                inputs.setdefault(name, []).extend(np.array(row, dtype=np.int32) for row in rows)
+        return inputs
+
+    def _batch(self, split: str, rows: list[int]) -> Batch:
+        tokenizer = self._tokenizer
+        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        batch: Batch = {
+            name: self._padded([values[row] for row in rows], padding.get(name, 0))
+            for name, values in self._inputs[split].items()
+        }
+        ones = [np.ones_like(self._inputs[split]["input_ids"][row]) for row in rows]
+        return {**batch, "attention_mask": self._padded(ones, 0), "labels": self._labels[split][rows]}
+
+    def _padded(self, rows: list[NDArray[np.int32]], value: int) -> Tensor:
+        return pad_sequence(
+            [torch.from_numpy(row).long() for row in rows],
+            batch_first=True,
+            padding_value=value,
+            padding_side=self._tokenizer.padding_side,
+        )
+
+
+def _label_tensor(labels: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(labels)[:, None] if labels.dtype == np.float32 else torch.from_numpy(labels)
+
+
+def _lengths(inputs: Inputs) -> NDArray[np.int64]:
+    return np.array([len(row) for row in inputs["input_ids"]], dtype=np.int64)

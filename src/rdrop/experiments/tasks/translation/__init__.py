@@ -1,0 +1,1 @@
+"""Translation: recipes, data, model, scores."""

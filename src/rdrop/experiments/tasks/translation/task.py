@@ -1,0 +1,260 @@
+"""Translation from scratch by the Transformer of Vaswani et al.: post-norm, sinusoidal positions, shared embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MarianConfig, MarianMTModel
+
+from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.decoding.generate import Decoder, Search, decoder_of
+from rdrop.experiments.tasks.files import DataError, find_file
+from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.token_sequences import TokenSequences, in_parts, usable
+from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
+from rdrop.experiments.tasks.translation.scores import TOKENIZERS, BleuScorer, has_words
+from rdrop.experiments.tasks.translation.subwords import (
+    END,
+    PAD,
+    SPECIAL_TOKENS,
+    START,
+    UNKNOWN,
+    CodedSubwords,
+    LearnedSubwords,
+    Subwords,
+)
+
+if TYPE_CHECKING:
+    from rdrop.experiments.tasks.translation.recipes import TranslationData, TranslationModel, TranslationRecipe
+
+IGNORE_INDEX = -100
+VOCABULARY_MULTIPLE = 8  # as fairseq: matrices of whole tiles
+
+Split = tuple[TokenSequences, TokenSequences]
+
+
+class Translation:
+    """The checkpoint is chosen by the BLEU of the first `data.valid_sentences` of the valid split, the loss is of all.
+
+    What a reader should know of the data and the scores beside their numbers is in `notes`.
+    """
+
+    higher_is_better = True
+    task_loss = staticmethod(cross_entropy)
+    divergence = staticmethod(symmetric_kl)
+
+    def __init__(self, recipe: TranslationRecipe) -> None:
+        data = recipe.data
+        self._data, self._model, self._decoding = data, recipe.model, recipe.decoding
+        self.metric = data.metric
+        pairs = load_pairs(data)
+        self.subwords = build_subwords(data, pairs["train"])
+        self._splits = {split: encode_pairs(self.subwords, own) for split, own in pairs.items()}
+        self._used, self.counts = usable(
+            *(side.lengths for side in self._splits["train"]), max_length=data.max_length, max_ratio=data.max_ratio
+        )
+        if not len(self._used):
+            raise DataError(f"{pairs['train'].where}: data.max_length and data.max_ratio skip every pair; raise them")
+        for split in ("valid", "test"):
+            self._require_scorable(pairs[split].where, self._splits[split])
+        self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
+        for split, references in self._references.items():
+            self._require_words(pairs[split].where, references)
+        self._bleu = BleuScorer(data.target, tokenized=data.tokenized, lowercase=data.lowercase)
+        self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
+        """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
+
+    def build_model(self) -> nn.Module:
+        return MarianMTModel(marian_config(self._model, self.subwords.size))
+
+    def train_size(self) -> int:
+        return len(self._used)
+
+    def train_lengths(self) -> NDArray[np.int64]:
+        source, target = self._splits["train"]
+        lengths: NDArray[np.int64] = np.maximum(source.lengths, target.lengths)[self._used] + 1  # the end
+        return lengths
+
+    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+        return make_batch(self._splits["train"], self._used[indices].tolist())
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(range(len(SPECIAL_TOKENS)))
+
+    def unknown_id(self) -> int:
+        return UNKNOWN
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"],
+            use_cache=False,
+        ).logits
+        return logits
+
+    def labels(self, batch: Batch) -> Tensor:
+        labels: Tensor = batch["labels"]
+        return labels
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The loss of a reference's token, and each form of BLEU. Valid is searched with `decoding.valid_beams`."""
+        is_valid = split == "valid"
+        beams = self._decoding.valid_beams if is_valid else self._decoding.beams
+        translated = self._data.valid_sentences if is_valid else None
+        size = len(self._references[split])
+        hypotheses, loss = self._translate(model, split, range(size)[:translated], beams)
+        rest, rest_loss = self._translate(model, split, range(size)[len(hypotheses) :], beams=None)
+        assert not rest
+        scores = self._bleu(hypotheses, self._references[split][: len(hypotheses)])
+        self.notes |= {f"signature of {name}": signature for name, signature in self._bleu.signatures.items()}
+        total, tokens = loss[0] + rest_loss[0], loss[1] + rest_loss[1]
+        return {"loss": total / tokens} | scores
+
+    def translate(self, model: nn.Module, split: str) -> list[str]:
+        """What the test score is of: a translation of each sentence of the split, in its order."""
+        return self._translate(model, split, range(len(self._references[split])), self._decoding.beams)[0]
+
+    @torch.no_grad()
+    def _translate(
+        self, model: nn.Module, split: str, rows: Sequence[int], beams: int | None
+    ) -> tuple[list[str], tuple[float, int]]:
+        """Translations of some rows (none where `beams` is None), and the sum of the loss with its number of tokens.
+
+        Loss and search take turns, batch by batch: a stop signal is noticed in the forward of the loss.
+        """
+        decoder = None if beams is None or not rows else self._decoder(model, beams)
+        found: dict[int, list[int]] = {}
+        total, tokens = 0.0, 0
+        for batch_rows in self._batches_of_like_length(split, rows):
+            loss, count = self._loss(model, make_batch(self._splits[split], batch_rows))
+            total, tokens = total + loss, tokens + count
+            if decoder is not None:
+                sources = [[*self._splits[split][0][row], END] for row in batch_rows]
+                found |= zip(batch_rows, decoder(sources, self._longest_output(sources)), strict=True)
+        return self.subwords.decode([found[row] for row in rows if row in found]), (total, tokens)
+
+    def _decoder(self, model: nn.Module, beams: int) -> Decoder:
+        # The tokens behind the vocabulary, up to the multiple, were never learned.
+        nothing = range(self.subwords.size, rounded_up(self.subwords.size))
+        search = Search(beams, self._decoding.length_penalty, never=(START, PAD, *nothing))
+        decoder = decoder_of(model, search)
+        self.notes["decoded by"] = decoder.name
+        return decoder
+
+    def _longest_output(self, sources: Sequence[Sequence[int]]) -> int:
+        return min(2 * max(map(len, sources)) + 10, self._model.positions - 1)
+
+    def _batches_of_like_length(self, split: str, rows: Sequence[int]) -> Iterator[list[int]]:
+        lengths = self._splits[split][0].lengths
+        order = sorted(rows, key=lambda row: -lengths[row])
+        return in_parts(order, self._decoding.batch_size)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch["labels"].flatten()
+        logits = self.logits(model, batch).flatten(0, 1).float()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").item()
+        return total, int((labels != IGNORE_INDEX).sum())
+
+    def _require_scorable(self, where: str, split: Split) -> None:
+        for side in split:
+            for row in np.flatnonzero((side.lengths == 0) | (side.lengths >= self._model.positions)):
+                raise DataError(
+                    f"{where}: pair {row + 1} has a side of {side.lengths[row]} tokens, but what is scored has 1 to "
+                    f"{self._model.positions - 1}; correct it, or raise model.positions"
+                )
+
+    def _require_words(self, where: str, references: Sequence[str]) -> None:
+        language = self._data.target
+        if not has_words(language, references):
+            raise DataError(
+                f"{where}: most translations have no spaces, and BLEU would take each for one word, because "
+                f"data.target (={language}) does not say which language they are in; name the column or the file "
+                f"ending, and data.target, one of {', '.join(TOKENIZERS)}"
+            )
+
+
+def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
+    """Of both languages, from the training text alone."""
+    lines = chain.from_iterable(train)
+    if data.codes is not None:
+        codes = Path(data.codes) if data.folder is None else find_file(data.folder, data.codes)
+        return CodedSubwords(codes, lines)
+    subwords = LearnedSubwords(lines, data.vocabulary, tokenized=data.tokenized)
+    if subwords.size > data.vocabulary:
+        raise RecipeError(
+            "data.vocabulary",
+            f"must be at least {subwords.size}: so many different characters and special tokens there are",
+            value=data.vocabulary,
+        )
+    return subwords
+
+
+def encode_pairs(subwords: Subwords, pairs: Pairs) -> Split:
+    source, target = (TokenSequences(_encoded(subwords, (pair[side] for pair in pairs))) for side in (0, 1))
+    return source, target
+
+
+def _encoded(subwords: Subwords, lines: Iterable[str]) -> Iterator[list[int]]:
+    for some in in_parts(lines):
+        yield from subwords.encode(some)
+
+
+def marian_config(model: TranslationModel, vocabulary: int) -> MarianConfig:
+    """transformers' Marian is Vaswani's Transformer: normalized after each residual, nothing after the last layer."""
+    return MarianConfig(
+        vocab_size=rounded_up(vocabulary),
+        d_model=model.hidden_size,
+        encoder_layers=model.layers,
+        decoder_layers=model.layers,
+        encoder_attention_heads=model.heads,
+        decoder_attention_heads=model.heads,
+        encoder_ffn_dim=model.intermediate_size,
+        decoder_ffn_dim=model.intermediate_size,
+        activation_function="relu",
+        max_position_embeddings=model.positions,
+        scale_embedding=True,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        activation_dropout=model.activation_dropout,
+        init_std=0.02,  # transformers' own; with fairseq's larger one, a post-norm model is slower to start
+        bos_token_id=START,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        decoder_start_token_id=END,  # as in fairseq
+        forced_eos_token_id=None,
+    )
+
+
+def rounded_up(vocabulary: int) -> int:
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def make_batch(split: Split, rows: Sequence[int]) -> Batch:
+    """Padded at the end. The decoder reads the target behind a `</s>`, and is to say it with a `</s>` behind it."""
+    sources = [split[0][row] for row in rows]
+    targets = [split[1][row] for row in rows]
+    input_ids = _padded([[*ids, END] for ids in sources], PAD)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != PAD).long(),
+        "decoder_input_ids": _padded([[END, *ids] for ids in targets], PAD),
+        "labels": _padded([[*ids, END] for ids in targets], IGNORE_INDEX),
+    }
+
+
+def _padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=value)

@@ -1,0 +1,67 @@
+"""Finished runs scored again: on another test file, or with another search. Nothing is trained, nothing written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.randomness import seed_all
+from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, override
+from rdrop.experiments.run_folder import RECIPE, ResultsError
+from rdrop.experiments.tasks.task import load_task
+from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training.fingerprint import fingerprint
+
+SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
+
+
+def scored_again(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """The result of the run with its weights scored on the test split anew: `test`, and the `notes` on the scores.
+
+    Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
+    not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and
+    classes come from them.
+
+    Raises:
+        RecipeError: a setting that would have trained another model.
+        DataError: the data are not what they should be.
+        CheckpointError: the weights are damaged, not there any more, or those of another model.
+        ResultsError: the training data are not those of the run, or a score is not finite.
+    """
+    recipe = scoring_recipe(load_recipe(run.path / RECIPE), settings)
+    task = load_task(recipe)
+    if run.result.get("data") not in (None, fingerprint(task)):
+        raise ResultsError(
+            f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
+            "the weights would mean something else. Put them back, or name them by data.folder."
+        )
+    seed_all(recipe.seed, "evaluate", run.result["updates"])
+    model = task.build_model().to(torch.accelerator.current_accelerator() or "cpu").eval()
+    best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
+    checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
+    scores = task.evaluate(model, "test")
+    _require_finite(scores, run.path)
+    return run.result | {"test": scores, "notes": task.notes}
+
+
+def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """The recipe of a run with settings that leave the trained model what it is. Raises `RecipeError` for others."""
+    settings = list(settings)
+    changed = override(recipe, settings)
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        if key not in SCORING_KEYS and not key.startswith("decoding."):
+            rule = f"belongs to the training; to score, change {', '.join(SCORING_KEYS)} or a key of decoding"
+            raise RecipeError(key, rule, value=text)
+    return changed
+
+
+def _require_finite(scores: Mapping[str, float], path: Path) -> None:
+    wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
+    if wrong:
+        raise ResultsError(f"{path}: on these data {' and '.join(wrong)}. Look at the data.")

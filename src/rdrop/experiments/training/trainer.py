@@ -1,0 +1,477 @@
+"""START HERE for experiments. One training loop for every task, with R-Drop (`alpha` > 0) or plainly (`alpha` = 0).
+
+    train(recipe, folder)
+      -> recipe.json
+      -> task, seeded model, newest good checkpoint if the run was interrupted
+      -> updates; every so often a score on the valid split, a checkpoint
+      -> the weights with the best valid score, scored on valid and test, once: result.json
+
+Three properties hold for every task, and tests hold them:
+
+* An update does not depend on how it is cut. Both terms of the loss are sums over positions divided by the number of
+  valid positions of the whole update, over all microbatches and processes.
+* A run that was killed ends in the same bits as one that was not. Order of the data is a pure function of
+  (seed, epoch), randomness one of (seed, step, microbatch, process): a checkpoint needs no generator's state, and
+  evaluation cannot disturb training.
+* A number that is not finite stops the run at that step. It never reaches the weights.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from rdrop.experiments.randomness import seed_all
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.run_folder import FORMAT, RunFolder
+from rdrop.experiments.tasks.task import Batch, LearnsFromUnlabeled, load_task
+from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training.cost import CostMeter
+from rdrop.experiments.training.fingerprint import fingerprint
+from rdrop.experiments.training.machine import machine, versions
+from rdrop.experiments.training.method import Method, MethodError, count_positions, uses_rdrop
+from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
+from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
+from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
+from rdrop.experiments.training.prefetch import Prefetched
+from rdrop.experiments.training.trackers import require_trackers
+from rdrop.loss import LossTerms
+
+TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start, or cannot go on: what, at which step, and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_progress` is told after every update and every score."""
+
+    step: int
+    updates: int
+    loss: float
+    valid: dict[str, float] | None
+    """The newest scores on the valid split."""
+    seconds_per_step: float
+    """Of this session, evaluation and checkpoints included: times the steps left, the time left."""
+
+
+@dataclass
+class RunState:
+    """All that a checkpoint must know beside weights and optimizer: a JSON object."""
+
+    step: int = 0
+    """Updates done."""
+    evaluated_step: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    scores_since_best: int = 0
+    averaged_steps: list[int] = field(default_factory=list)
+    """The last scores whose weights the final score averages, if it does."""
+    seconds: float = 0.0
+    resumed: int = 0
+    data: str = ""
+    """The fingerprint of the training data."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of what the next `train` row averages, with the counts."""
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Microbatch(NamedTuple):
+    """What one forward and backward pass sees."""
+
+    batch: Batch
+    is_labeled: bool
+
+
+def train(
+    recipe: Recipe,
+    folder: str | PathLike[str],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    trackers: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains the recipe in `folder`, or resumes it there, and returns its result (the content of `result.json`).
+
+    A finished run is not repeated: its result is returned. Under `torchrun` or `accelerate launch` every process calls
+    this; the first one writes. Python's, numpy's and torch's global generators are seeded. `trackers` are names that
+    Accelerate knows ("tensorboard", "wandb", ...): they are told what `metrics.jsonl` is told.
+
+    Raises:
+        TrainingError: the folder belongs to another recipe, the recipe does not fit its task, R-Drop has nothing to act
+            on, a number is not finite.
+        TrackerError: Accelerate does not know a tracker, or does not find its package.
+        DataError: the data are not what they should be: which file and line.
+        CheckpointError: checkpoints are there, and all are damaged.
+        StorageError: the disk is full or cannot be written. What was saved before stays good.
+        Preempted: SIGTERM or SIGINT came; the state is saved, and the same call resumes it.
+    """
+    require_trackers(trackers)
+    run = RunFolder(folder)
+    result = run.result()
+    if result is not None:
+        _require_same_recipe(recipe, result["recipe"], run.path)
+        return result
+    return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
+
+
+class _Training:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, on_progress: Callable[[Progress], None], trackers: Sequence[str]
+    ) -> None:
+        self.recipe, self.folder, self.on_progress = recipe, folder, on_progress
+        self.checkpoint_folder = folder.path / "checkpoints"
+        # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=folder.path,
+        )
+        self.stop = StopSignals(self.any_process)
+        self.batches = Prefetched(self.microbatches, end=recipe.updates)
+
+        self.write_recipe()
+        self.task = load_task(recipe)
+        self.parts = recipe.accumulation * self.accelerator.num_processes
+        seed_all(recipe.seed, "model")
+        self.model = self.task.build_model().to(self.accelerator.device)  # what is evaluated and saved
+        with _refusals():
+            size, lengths = self.task.train_size(), self.task.train_lengths()
+            self.order = DataOrder(recipe, size, lengths, parts=self.parts)
+            self.unlabeled_order = self.order_unlabeled()
+            self.method = Method(recipe, self.task, self.model, self.logits)
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.state = RunState(data=fingerprint(self.task))
+        self.saved_step: int | None = None  # of the checkpoint that holds the present state
+        self.resume()
+        self.parallel_model = self.accelerator.prepare_model(self.model)  # what is trained: under DDP, its wrapper
+        if recipe.compile:
+            self.parallel_model = torch.compile(self.parallel_model)
+        if trackers:
+            self.accelerator.init_trackers(recipe.name)
+
+        self.cost = CostMeter(self.accelerator.device, self.state.seconds)
+        self.started_at, self.started_step = time.perf_counter(), self.state.step
+        self.valid: dict[str, float] | None = None
+
+    def run(self) -> dict[str, Any]:
+        with self.batches, self.stop:
+            try:
+                while True:
+                    if self.must_evaluate():
+                        self.evaluate()
+                    if self.must_save():
+                        self.save()
+                    if self.is_over():
+                        return self.finish()
+                    self.update()
+            except StopRequestedError:
+                self.save()
+                raise Preempted(self.stop.signum, self.state.step, self.checkpoint_folder) from None
+
+    # ------------------------------------------------------------------------------------------------ one update
+
+    def update(self) -> None:
+        with self.cost:
+            step = self.state.step
+            learning_rate = learning_rate_at(step, self.recipe)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            terms = self.accumulate_gradient(step)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
+            loss, task_loss, divergence, gradient_norm = [*terms.tolist(), norm.item()]
+            measured = dict(zip(TRAIN_KEYS, (loss, task_loss, divergence, learning_rate, gradient_norm), strict=True))
+            if not uses_rdrop(step, self.recipe):
+                del measured["divergence"]
+            self.require_finite(measured)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        self.state.step += 1
+        self.state.seconds = self.cost.train_seconds
+        for name, value in measured.items():
+            self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+            self.state.counts[name] = self.state.counts.get(name, 0) + 1
+        self.report_progress(loss)
+
+    def accumulate_gradient(self, step: int) -> Tensor:
+        """Leaves the gradient of the update's loss in the parameters; returns loss, task loss, divergence: `(3,)`."""
+        accelerator, recipe, task = self.accelerator, self.recipe, self.task
+        self.parallel_model.train()
+        microbatches = [
+            part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in self.batches.at(step)
+        ]
+        positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
+        for part in microbatches:
+            positions[int(part.is_labeled)] += count_positions(task.labels(part.batch))
+        num_items = self.sum_over_processes(positions).clamp(min=1)
+        terms = torch.zeros(3, device=accelerator.device)
+        for index, part in enumerate(microbatches):
+            self.stop.poll()
+            seed_all(recipe.seed, "step", step, index, accelerator.process_index)
+            is_last = index == len(microbatches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.parallel_model):
+                loss = self.loss(part, step, num_items[int(part.is_labeled)])
+                self.cost.sample_memory()
+                # DDP averages the gradients of the processes; the loss is their sum.
+                (loss.loss * accelerator.num_processes).backward()
+            terms += torch.stack(loss).detach()
+        return self.sum_over_processes(terms)
+
+    def microbatches(self, step: int) -> list[Microbatch]:
+        """This process's part of the update's batch, in `accumulation` parts, on the CPU; then the same of the
+        examples without labels. Called in a thread.
+        """
+        epoch, indices = self.order.at(step)
+        parts = [Microbatch(self.task.train_batch(part, epoch), True) for part in self.own_parts(indices)]
+        if self.unlabeled_order is not None and uses_rdrop(step, self.recipe):
+            assert isinstance(self.task, LearnsFromUnlabeled)
+            epoch, indices = self.unlabeled_order.at(step)
+            parts += [Microbatch(self.task.unlabeled_batch(part, epoch), False) for part in self.own_parts(indices)]
+        return parts
+
+    def own_parts(self, indices: Indices) -> list[list[int]]:
+        parts = np.array_split(indices, self.parts)
+        return [part.tolist() for part in parts[self.accelerator.process_index :: self.accelerator.num_processes]]
+
+    def order_unlabeled(self) -> UnlabeledOrder | None:
+        """The order of the examples without labels, where the task has some."""
+        task = self.task
+        if not isinstance(task, LearnsFromUnlabeled) or not task.unlabeled_size():
+            return None
+        return UnlabeledOrder(self.recipe.seed, task.unlabeled_size(), task.unlabeled_per_update, parts=self.parts)
+
+    def loss(self, part: Microbatch, step: int, num_items: Tensor) -> LossTerms:
+        try:
+            with _refusals():
+                if not part.is_labeled:
+                    return self.method.unlabeled_terms(part.batch, num_items)
+                return self.method.terms(part.batch, step, num_items)
+        except FloatingPointError as error:
+            self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
+            raise TrainingError(f"step {step + 1}: {error}. {self.advice()}") from error
+
+    def logits(self, batch: Batch) -> Tensor:
+        device = self.accelerator.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return self.task.logits(self.parallel_model, batch)
+
+    def require_finite(self, measured: dict[str, float]) -> None:
+        wrong = [f"{name} is {value}" for name, value in measured.items() if not math.isfinite(value)]
+        if wrong:
+            self.append_row("train", self.state.step + 1, dict.fromkeys(TRAIN_KEYS) | measured)
+            raise TrainingError(f"step {self.state.step + 1}: {' and '.join(wrong)}. {self.advice()}")
+
+    def advice(self) -> str:
+        recipe = self.recipe
+        return (
+            f"The weights are still those of step {self.state.step}. Lower learning_rate (={recipe.learning_rate}) or "
+            f"clip_norm (={recipe.clip_norm}), set precision (={recipe.precision}) to fp32, and look at the data."
+        )
+
+    # ---------------------------------------------------------------------------------- scores, checkpoints, result
+
+    def is_due(self, every: int) -> bool:
+        step = self.state.step
+        return step > 0 and (step % every == 0 or step == self.recipe.updates)
+
+    def must_evaluate(self) -> bool:
+        return self.is_due(self.recipe.evaluate_every) and self.state.evaluated_step < self.state.step
+
+    def must_save(self) -> bool:
+        """For a resume; or because the final score may want these weights."""
+        wanted = (self.state.best_step, *self.state.averaged_steps)
+        return self.is_due(self.recipe.checkpoint_every) or self.state.step in wanted
+
+    def is_over(self) -> bool:
+        patience = self.recipe.patience
+        return self.state.step == self.recipe.updates or (
+            patience is not None and self.state.scores_since_best >= patience
+        )
+
+    def evaluate(self) -> None:
+        """Scores the valid split, writes both rows of this step, and notes whether it is the best so far."""
+        self.valid = self.score("valid")
+        state, means = self.state, _means(self.state)
+        self.append_row("train", state.step, dict.fromkeys(TRAIN_KEYS) | means)
+        self.append_row("valid", state.step, self.valid)
+        state.sums, state.counts, state.evaluated_step = {}, {}, state.step
+        score = self.valid[self.task.metric]
+        state.scores_since_best += 1
+        if state.best_score is None or self.is_better(score, state.best_score):
+            state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
+        if self.recipe.average_last > 1:
+            state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
+        self.report_progress(means["loss"])
+
+    def is_better(self, score: float, other: float) -> bool:
+        return score > other if self.task.higher_is_better else score < other
+
+    def score(self, split: Literal["valid", "test"]) -> dict[str, float]:
+        """The task's scores of the model as it is. Every process computes them all: they need no exchange."""
+        seed_all(self.recipe.seed, "evaluate", self.state.step)
+        hook = self.model.register_forward_pre_hook(self.stop.poll)
+        try:
+            scores = self.task.evaluate(self.model.eval(), split)
+        finally:
+            hook.remove()
+        wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
+        if wrong:
+            raise TrainingError(f"step {self.state.step}, {split} split: {' and '.join(wrong)}. {self.advice()}")
+        return scores
+
+    def finish(self) -> dict[str, Any]:
+        """Scores the best weights, or the mean of the last. The test split is used here, once, and decides nothing."""
+        state, recipe = self.state, self.recipe
+        assert state.best_step is not None  # the last update is always scored
+        self.accelerator.wait_for_everyone()
+        self.save()  # a stop from here on must not save the weights that are scored as those of the last update
+        checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
+        result = {
+            "format": FORMAT,
+            "recipe": recipe.model_dump(mode="json"),
+            "digest": recipe.digest(),
+            "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "metric": self.task.metric,
+            "higher_is_better": self.task.higher_is_better,
+            "updates": state.step,
+            "best_step": state.best_step,
+            "averaged_steps": state.averaged_steps,
+            "valid": self.score("valid"),
+            "test": self.score("test"),
+            "notes": self.task.notes,
+            "data": state.data,
+            "cost": self.cost.report(self.model),
+            "machine": machine(self.accelerator.device, self.accelerator.num_processes),
+            "versions": versions(),
+            "resumed": state.resumed,
+        }
+        if self.accelerator.is_main_process:
+            self.folder.write_result(result)
+        for tracker in self.accelerator.trackers:  # not end_training, which would end the process group too
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless it is there already."""
+        if self.state.step == self.saved_step:
+            return
+        self.require_finite_weights()
+        if self.accelerator.is_main_process:
+            checkpoints.save(
+                self.checkpoint_folder,
+                self.state.step,
+                self.model,
+                self.optimizer,
+                asdict(self.state),
+                keep=self.recipe.keep_checkpoints,
+            )
+        self.saved_step = self.state.step
+        self.accelerator.wait_for_everyone()
+
+    def require_finite_weights(self) -> None:
+        wrong = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        if wrong:
+            raise TrainingError(
+                f"step {self.state.step}: the update overflowed {wrong[0]} ({len(wrong)} such parameters); it is not "
+                f"saved. Lower learning_rate (={self.recipe.learning_rate})."
+            )
+
+    def resume(self) -> None:
+        """Takes up the newest good checkpoint, if there is one, and drops the rows written after it."""
+        checkpoint = checkpoints.load_newest_good(self.checkpoint_folder)
+        if checkpoint is not None:
+            checkpoint.restore_model(self.model)
+            checkpoint.restore_optimizer(self.optimizer)
+            self.state = self.taken_up(_parse_state(checkpoint))
+            self.state.resumed += 1
+            self.saved_step = self.state.step
+        if self.accelerator.is_main_process:
+            # If the score of this step is still to come, so are its rows.
+            self.folder.truncate_metrics(self.state.step - self.must_evaluate())
+
+    def taken_up(self, found: RunState) -> RunState:
+        data = self.state.data
+        if found.data not in (data, ""):
+            raise TrainingError(
+                f"the training data are not those with which {self.folder.path} began: other examples, vocabulary or "
+                "classes. Put them back, or delete that folder to start the run again."
+            )
+        return replace(found, data=data)
+
+    # ------------------------------------------------------------------------------------------ files and processes
+
+    def write_recipe(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if (self.folder.path / "recipe.json").exists():
+            _require_same_recipe(self.recipe, self.folder.recipe(), self.folder.path)
+        self.folder.write_recipe(self.recipe.model_dump(mode="json"))
+
+    def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            epoch = step / self.order.updates_per_epoch
+            row = {"kind": kind, "step": step, "epoch": epoch, "seconds": self.state.seconds}
+            self.folder.append_metrics(row | values)
+            measured = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            self.accelerator.log(measured | {"epoch": epoch}, step=step)
+
+    def report_progress(self, loss: float) -> None:
+        steps = self.state.step - self.started_step
+        seconds = (time.perf_counter() - self.started_at) / max(steps, 1)
+        self.on_progress(Progress(self.state.step, self.recipe.updates, loss, self.valid, seconds))
+
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(value, "sum")
+        return total
+
+    def any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.sum_over_processes(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
+
+def _parse_state(checkpoint: checkpoints.Checkpoint) -> RunState:
+    try:
+        return RunState(**checkpoint.state)
+    except TypeError as error:
+        raise checkpoints.CheckpointError(
+            f"{checkpoint.path} was written by another version of rdrop ({error}). Resume it with that version, or "
+            f"delete {checkpoint.path.parent} to start the run again."
+        ) from error
+
+
+def _means(state: RunState) -> dict[str, float]:
+    return {name: total / state.counts[name] for name, total in state.sums.items()}
+
+
+def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> None:
+    wanted = recipe.model_dump(mode="json")
+    if found != wanted:
+        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        raise TrainingError(
+            f"{path} holds a run of another recipe, which differs in {', '.join(differing)}. Choose another folder."
+        )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What data order and method refuse, as a `TrainingError`."""
+    try:
+        yield
+    except (OrderError, MethodError) as error:
+        raise TrainingError(str(error)) from error

@@ -1,0 +1,209 @@
+"""One batch, several passes: repeat it for one forward, split what comes back; or one forward for each pass.
+
+A *pass* is one forward with one dropout mask. Rows are ordered pass by pass: two passes of `x` are `[x; x]`, so row `i`
+of pass `k` is row `k * N + i`. Passes whose input differs too, by a cutoff, are in `cutoff.py`.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .dropout import dropout_rate
+
+T = TypeVar("T")
+
+# The tensor that decides the batch size when the tensors of a batch disagree, most telling name first.
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "labels")
+
+
+def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) -> T:
+    """The batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
+
+        logits = model(repeat_batch(x))         # one forward, two dropout masks: (2N, ..., V)
+        logits = model(**repeat_batch(inputs)).logits
+
+    Goes through tensors, mappings (dict, OrderedDict, `BatchEncoding`, `ModelOutput`), lists, tuples, namedtuples and
+    dataclasses, and gives the same types back. The input is not changed. Left as they are: 0-dimensional tensors,
+    tensors that are not batched, and whatever is not a tensor, lists of strings as long as the batch included.
+
+    A tensor is batched when its first dimension is the batch size. The batch size is `batch_size` if given, else what
+    all tensors agree on, else the size of the main input (`input_ids`, `inputs_embeds`, `pixel_values`,
+    `input_values`, `input_features` or `labels`, the first that is there). A tensor that is not batched but happens to
+    be as long as the batch cannot be told apart: keep it out of `batch`.
+
+    Raises `ValueError` when the batch size cannot be known or no tensor is batched, `TypeError` for a `PackedSequence`
+    or a nested tensor.
+    """
+    _require_passes(passes)
+    size = find_batch_size(batch) if batch_size is None else batch_size
+
+    def repeat(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor] * passes) if tensor.dim() > 0 and tensor.shape[0] == size else tensor
+
+    if size not in [tensor.shape[0] for _, tensor in named_tensors(batch, "batch") if tensor.dim() > 0]:
+        raise ValueError(f"no tensor of the batch has batch_size={size} rows; there are:\n{_listing(batch)}")
+    return map_tensors(repeat, batch)
+
+
+def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
+    """The inverse of `repeat_batch`: `passes` outputs of the same type, in the order of the passes.
+
+        first, second = split_passes(model(repeat_batch(x)))
+
+    Every tensor `(passes * N, ...)` becomes views `(N, ...)`, without a copy; 0-dimensional tensors (a loss) and
+    whatever is not a tensor (a key-value cache) are handed to each pass as they are.
+
+    Raises `ValueError` when a first dimension cannot be divided by `passes`.
+    """
+    _require_passes(passes)
+    batched = [(place, tensor) for place, tensor in named_tensors(output, "output") if tensor.dim() > 0]
+    if not batched:
+        raise ValueError(f"no batched tensor to split in the output, a {type(output).__name__}")
+    for place, tensor in batched:
+        if tensor.shape[0] % passes:
+            raise ValueError(
+                f"{place} has shape {tuple(tensor.shape)}: its first dimension cannot be divided into {passes} passes; "
+                "split the output of a forward of repeat_batch(batch, passes) with the same number of passes"
+            )
+
+    def rows_of(index: int) -> Callable[[Tensor], Tensor]:
+        def rows(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0:
+                return tensor
+            size = tensor.shape[0] // passes
+            return tensor.narrow(0, index * size, size)
+
+        return rows
+
+    return tuple(map_tensors(rows_of(index), output) for index in range(passes))
+
+
+def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:
+    """One forward for each pass, pass `k` with dropout rate `dropout[k]`: the tuple of the outputs.
+
+        first, second = sequential_passes(model, inputs, dropout=(0.1, 0.3))
+        loss = rdrop_loss(torch.cat([first.logits, second.logits]), labels, alpha=1.0).loss
+
+    For two dropout rates, and for models whose passes must not share a forward (layerdrop): `None` keeps the model's
+    own rates, so `dropout=(None, None)` is two plain forwards. Rates are as in `dropout_rate`: what is at 0 stays at 0,
+    and the model has its own rates back afterwards. A mapping is called as `model(**batch)`, a tuple or list as
+    `model(*batch)`, anything else as `model(batch)`.
+
+    Under `DistributedDataParallel` two forwards before one backward fail with reentrant gradient checkpointing.
+    """
+    if len(dropout) < 2:
+        raise ValueError(f"dropout must give a rate for each of at least 2 passes, got {dropout!r}")
+    outputs = []
+    for p in dropout:
+        with nullcontext() if p is None else dropout_rate(model, p):
+            outputs.append(call_model(model, batch))
+    return tuple(outputs)
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], nest: T) -> T:
+    """The nest with `function` applied to every tensor; a part in which nothing changes is the same object."""
+    if isinstance(nest, Tensor):
+        return function(nest)  # type: ignore[return-value]
+    children = _children(nest)
+    changed = {key: new for key, old in children.items() if (new := map_tensors(function, old)) is not old}
+    return _rebuild(nest, children, changed) if changed else nest
+
+
+def named_tensors(nest: object, place: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nest with its place as one would write it: `batch['input_ids']`, `batch[0].mask`."""
+    if isinstance(nest, Tensor):
+        if nest.is_nested:
+            raise TypeError(
+                f"{place} is a nested tensor, which has no rows to repeat; pad it: tensor.to_padded_tensor(0)"
+            )
+        yield place, nest
+    for key, child in _children(nest, place).items():
+        step = f"[{key!r}]" if isinstance(nest, (Mapping, list)) or isinstance(key, int) else f".{key}"
+        yield from named_tensors(child, place + step)
+
+
+def _children(nest: object, place: str = "the batch") -> dict[Any, Any]:
+    """The parts of a container by key, index or field name; empty for everything that is no container."""
+    if isinstance(nest, PackedSequence):
+        raise TypeError(
+            f"{place} is a PackedSequence, whose rows are interleaved; repeat the padded batch first, "
+            "then pack it: pack_padded_sequence(repeat_batch(padded), repeat_batch(lengths), ...)"
+        )
+    if isinstance(nest, Mapping):
+        return dict(nest.items())
+    if isinstance(nest, (list, tuple)):
+        return dict(zip(getattr(nest, "_fields", range(len(nest))), nest, strict=True))
+    if _is_record(nest):
+        names = [field.name for field in dataclasses.fields(nest)]  # type: ignore[arg-type]
+        return {name: getattr(nest, name) for name in names if hasattr(nest, name)}
+    return {}
+
+
+def _is_record(nest: object) -> bool:
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, (type, Mapping))
+
+
+def _rebuild(nest: Any, children: dict[Any, Any], changed: dict[Any, Any]) -> Any:
+    """A copy of the container `nest` in which the parts named in `changed` are replaced."""
+    if isinstance(nest, tuple):
+        values = tuple((children | changed).values())
+        return nest._make(values) if hasattr(nest, "_make") else type(nest)(values)
+    if isinstance(nest, Mapping) and not isinstance(nest, MutableMapping):
+        raise TypeError(f"a {type(nest).__name__} cannot be rebuilt with other tensors; pass a dict")
+    new = copy.copy(nest)
+    for key, value in changed.items():
+        if _is_record(nest):
+            object.__setattr__(new, key, value)  # a frozen dataclass too
+        else:
+            new[key] = value
+    return new
+
+
+def find_batch_size(batch: object) -> int:
+    """The number of rows of a batch, by the rules of `repeat_batch`."""
+    tensors = {place: tensor for place, tensor in named_tensors(batch, "batch") if tensor.dim() > 0}
+    if not tensors:
+        raise ValueError(
+            f"no batched tensor in the batch, a {type(batch).__name__}; "
+            'lists and arrays must be tensors first (a tokenizer: return_tensors="pt")'
+        )
+    sizes = {tensor.shape[0] for tensor in tensors.values()}
+    if len(sizes) > 1:
+        sizes = _main_input_sizes(tensors)
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the tensors of the batch disagree about the batch size; pass batch_size=. There are:\n{_listing(batch)}"
+        )
+    return sizes.pop()
+
+
+def _main_input_sizes(tensors: dict[str, Tensor]) -> set[int]:
+    for name in MAIN_INPUTS:
+        sizes = {tensor.shape[0] for place, tensor in tensors.items() if place.endswith((f"[{name!r}]", f".{name}"))}
+        if sizes:
+            return sizes
+    return set()
+
+
+def _listing(batch: object) -> str:
+    return "\n".join(f"  {place}: {tuple(tensor.shape)}" for place, tensor in named_tensors(batch, "batch"))
+
+
+def _require_passes(passes: int) -> None:
+    if not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes must be an integer of at least 1, got {passes!r}")

@@ -1,0 +1,457 @@
+"""The statistics of a comparison, how runs are put into arms, and what the verdict and the terminal table say."""
+
+import json
+import math
+from itertools import product
+
+import pytest
+from rich.console import Console
+from scipy import stats
+from tests.experiments.run_folders import write_run, write_three_arms
+
+from rdrop.experiments.comparison.comparison import ARM_KEYS, Method, comparisons
+from rdrop.experiments.comparison.finished_runs import sort_out
+from rdrop.experiments.comparison.paired import Outcome, paired_difference
+from rdrop.experiments.comparison.terminal_table import terminal_table
+from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, verdict, words
+from rdrop.experiments.run_folder import find_runs
+
+HIGHER = True
+
+
+def by_seed(*scores):
+    return dict(enumerate(scores))
+
+
+def compared(runs):
+    return comparisons(find_runs(runs))
+
+
+def only(runs):
+    (comparison,) = compared(runs)
+    return comparison
+
+
+def labels(comparison):
+    return [arm.label for arm in comparison.arms]
+
+
+# The statistics.
+
+
+def test_interval_agrees_with_the_hand_computation():
+    # Differences 1, 2, 3, 4, 5: mean 3, sd sqrt(2.5), t(0.975, 4) = 2.776445, half width 2.776445 * sqrt(2.5 / 5).
+    difference = paired_difference(by_seed(11, 12, 13, 14, 15), by_seed(10, 10, 10, 10, 10), HIGHER)
+    assert difference.per_seed == (1, 2, 3, 4, 5)
+    assert difference.mean == 3
+    assert difference.half_width == pytest.approx(1.963243, abs=1e-6)
+    assert difference.interval == pytest.approx((1.036757, 4.963243), abs=1e-6)
+
+
+def test_interval_agrees_with_the_paired_t_test_of_scipy():
+    arm, reference = (0.779, 0.768, 0.772, 0.77), (0.739, 0.751, 0.724, 0.733)
+    theirs = stats.ttest_rel(arm, reference).confidence_interval(0.95)
+    assert paired_difference(by_seed(*arm), by_seed(*reference), HIGHER).interval == pytest.approx(tuple(theirs))
+
+
+def test_two_seeds_give_the_wide_interval_of_one_degree_of_freedom():
+    # Differences 1 and 3: mean 2, sd sqrt(2), t(0.975, 1) = 12.7062, half width 12.7062.
+    difference = paired_difference(by_seed(1, 3), by_seed(0, 0), HIGHER)
+    assert difference.interval == pytest.approx((-10.706205, 14.706205), abs=1e-6)
+    assert difference.outcome is Outcome.NOT_SHOWN
+
+
+def test_seeds_are_paired_by_number_and_not_by_position():
+    difference = paired_difference({2: 0.5, 0: 0.1, 7: 0.9}, {0: 0.0, 2: 0.3, 5: 0.8}, HIGHER)
+    assert difference.seeds == (0, 2)
+    assert difference.per_seed == pytest.approx((0.1, 0.2))
+
+
+def test_one_seed_has_a_difference_but_no_interval():
+    difference = paired_difference(by_seed(0.8), by_seed(0.7), HIGHER)
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.interval is None
+    assert difference.outcome is Outcome.UNDECIDED
+
+
+def test_no_common_seed_is_said_and_nothing_is_computed():
+    difference = paired_difference({0: 0.8}, {1: 0.7}, HIGHER)
+    assert difference.mean is None
+    assert difference.interval is None
+    assert difference.outcome is Outcome.NO_SEEDS
+
+
+def test_equal_differences_give_no_interval_of_width_zero():
+    # In binary 0.3 - 0.2 and 0.4 - 0.3 differ in the last bits; that is no spread either.
+    difference = paired_difference(by_seed(0.3, 0.4, 0.8), by_seed(0.2, 0.3, 0.7), HIGHER)
+    assert len(set(difference.per_seed)) > 1
+    assert difference.interval is None
+    assert difference.outcome is Outcome.UNDECIDED
+
+
+def test_equal_scores_are_ties_and_no_difference():
+    difference = paired_difference(by_seed(0.7, 0.8), by_seed(0.7, 0.8), HIGHER)
+    assert difference.wins_ties_losses == (0, 2, 0)
+    assert difference.outcome is Outcome.EQUAL
+
+
+def test_a_difference_of_rounding_is_a_tie():
+    difference = paired_difference(by_seed(0.1 + 0.2, 0.5), by_seed(0.3, 0.4), HIGHER)
+    assert difference.wins_ties_losses == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("higher_is_better", "counts", "outcome"),
+    [(True, (0, 1, 4), Outcome.WORSE), (False, (4, 1, 0), Outcome.BETTER), (None, None, None)],
+)
+def test_direction_decides_wins_and_verdict_but_not_the_difference(higher_is_better, counts, outcome):
+    difference = paired_difference(by_seed(3, 2, 2, 3, 4), by_seed(5, 5, 5, 5, 4), higher_is_better)
+    assert difference.mean == -2
+    assert difference.wins_ties_losses == counts
+    if outcome is None:
+        with pytest.raises(ValueError, match="higher_is_better is None"):
+            difference.outcome  # noqa: B018
+    else:
+        assert difference.outcome is outcome
+
+
+def test_interval_that_touches_zero_shows_nothing():
+    # By hand: differences d and 0 over two seeds never exclude zero, whatever d is.
+    assert paired_difference(by_seed(0.9, 0.5), by_seed(0.1, 0.5), HIGHER).outcome is Outcome.NOT_SHOWN
+
+
+# Runs into arms.
+
+
+def test_three_arms_stand_in_the_order_baseline_rdrop_larger_batch(tmp_path):
+    write_three_arms(tmp_path)
+    comparison = only(tmp_path)
+    assert labels(comparison) == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
+    baseline, rdrop, larger = comparison.arms
+    # Differences of R-Drop: 4.0, 4.4, 2.1, 3.7, 3.9 points, so mean 3.62 and sd 0.8871 (n - 1).
+    difference = comparison.difference(rdrop, baseline)
+    assert difference.mean == pytest.approx(0.0362)
+    assert difference.half_width == pytest.approx(2.776445 * 0.00887130 / math.sqrt(5), rel=1e-5)
+    assert comparison.difference(larger, baseline).wins_ties_losses == (4, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"updates": 800}, {"learning_rate": 0.01}, {"data": {"train_labels": 100}}, {"name": "other"}, {"metric": "f1"}],
+)
+def test_runs_that_differ_in_anything_else_are_not_compared(tmp_path, change):
+    score = {"test": {"f1": 0.7}, "valid": {"f1": 0.7}} if "metric" in change else {}
+    write_run(tmp_path / "a", 0.7)
+    write_run(tmp_path / "b", 0.8, alpha=1.0, **change, **score)
+    assert sorted(labels(comparison) for comparison in compared(tmp_path)) == [["R-Drop (alpha 1)"], ["baseline"]]
+
+
+def test_the_comparison_does_not_depend_on_the_order_of_the_folders(tmp_path):
+    write_three_arms(tmp_path)
+    records = find_runs(tmp_path)
+    assert comparisons(records) == comparisons(records[::-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({"alpha": 0.5}, "R-Drop (alpha 0.5)"),
+        ({"alpha": 1.0, "passes": 3}, "R-Drop (alpha 1, 3 passes)"),
+        ({"alpha": 5, "every": 10}, "R-Drop (alpha 5, every 10 steps)"),
+        ({"batch_size": 64}, "baseline, twice the batch"),
+    ],
+)
+def test_arms_are_named_for_a_reader(tmp_path, changes, label):
+    write_run(tmp_path, 0.7)
+    write_run(tmp_path, 0.8, **changes)
+    assert labels(only(tmp_path)) == ["baseline", label]
+
+
+def test_what_is_trained_in_another_way_is_another_arm():
+    """Every combination of the keys that tell arms apart; batches count by number, whatever their unit."""
+    values = {
+        "alpha": (0.5, 1.0),
+        "passes": (2, 3),
+        "every": (1, 2),
+        "dropout": (None, [0.1, 0.3]),
+        "cutoff": (None, "token", "span", "feature", "embedding", "unknown"),
+        "cutoff_ratio": (0.05, 0.1),
+        "task_passes": ("all", "first"),
+        "divergence": ("symmetric", "from-first"),
+        "fused": (False, True),
+        "encoder_once": (False, True),
+        "batch_size": (32, 64),
+        "batch_tokens": (None,),
+    }
+    assert set(values) == set(ARM_KEYS)
+    recipes = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    recipes = [recipe for recipe in recipes if recipe["cutoff"] is not None or recipe["cutoff_ratio"] == 0.05]
+    assert len({Method.of(recipe).label(32) for recipe in recipes if recipe["batch_size"] == 32}) == len(recipes) / 2
+    assert len({Method.of(recipe) for recipe in recipes}) == len(recipes)
+
+
+def test_plain_training_ignores_passes_and_every(tmp_path):
+    write_run(tmp_path, 0.7, seed=0, passes=2)
+    write_run(tmp_path, 0.8, seed=1, passes=3, every=5)
+    (arm,) = only(tmp_path).arms
+    assert arm.seeds == (0, 1)
+
+
+def test_three_passes_are_compared_with_three_times_the_batch(tmp_path):
+    write_run(tmp_path, 0.7)
+    write_run(tmp_path, 0.8, alpha=1.0, passes=3)
+    write_run(tmp_path, 0.75, batch_size=96)
+    assert labels(only(tmp_path))[-1] == "baseline, three times the batch"
+
+
+def test_a_larger_batch_with_its_own_rdrop_arm_is_also_a_baseline(tmp_path):
+    for batch_size in (32, 64):
+        for alpha in (0.0, 1.0):
+            write_run(tmp_path, 0.7, alpha=alpha, batch_size=batch_size)
+    smaller, larger = compared(tmp_path)
+    assert labels(smaller) == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
+    assert labels(larger) == ["baseline", "R-Drop (alpha 1)"]
+
+
+def test_unrelated_batch_sizes_are_not_compared(tmp_path):
+    write_run(tmp_path, 0.7, batch_size=32)
+    write_run(tmp_path, 0.7, batch_size=48)
+    assert [labels(comparison) for comparison in compared(tmp_path)] == [["baseline"], ["baseline"]]
+
+
+def test_of_two_runs_of_one_seed_the_later_counts_and_the_other_is_listed(tmp_path):
+    old = write_run(tmp_path / "a", 0.7, finished="2026-01-01T00:00:00Z")
+    new = write_run(tmp_path / "b", 0.8, finished="2026-01-02T00:00:00Z")
+    comparison = only(tmp_path)
+    assert [run.path for run in comparison.arms[0].runs] == [new]
+    assert [run.path for run in comparison.repeats] == [old]
+
+
+def test_a_seed_missing_in_one_arm_is_left_out_and_named(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, 0.7 + 0.01 * seed, seed=seed)
+    for seed in (0, 2):
+        write_run(tmp_path, 0.8, alpha=1.0, seed=seed)
+    comparison = only(tmp_path)
+    assert comparison.difference(comparison.arms[1], comparison.arms[0]).seeds == (0, 2)
+    assert comparison.gaps() == (("R-Drop (alpha 1)", (1,), "no finished run"),)
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", None, "0.8", 10**400])
+def test_a_score_that_is_no_finite_number_is_left_out_and_named(tmp_path, score):
+    for seed in (0, 1):
+        write_run(tmp_path, 0.7, seed=seed)
+        write_run(tmp_path, 0.8, alpha=1.0, seed=seed, **({"test": {"accuracy": score}} if seed else {}))
+    comparison = only(tmp_path)
+    assert comparison.difference(comparison.arms[1], comparison.arms[0]).seeds == (0,)
+    assert comparison.gaps() == (("R-Drop (alpha 1)", (1,), "test accuracy is not a finite number"),)
+
+
+def test_cost_is_the_ratio_of_medians(tmp_path):
+    for seed, (plain, double) in enumerate([(10, 20), (12, 21), (90, 24)]):
+        write_run(tmp_path, 0.7, seed=seed, cost={"step_milliseconds": plain})
+        write_run(tmp_path, 0.7, seed=seed, alpha=1.0, cost={"step_milliseconds": double, "peak_extra_bytes": None})
+    comparison = only(tmp_path)
+    assert comparison.cost_ratio(comparison.arms[1], "step_milliseconds") == 21 / 12
+    assert comparison.cost_ratio(comparison.arms[1], "peak_extra_bytes") is None
+
+
+def test_unfinished_and_damaged_runs_take_no_part_and_are_named(tmp_path):
+    write_run(tmp_path, 0.7)
+    unfinished = write_run(tmp_path, 0.7, seed=1, unfinished=True)
+    no_metric = write_run(tmp_path, 0.7, seed=2, metric=None)
+    other_recipe = write_run(tmp_path, 0.7, seed=3)
+    (other_recipe / "recipe.json").write_text((unfinished / "recipe.json").read_text())
+    half = write_run(tmp_path, 0.7, seed=4)
+    (half / "result.json").write_text('{"format": 1, "rec')
+    no_seed = write_run(tmp_path, 0.7, seed=5)
+    recipe = json.loads((no_seed / "recipe.json").read_text())
+    (no_seed / "recipe.json").write_text(json.dumps({k: v for k, v in recipe.items() if k != "seed"}))
+
+    assert only(tmp_path).seeds == (0,)
+    problems = {run.path: run.problem for run in sort_out(find_runs(tmp_path))[1]}
+    assert problems.keys() == {unfinished, no_metric, other_recipe, half, no_seed}
+    assert "unfinished" in problems[unfinished]
+    assert "result.json: 'metric' is not what it should be" in problems[no_metric]
+    assert "made by another recipe" in problems[other_recipe]
+    assert "not valid JSON" in problems[half]
+    assert "recipe.json: 'seed' is missing. It is damaged, or of another version of rdrop" in problems[no_seed]
+
+
+def test_nothing_finished_is_no_comparison():
+    assert comparisons([]) == []
+
+
+# The words.
+
+
+def said(arm, reference, higher_is_better=True, metric="accuracy"):
+    difference = paired_difference(by_seed(*arm), by_seed(*reference), higher_is_better)
+    return verdict(difference, metric, NumberStyle.of(metric, [difference]), "R-Drop (alpha 1)", "the baseline")
+
+
+def test_verdict_better_has_points_interval_and_seeds():
+    assert said((0.779, 0.768, 0.772, 0.77, 0.781), (0.739, 0.724, 0.751, 0.733, 0.742)) == (
+        "R-Drop (alpha 1) is better than the baseline: accuracy +3.6 points "
+        "(95 % interval +2.5 to +4.7, better on 5 of 5 seeds)."
+    )
+
+
+def test_verdict_worse_is_said_as_plainly():
+    assert said((0.5, 0.51, 0.52), (0.6, 0.62, 0.61)).startswith(
+        f"R-Drop (alpha 1) is worse than the baseline: accuracy {MINUS}10.0 points"
+    )
+
+
+def test_verdict_lower_is_better_stays_in_raw_units():
+    assert said((23.9, 24.1, 24.0), (25.9, 26.0, 26.1), higher_is_better=False, metric="perplexity").startswith(
+        f"R-Drop (alpha 1) is better than the baseline: perplexity {MINUS}2.00 (95 % interval"
+    )
+
+
+def test_verdict_not_shown_gives_the_interval_that_includes_zero():
+    sentence = said((0.71, 0.70, 0.74), (0.70, 0.72, 0.71))
+    assert sentence.startswith("No difference shown between R-Drop (alpha 1) and the baseline: accuracy +0.7 points")
+    assert "better on 2 of 3 seeds" in sentence
+
+
+def test_verdict_of_one_seed_claims_nothing():
+    assert said((0.8,), (0.7,)) == (
+        "One seed shows nothing: R-Drop (alpha 1) against the baseline is accuracy +10.0 points on seed 0, "
+        "and an interval needs at least two seeds."
+    )
+
+
+def test_verdict_of_equal_differences_claims_nothing():
+    assert "equal differences have no spread" in said((0.8, 0.9), (0.7, 0.8))
+
+
+def test_verdict_of_equal_scores():
+    assert said((0.8, 0.9), (0.8, 0.9)) == (
+        "No difference between R-Drop (alpha 1) and the baseline: accuracy is equal on all 2 seeds."
+    )
+
+
+def test_verdict_without_a_common_seed():
+    assert said((), (0.8,)).startswith("Nothing to compare")
+
+
+def test_verdict_sets_rdrop_against_the_larger_batch_too(tmp_path):
+    write_three_arms(tmp_path)
+    against_baseline, against_larger = only(tmp_path).verdict().split("\n")
+    assert "R-Drop (alpha 1) is better than the baseline:" in against_baseline
+    assert "R-Drop (alpha 1) is better than the baseline with twice the batch:" in against_larger
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"), [(0.0, "only the baseline has finished"), (1.0, "no run of the baseline (alpha 0)")]
+)
+def test_verdict_names_the_arm_that_is_missing(tmp_path, alpha, sentence):
+    write_run(tmp_path, 0.7, alpha=alpha)
+    assert sentence in only(tmp_path).verdict()
+
+
+def test_verdict_of_two_plain_arms_compares_the_batches(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, 0.7 + 0.01 * seed, seed=seed)
+        write_run(tmp_path, 0.9 - 0.01 * seed, seed=seed, batch_size=64)
+    assert only(tmp_path).verdict().startswith("The baseline with twice the batch is better than the baseline:")
+
+
+def test_decimals_follow_the_width_of_the_interval():
+    # Half widths by hand: 12.7062 * |a - b| / 2 for two differences a and b.
+    narrow = paired_difference(by_seed(0.50010, 0.50012), by_seed(0.5, 0.5), HIGHER)
+    assert NumberStyle.of("accuracy", [narrow]).interval(narrow.interval) == f"{MINUS}0.002 to +0.024"
+    wide = paired_difference(by_seed(0.6, 0.7), by_seed(0.5, 0.5), HIGHER)
+    assert NumberStyle.of("accuracy", [wide]).interval(wide.interval) == f"{MINUS}48.5 to +78.5"
+
+
+def test_zero_has_no_sign():
+    assert NumberStyle(percent=True, decimals=1).difference(-0.0001) == "0.0"
+
+
+def test_what_was_not_measured_is_a_dash():
+    assert ratio(None) == NumberStyle(percent=True, decimals=1).score(None) == "—"
+
+
+# The terminal table.
+
+
+def printed(comparison, width=80):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(terminal_table(comparison))
+    return capture.get()
+
+
+def row_of(arm, text):
+    return " ".join(next(line for line in text.splitlines() if line.startswith(arm)).split())
+
+
+def test_table_fits_80_columns_with_nothing_cut(tmp_path):
+    write_three_arms(tmp_path)
+    text = printed(only(tmp_path))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert row_of("R-Drop", text) == f"R-Drop (alpha 1) 77.4 ± 0.6 +3.6 +2.5 to +4.7 5/0/0 {TIMES}1.99 {TIMES}1.50"
+
+
+def test_a_narrow_terminal_breaks_lines_and_cuts_nothing(tmp_path):
+    write_three_arms(tmp_path)
+    text = printed(only(tmp_path), width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "…" not in text
+
+
+def test_table_of_one_seed_has_dashes_for_what_is_not_known(tmp_path):
+    write_run(tmp_path, 0.7, cost={})
+    write_run(tmp_path, 0.8, alpha=1.0, cost={})
+    assert row_of("R-Drop", printed(only(tmp_path))) == "R-Drop (alpha 1) 80.0 +10.0 — 1/0/0 — —"
+
+
+def test_table_names_the_seeds_left_out(tmp_path):
+    write_run(tmp_path, 0.7, seed=0)
+    write_run(tmp_path, 0.7, seed=1)
+    write_run(tmp_path, 0.8, seed=0, alpha=1.0)
+    assert "left out of R-Drop (alpha 1): seed 1 (no finished run)" in printed(only(tmp_path))
+
+
+def test_table_does_not_obey_markup_in_names(tmp_path):
+    write_run(tmp_path, 0.7, name="[red]digits[/red]", metric="[bold]x", test={"[bold]x": 1}, valid={})
+    text = printed(only(tmp_path))
+    assert "[red]digits[/red]" in text
+    assert "[bold]x" in text
+
+
+def test_a_metric_of_unknown_direction_has_no_wins(tmp_path):
+    for seed in (0, 1):
+        for alpha in (0.0, 1.0):
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, test={"accuracy": 0.7 + alpha / 10, "length": 3 + seed})
+    comparison = only(tmp_path)
+    (section,) = [section for section in comparison.results() if section.metric == "length"]
+    assert section.differences[0].wins_ties_losses is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "wins"),
+    [
+        *(
+            (metric, (1, 0, 0))
+            for metric in ("rouge1", "rouge2", "f1", "f1_macro", "mcc", "spearman", "bleu_tokenized")
+        ),
+        *((metric, (0, 0, 1)) for metric in ("loss", "perplexity")),
+    ],
+)
+def test_a_metric_beside_the_main_one_has_wins_in_its_own_direction(tmp_path, metric, wins):
+    for alpha in (0.0, 1.0):
+        write_run(tmp_path, 0.7, alpha=alpha, test={"accuracy": 0.7, metric: 0.5 + alpha / 10})
+    (section,) = [section for section in only(tmp_path).results() if section.metric == metric]
+    assert section.differences[0].wins_ties_losses == wins
+
+
+@pytest.mark.parametrize(
+    ("metric", "spelled"),
+    [("exact_match", "exact match"), ("rougeL", "ROUGE-L"), ("bleu_tokenized_split", "BLEU tokenized split")],
+)
+def test_a_metric_is_spelled_as_the_field_spells_it(metric: str, spelled: str) -> None:
+    assert words(metric) == spelled

@@ -1,0 +1,298 @@
+"""Data files: what is there is read, all of it and as it is; anything else is one error that names file and line."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import random
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rdrop.experiments.tasks.files import (
+    LONGEST_LINE_BYTES,
+    DataError,
+    Row,
+    find_file,
+    load_hub,
+    read_lines,
+    read_parallel,
+    read_table,
+    tenths,
+)
+
+MUTATED_FILES = 500
+UNUSUAL = "a\u2028b\x85c\x0cd\x0be\x1cf\u00a0"  # str.splitlines would make six lines of it
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    raw = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(raw))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, suffix: str, end: str) -> None:
+    path = write(tmp_path / f"a.txt{suffix}", f"{UNUSUAL}\n\n  x {end}")
+    assert read_lines(path) == [UNUSUAL, "", "  x "]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "what"),
+    [
+        (b"", 1, "the file is empty"),
+        (b"good\nb\xe4d\n", 2, "byte 2 is not UTF-8"),
+        (b"good\nb\x00d\n", 2, "zero byte"),
+        (b"good\r\n", 1, "carriage return"),
+        (b"\xef\xbb\xbfgood\n", 1, "byte order mark"),
+        ("good\n".encode("utf-16"), 1, "zero byte"),
+        (b"x" * (LONGEST_LINE_BYTES + 1) + b"\n", 1, "longer than 1000000 bytes"),
+        (b"good\n" + b"\x80" * (3 * LONGEST_LINE_BYTES), 2, "longer than 1000000 bytes"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, line: int, what: str) -> None:
+    path = write(tmp_path / "a.txt", content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{line}: .*{what}.*; "):
+        read_lines(path)
+
+
+def test_the_longest_line_is_read(tmp_path: Path) -> None:
+    lines = ["x" * LONGEST_LINE_BYTES, "y"]
+    assert read_lines(write(tmp_path / "a.txt", "\n".join(lines))) == lines
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    whole = compress(bytes(random.Random(0).choices(b"abc \n", k=5000)))
+    path = tmp_path / f"a.{'gz' if compress is gzip.compress else 'xz'}"
+    for size in range(1, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"a\.(gz|xz):\d+: the compressed file is cut off or damaged"):
+            read_lines(path)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.txt: No such file or directory; check the path"):
+        read_lines(tmp_path / "none.txt")
+    with pytest.raises(DataError, match="Is a directory"):
+        read_lines(tmp_path)
+
+
+def test_parallel_lines_are_paired(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "a.de", f"{UNUSUAL}\nzwei\n"), write(tmp_path / "a.en.gz", "one\ntwo")
+    assert read_parallel(source, target) == [(UNUSUAL, "one"), ("zwei", "two")]
+    assert read_parallel(source, source) == [(UNUSUAL, UNUSUAL), ("zwei", "zwei")]
+
+
+@pytest.mark.parametrize(("longer", "shorter"), [("a.de", "a.en"), ("a.en", "a.de")])
+def test_unequal_counts_name_the_first_line_without_a_partner(tmp_path: Path, longer: str, shorter: str) -> None:
+    write(tmp_path / longer, "1\n2\n3\n4\n")
+    write(tmp_path / shorter, "1\n2\n")
+    with pytest.raises(
+        DataError, match=f"{longer}:3: this line has no partner, .*{shorter} has 2 lines and this file 4"
+    ):
+        read_parallel(tmp_path / "a.de", tmp_path / "a.en")
+
+
+@pytest.mark.parametrize("empty", ["", " \t", "\u2028"])
+def test_a_parallel_line_without_text_is_an_error(tmp_path: Path, empty: str) -> None:
+    source, target = write(tmp_path / "a.de", "1\n2\n"), write(tmp_path / "a.en", f"1\n{empty}\n")
+    with pytest.raises(DataError, match=r"a\.en:2: the line is empty; delete it, and line 2 of the other file"):
+        read_parallel(source, target)
+
+
+def test_csv_is_quoted_as_spreadsheets_do_and_rows_keep_their_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'id,text,label\n1,"a ""b"", c\nd",x\n2,plain,"y"\n')
+    rows = read_table(path, ["label", "text"], optional=["text2"])
+    assert [row.values for row in rows] == [{"label": "x", "text": 'a "b", c\nd'}, {"label": "y", "text": "plain"}]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:4"]
+
+
+def test_in_tsv_a_quote_is_a_character(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv.xz", 'text\tlabel\nhe said "x\t1\n" \\t y"\t0\n')
+    assert [row.values["text"] for row in read_table(path, ["text"])] == ['he said "x', '" \\t y"']
+
+
+def test_json_numbers_keep_their_spelling(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl.gz", '{"text": "a\\nb\\u2028", "label": 1.50}\n{"label": true, "text": "", "x": null}\n'
+    )
+    rows = read_table(path, ["text"], optional=["label"])
+    assert [row.values for row in rows] == [{"text": "a\nb\u2028", "label": "1.50"}, {"text": "", "label": "true"}]
+    assert rows[1].where == f"{path}:2"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "what"),
+    [
+        ("a.csv", "text,lable\nx,1\n", 1, r"has no column 'label' \(the nearest is 'lable'\), only 'text', 'lable'"),
+        ("a.csv", "text,label,text\nx,1,y\n", 1, "the column text is there 2 times"),
+        ("a.csv", "text,label\nx,1\ny\n", 3, "the row has 1 fields and the header 2"),
+        ("a.csv", "text,label\nx,1\n\n", 3, "the line is empty"),
+        ("a.csv", 'text,label\nx,1\n"y,1\nz,0\n', 3, "not CSV"),
+        ("a.csv", "text,label\n", 1, "only the line that names the columns"),
+        ("a.tsv", "text\tlabel\nx\t1\t2\n", 2, "the row has 3 fields and the header 2"),
+        ("a.tsv", "\nx\t1\n", 1, "has no column 'text', only ''"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "lab', 2, "not JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"txt": "y", "label": 1}', 2, "has no column 'text'.*nearest is 'txt'"),
+        ("a.jsonl", '{"text": "x", "label": 1, "text": "y"}', 1, "a key is given twice"),
+        ("a.jsonl", '{"text": "x", "label": NaN}', 1, "NaN is no number in JSON"),
+        ("a.jsonl", '{"text": "x", "label": null}', 1, "the value of 'label' must be text or a number"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}', 1, "half of a surrogate pair"),
+        ("a.jsonl", '{"text": "\\u0000", "label": 1}', 1, "zero character"),
+        ("a.jsonl", '["text", "label"]', 1, "must be a JSON object"),
+        ("a.jsonl", "[" * 100_000, 1, "nested too deeply"),
+    ],
+)
+def test_a_table_that_is_not_what_it_should_be_is_refused(
+    tmp_path: Path, name: str, content: str, line: int, what: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{line}: .*{what}"):
+        read_table(path, ["text", "label"])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.gz", "a.csv.zip", "a.csv.gz.gz"])
+def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"must end in \.csv, \.tsv, \.jsonl"):
+        read_table(write(tmp_path / name, "text\nx\n"), ["text"])
+
+
+def test_the_first_name_that_is_there_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "valid.tsv.gz", "x")
+    dev = write(tmp_path / "dev.tsv.xz", "x")
+    assert find_file(tmp_path, "dev.tsv", "valid.tsv") == dev
+    with pytest.raises(DataError, match=r"has no train\.tsv or train\.csv, nor one with \.gz or \.xz"):
+        find_file(tmp_path, "train.tsv", "train.csv")
+    with pytest.raises(DataError, match="there is no such folder"):
+        find_file(tmp_path / "none", "train.tsv")
+
+
+def test_tenths_are_disjoint_whole_and_the_seed_s_own() -> None:
+    train, valid, test = tenths(105, seed=3)
+    assert (len(train), len(valid), len(test)) == (85, 10, 10)
+    assert sorted(np.concatenate([train, valid, test])) == list(range(105))
+    assert np.array_equal(tenths(105, seed=3)[1], valid)
+    assert not np.array_equal(tenths(105, seed=4)[1], valid)
+    with pytest.raises(DataError, match="9 examples cannot be split into tenths"):
+        tenths(9, seed=0)
+
+
+def test_what_datasets_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        DataError, match=r"^org/set \(de\): the split train cannot be loaded \(no network\); check data.hub"
+    ):
+        load_hub("org/set", "de", "train")
+
+
+# ---------------------------------------------------------------------------------------------------------- fuzzing
+
+SENTENCES = ["the cat sat", 'he said "no"', "naïve Ünïcödé 文字", "one, two", "tab-less", "x" * 300]
+
+
+def table(kind: str, rows: int) -> bytes:
+    examples = [(SENTENCES[row % len(SENTENCES)], str(row % 3)) for row in range(rows)]
+    if kind == ".jsonl":
+        return "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in examples).encode()
+    if kind == ".tsv":
+        return "".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *examples]).encode()
+    quoted = ["text,label", *('"{}",{}'.format(text.replace('"', '""'), label) for text, label in examples)]
+    return "".join(f"{line}\n" for line in quoted).encode()
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """One of the accidents that befall files."""
+    place = chance.randrange(len(content))
+    lines = content.split(b"\n")
+    line = chance.randrange(len(lines))
+    match chance.randrange(10):
+        case 0:
+            return content[:place]
+        case 1:
+            return content[:place] + bytes([chance.randrange(256)]) + content[place + 1 :]
+        case 2:
+            return (
+                content[:place]
+                + chance.choice([b"\0", b"\r", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b'"', b"\t", b",", b"{"])
+                + content[place:]
+            )
+        case 3:
+            return b"\xef\xbb\xbf" + content
+        case 4:
+            return content.replace(b"\n", b"\r\n")
+        case 5:
+            return b"\n".join(lines[:line] + lines[line + 1 :])
+        case 6:
+            return b"\n".join([*lines[:line], b"", *lines[line:]])
+        case 7:
+            return b"\n".join([*lines[:line], lines[line] * 5000, *lines[line + 1 :]])
+        case 8:
+            return content.decode().encode(chance.choice(["utf-16", "utf-8-sig", "utf-32-le"]))
+        case _:
+            return b"" if chance.random() < 0.2 else content[place:]
+
+
+def test_mutated_files_are_read_whole_or_refused_with_their_line(tmp_path: Path) -> None:
+    chance = random.Random(12)
+    refused = 0
+    for index in range(MUTATED_FILES):
+        kind, suffix = chance.choice([".csv", ".tsv", ".jsonl"]), chance.choice(["", "", ".gz", ".xz"])
+        content = table(kind, rows=chance.randrange(1, 30))
+        path = tmp_path / f"{index}{kind}{suffix}"
+        if suffix and chance.random() < 0.5:  # the file is damaged after it was compressed
+            write(path, content)
+            path.write_bytes(mutated_bytes(path.read_bytes(), chance))
+        else:
+            content = mutated(content, chance)
+            write(path, content)
+        lines, problem = outcome(read_lines, path)
+        if lines is not None:  # nothing is lost, added or changed
+            assert "\n".join(lines).encode() == content.removesuffix(b"\n")
+        rows, table_problem = outcome(read_table, path, ["text", "label"])
+        for message in (problem, table_problem):
+            assert message is None or re.fullmatch(rf"{re.escape(str(path))}:\d+: .+; .+", message), message
+        refused += rows is None
+        if rows is not None:
+            assert [row.values for row in rows] == [values for part in parts(rows, lines, kind) for values in part]
+    assert MUTATED_FILES // 2 < refused < MUTATED_FILES
+
+
+def outcome(read: Callable[..., Any], *arguments: object) -> tuple[Any, str | None]:
+    """What was read, or the message of the `DataError`. Any other exception is a defect, and passes through."""
+    try:
+        return read(*arguments), None
+    except DataError as error:
+        return None, str(error)
+
+
+def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
+    place = chance.randrange(len(content))
+    flipped = bytes([content[place] ^ (1 << chance.randrange(8))])
+    return content[:place] if chance.random() < 0.5 else content[:place] + flipped + content[place + 1 :]
+
+
+def parts(rows: list[Row], lines: list[str], kind: str) -> Iterator[list[dict[str, str]]]:
+    """The rows again, each from its own lines alone: together these are all the lines after the header."""
+    starts = [int(row.where.rpartition(":")[2]) - 1 for row in rows]
+    assert starts[0] == (kind != ".jsonl")
+    for start, end in pairwise([*starts, len(lines)]):
+        own = "\n".join(lines[start:end])
+        if kind == ".csv":
+            yield list(csv.DictReader(io.StringIO(f"{lines[0]}\n{own}", newline="\n")))
+        elif kind == ".tsv":
+            yield [dict(zip(lines[0].split("\t"), own.split("\t"), strict=True))]
+        else:
+            yield [{key: str(value) for key, value in json.loads(own).items()}]

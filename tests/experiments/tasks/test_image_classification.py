@@ -1,0 +1,633 @@
+"""Images: read as they are or refused by name, drawn repeatably, split so that the test set chooses nothing."""
+
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+
+from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.image_classification.augmentation import (
+    augment,
+    padded_crop_box,
+    resized_crop_box,
+    to_pixel_values,
+)
+from rdrop.experiments.tasks.image_classification.data import load_splits
+from rdrop.experiments.tasks.image_classification.images import (
+    CIFAR_100_RECORD,
+    read_cifar_100,
+    read_class_folders,
+    read_images,
+    read_npz,
+)
+from rdrop.experiments.tasks.image_classification.recipes import (
+    CIFAR_10_4K,
+    CIFAR_100_VIT_B16,
+    IMAGE_CLASSIFICATION,
+    IMAGENET_VIT_L16,
+    PUBLISHED,
+    RECIPES,
+    ImageClassificationRecipe,
+)
+from rdrop.experiments.tasks.image_classification.task import ImageClassification
+from rdrop.experiments.training.trainer import train
+
+PROJECT = Path(__file__).parents[3]
+SMALL = CIFAR_10_4K.replace(
+    **{"data.valid_size": None, "data.test_size": None, "data.expected_train": None, "data.image_size": 8},
+    **{
+        "model.layers": 1,
+        "model.hidden_size": 8,
+        "model.heads": 2,
+        "model.intermediate_size": 8,
+        "model.patch_size": 4,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def cifar() -> Path:
+    """The first 4,000 training images of CIFAR-10."""
+    folder = Path(os.environ.get("RDROP_DATA", PROJECT / "../shared/data")) / "cifar10-lossless-4k"
+    if not folder.is_dir():
+        assert not os.environ.get("CI"), f"{folder} is missing"
+        pytest.skip(f"{folder} is not there; RDROP_DATA says where the data are")
+    return folder
+
+
+def write_image(
+    path: Path, value: int | tuple[int, ...] = 0, *, mode: str = "RGB", size: tuple[int, int] = (8, 8)
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+    return path
+
+
+def write_classes(root: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        for index in range(count):
+            write_image(root / name / f"{index:02d}.png", (index, 0, 0))
+    return root
+
+
+def write_npz(path: Path, size: int = 30, **members: Any) -> Path:
+    pixels = np.arange(size, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), dtype=np.uint8)
+    np.savez(path, **{"images": pixels, "labels": np.arange(size) % 3} | members)
+    return path
+
+
+def splits(recipe: ImageClassificationRecipe, **data: object) -> dict[str, Any]:
+    return load_splits(recipe.replace(**{f"data.{key}": value for key, value in data.items()}).data)
+
+
+def refusal(function: Callable[..., object], *arguments: object, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- the real images
+
+
+def test_all_4000_images_of_cifar_10_are_there_with_their_labels(cifar: Path) -> None:
+    images = read_npz(cifar / "cifar10_train_first4000.npz")
+    assert len(images) == 4000
+    assert images.labels[:12].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3, 4, 7]
+    assert np.bincount(images.labels).tolist() == [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]
+    with np.load(cifar / "cifar10_train_first4000.npz") as raw:
+        for index in (0, 3999):
+            assert np.array_equal(np.asarray(images.read(index)), raw["images"][index])
+
+
+def test_the_4000_are_split_2000_1000_1000_by_the_split_seed_alone(cifar: Path) -> None:
+    first = splits(CIFAR_10_4K, folder=str(cifar))
+    assert {name: len(split.rows) for name, split in first.items()} == {"train": 2000, "valid": 1000, "test": 1000}
+    assert len({row for split in first.values() for row in split.rows.tolist()}) == 4000
+    again = splits(CIFAR_10_4K.replace(seed=7), train=str(cifar / "cifar10_train_first4000.npz"))
+    assert all(np.array_equal(again[name].rows, first[name].rows) for name in first)
+    assert not np.array_equal(splits(CIFAR_10_4K, folder=str(cifar), split_seed=1)["test"].rows, first["test"].rows)
+
+
+def test_a_cut_off_copy_of_the_real_file_is_refused(cifar: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.npz"
+    path.write_bytes((cifar / "cifar10_train_first4000.npz").read_bytes()[:1_000_000])
+    assert str(path) in refusal(read_npz, path)
+
+
+# ------------------------------------------------------------------------------------------------------- class folders
+
+
+def test_classes_are_the_sub_folders_in_the_order_of_their_names(tmp_path: Path) -> None:
+    images = read_class_folders(write_classes(tmp_path, {"dog": 2, "cat": 3, ".cache": 1}))
+    assert images.classes == ("cat", "dog")
+    assert images.labels.tolist() == [0, 0, 0, 1, 1]
+    assert [images.read(index).getpixel((0, 0))[0] for index in range(5)] == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "value", "seen"),
+    [
+        ("gray.png", "L", 7, (7, 7, 7)),
+        ("alpha.png", "RGBA", (1, 2, 3, 255), (1, 2, 3)),
+        ("print.JPEG", "CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
+def test_every_image_comes_in_red_green_and_blue(
+    tmp_path: Path, name: str, mode: str, value: Any, seen: tuple[int, ...]
+) -> None:
+    write_classes(tmp_path, {"b": 1})
+    write_image(tmp_path / "a" / name, value, mode=mode)
+    image = read_class_folders(tmp_path).read(0)
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == seen
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", None])
+def test_a_broken_image_is_named_when_it_is_read(tmp_path: Path, broken: bytes | None) -> None:
+    write_classes(tmp_path, {"a": 12, "b": 12})
+    path = tmp_path / "b" / "05.png"
+    path.write_bytes(path.read_bytes()[:-30] if broken is None else broken)
+    task = ImageClassification(SMALL.replace(**{"data.train": str(tmp_path)}))
+    rows = task.splits["train"].rows
+    everything = [*range(task.train_size())]
+    assert len(task.train_batch([i for i in everything if rows[i] != 17], epoch=0)["labels"]) >= 19
+    message = refusal(lambda: [task.splits["train"].images.read(index) for index in range(24)])
+    assert message.startswith(f"{path}: cannot be read as an image")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "rule"),
+    [
+        (lambda root: write_image(root / "loose.png"), "loose.png: is no folder"),
+        (lambda root: (root / "a" / "notes.txt").write_text("x"), "notes.txt: is no image by its name"),
+        (lambda root: (root / "c").mkdir(), "c: the class has no images"),
+        (lambda root: (root / "a" / "deeper").mkdir(), "deeper: is no image by its name"),
+    ],
+)
+def test_a_folder_that_is_not_class_folders_is_refused(
+    tmp_path: Path, spoil: Callable[[Path], object], rule: str
+) -> None:
+    spoil(write_classes(tmp_path, {"a": 2, "b": 2}))
+    assert rule in refusal(read_class_folders, tmp_path)
+
+
+def test_one_class_is_no_classification(tmp_path: Path) -> None:
+    assert "has 1 sub-folders" in refusal(read_class_folders, write_classes(tmp_path, {"a": 3}))
+
+
+# ---------------------------------------------------------------------------------------------------------------- .npz
+
+
+def test_an_npz_may_hold_gray_images(tmp_path: Path) -> None:
+    images = read_npz(write_npz(tmp_path / "gray.npz", images=np.full((30, 5, 4), 9, dtype=np.uint8)))
+    assert images.classes == ("0", "1", "2")
+    assert images.read(0).size == (4, 5)
+    assert images.read(0).getpixel((0, 0)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("members", "rule"),
+    [
+        ({"images": np.zeros((30, 8, 8, 3))}, ":images: must be uint8"),
+        ({"images": np.zeros((30, 8, 8, 4), dtype=np.uint8)}, ":images: must be uint8 of shape"),
+        ({"images": np.zeros((0, 8, 8, 3), dtype=np.uint8), "labels": np.zeros(0, dtype=int)}, ":images: must be"),
+        ({"labels": np.arange(29)}, ":labels: has 29 labels for 30 images"),
+        ({"labels": np.zeros((30, 1), dtype=int)}, ":labels: must be integers of shape"),
+        ({"labels": np.zeros(30)}, ":labels: must be integers"),
+        ({"labels": np.array([0, 1, -1] + [0] * 27)}, ":labels: label 2 is -1"),
+        ({"labels": np.array([0] * 29 + [255])}, ":labels: label 29 is 255; labels are from 0 to 29"),
+        ({"labels": np.array(["a"] * 30)}, ":labels: must be integers"),
+        ({"labels": np.array([None] * 30)}, ":labels: cannot be read (Object arrays cannot be loaded"),
+    ],
+)
+def test_a_wrong_member_is_named_with_its_file(tmp_path: Path, members: dict[str, Any], rule: str) -> None:
+    path = write_npz(tmp_path / "x.npz", **members)
+    message = refusal(read_npz, path)
+    assert message.startswith(f"{path}:")
+    assert rule in message
+
+
+def test_a_missing_member_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros(3), labels=np.zeros(3))
+    assert "has no member 'images', only 'x', 'labels'" in refusal(read_npz, tmp_path / "x.npz")
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    for content in (b"", b"text", b"PK\x03\x04broken"):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read as .npz" in refusal(read_npz, path)
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    path.write_bytes(buffer.getvalue())
+    assert "is no .npz file" in refusal(read_npz, path)
+
+
+def test_a_damaged_byte_in_a_member_is_noticed(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz")
+    raw = bytearray(path.read_bytes())
+    raw[2000] ^= 1
+    path.write_bytes(raw)
+    assert f"{path}:images: cannot be read" in refusal(read_npz, path)
+
+
+def test_a_damaged_npz_is_read_or_refused_and_never_crashes(tmp_path: Path) -> None:
+    path, draw = write_npz(tmp_path / "x.npz", 4, images=np.zeros((4, 2, 2, 3), dtype=np.uint8)), random.Random(0)
+    raw = path.read_bytes()
+    refusals = []
+    for number in range(300):
+        damaged = bytearray(raw[: draw.randrange(len(raw))] if number % 5 == 0 else raw)
+        for _ in range(draw.randint(1, 3) if damaged else 0):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_npz(path)
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 200
+    assert all(message.startswith(f"{path}:") for message in refusals)
+
+
+# ----------------------------------------------------------------------------------------- CIFAR-100's binary and hub
+
+
+def cifar_100_bytes(labels: list[int]) -> bytes:
+    """Records of coarse label, fine label, and 1,024 bytes each of red (its index), green (1) and blue (2)."""
+    planes = [bytes([19, label]) + bytes([i]) * 1024 + b"\1" * 1024 + b"\2" * 1024 for i, label in enumerate(labels)]
+    return b"".join(planes)
+
+
+def test_cifar_100_in_its_binary_version_has_the_fine_labels(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(cifar_100_bytes([99, 0, 42]))
+    images = read_cifar_100(path)
+    assert images.labels.tolist() == [99, 0, 42]
+    assert len(images.classes) == 100
+    assert images.read(2).getpixel((31, 31)) == (2, 1, 2)
+    path.write_bytes(cifar_100_bytes([99])[:-1])
+    assert f"{CIFAR_100_RECORD - 1} bytes" in refusal(read_cifar_100, path)
+    path.write_bytes(cifar_100_bytes([3, 100]))
+    assert "label 1 is 100; labels are from 0 to 99" in refusal(read_cifar_100, path)
+
+
+def test_cifar_100_is_counted_and_its_test_set_chooses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(cifar_100_bytes([*range(100)] * 2))
+    (tmp_path / "test.bin").write_bytes(cifar_100_bytes([5] * 20))
+    message = refusal(splits, CIFAR_100_VIT_B16, folder=str(tmp_path))
+    assert f"{tmp_path / 'train.bin'}: has 200 images, and data.expected_train=50000" in message
+    counts = {"expected_train": 200, "expected_test": 20, "valid_size": 4}
+    found = splits(CIFAR_100_VIT_B16, folder=str(tmp_path), **counts)
+    assert {name: (split.images.where[-9:], len(split.rows)) for name, split in found.items()} == {
+        "train": ("train.bin", 196),
+        "valid": ("train.bin", 4),
+        "test": (f"{os.sep}test.bin", 20),
+    }
+    (tmp_path / "test.bin").unlink()
+    assert "there is no test split beside it" in refusal(splits, CIFAR_100_VIT_B16, folder=str(tmp_path), **counts)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A hub with one data set in the columns of CIFAR-100; the calls that were made."""
+    features = datasets.Features(
+        {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["apple", "bear", "chair"])}
+    )
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, **options: object) -> datasets.Dataset:
+        calls.append((name, config, split))
+        images = [Image.new("L", (8, 8), index) for index in range({"train": 30, "test": 6}[split])]
+        labels = [index % 3 for index in range(len(images))]
+        return datasets.Dataset.from_dict({"img": images, "fine_label": labels}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+HUB = CIFAR_100_VIT_B16.replace(**{"data.expected_train": 30, "data.expected_test": 6, "data.valid_size": 3})
+
+
+def test_the_hub_is_asked_for_train_and_test_and_images_are_decoded_one_by_one(hub: list[tuple[Any, ...]]) -> None:
+    found = splits(HUB)
+    assert hub == [("uoft-cs/cifar100", None, "train"), ("uoft-cs/cifar100", None, "test")]
+    assert found["train"].images.classes == ("apple", "bear", "chair")
+    assert [len(found[name].rows) for name in ("train", "valid", "test")] == [27, 3, 6]
+    assert found["test"].images.read(4).getpixel((0, 0)) == (4, 4, 4)
+    assert found["test"].images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_what_the_hub_lacks_is_named(hub: list[tuple[Any, ...]]) -> None:
+    message = refusal(splits, HUB, label_column="label")
+    assert "has no column 'label'; set data.label_column to one of img, fine_label" in message
+    assert "uoft-cs/cifar100: the split validation cannot be loaded" in refusal(splits, HUB, test_split="validation")
+    assert "has 30 images, and data.expected_train=50000" in refusal(splits, HUB, expected_train=50_000)
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_own_images_without_splits_give_a_tenth_each_to_valid_and_test(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 10, "b": 10})
+    for source in ("train", "folder"):
+        found = splits(IMAGE_CLASSIFICATION, **{source: str(tmp_path)})
+        assert [len(found[name].rows) for name in ("train", "valid", "test")] == [16, 2, 2]
+
+
+def test_a_folder_of_splits_is_read_by_their_names(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 10, "b": 10})
+    write_classes(tmp_path / "val", {"b": 3})
+    write_npz(tmp_path / "test.npz", 5)
+    message = refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path))
+    assert message.startswith(f"{tmp_path / 'val'}: has 1 sub-folders")
+    write_classes(tmp_path / "val", {"a": 1})
+    message = refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path))
+    assert "test.npz: the class '0' is not among those of the images to train on" in message
+    (tmp_path / "test.npz").unlink()
+    found = splits(IMAGE_CLASSIFICATION, folder=str(tmp_path))
+    assert [len(found[name].rows) for name in ("train", "valid", "test")] == [18, 4, 2]
+    assert found["valid"].images.labels.tolist() == [0, 1, 1, 1]
+
+
+def test_imagenets_validation_folder_is_the_test_split(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"n01": 10, "n02": 10})
+    write_classes(tmp_path / "val", {"n01": 2, "n02": 2})
+    found = splits(IMAGENET_VIT_L16, folder=str(tmp_path), expected_train=20, expected_test=4, valid_size=5)
+    assert [len(found[name].rows) for name in ("train", "valid", "test")] == [15, 5, 4]
+    assert found["valid"].images is found["train"].images
+    assert found["test"].images.where == str(tmp_path / "val")
+
+
+def test_what_chooses_never_scores(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 10, "b": 10})
+    write_classes(tmp_path / "val", {"a": 2, "b": 2})
+    message = refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path), test_split="validation")
+    assert message.startswith(f"{tmp_path / 'val'}: is both valid and test")
+    own = {"train": str(tmp_path / "train"), "valid": str(tmp_path / "val"), "test": str(tmp_path / "train")}
+    assert "is both train and test" in refusal(splits, IMAGE_CLASSIFICATION, **own)
+
+
+def test_a_slip_in_the_name_of_a_split_is_not_passed_over(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 10, "b": 10})
+    write_classes(tmp_path / "tets", {"a": 10, "b": 10})
+    assert "tets: is no split beside train; the nearest name is test" in refusal(
+        splits, IMAGE_CLASSIFICATION, folder=str(tmp_path)
+    )
+    assert "give it as data.folder" in refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path))
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"bus": 10, "train": 10})
+    assert splits(IMAGE_CLASSIFICATION, folder=str(tmp_path))["train"].images.classes == ("bus", "train")
+
+
+def test_without_any_source_the_error_says_what_to_give() -> None:
+    assert "set data.train or data.folder" in refusal(splits, IMAGE_CLASSIFICATION)
+    assert "there is no such folder" in refusal(splits, IMAGE_CLASSIFICATION, folder="nowhere")
+    assert "there is no such file or folder" in refusal(splits, IMAGE_CLASSIFICATION, train="nowhere")
+
+
+def test_too_few_images_are_not_split(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 4, "b": 4})
+    assert "8 images are too few to hold out 0 for valid and 0 for test" in refusal(
+        splits, IMAGE_CLASSIFICATION, train=str(tmp_path)
+    )
+    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path), valid_size=4, test_size=4)
+    assert "too few to hold out 4 for valid and 4 for test" in message
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images.pkl").write_bytes(b"x")
+    assert "must be a folder with a sub-folder for each class, or an .npz file" in refusal(
+        read_images, tmp_path / "images.pkl"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_a_resized_crop_lies_inside_and_has_its_area_and_proportions() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        left, top, right, bottom = resized_crop_box(300, 200, 0.25, generator)
+        assert 0 <= left < right <= 300
+        assert 0 <= top < bottom <= 200
+        assert 0.24 < (right - left) * (bottom - top) / 60_000 <= 1
+        assert 0.74 < (right - left) / (bottom - top) < 1.35
+
+
+def test_where_no_crop_fits_it_is_the_largest_one_in_the_middle() -> None:
+    generator = np.random.default_rng(0)
+    assert resized_crop_box(1000, 100, 1.0, generator) == (433, 0, 566, 100)
+    assert resized_crop_box(100, 1000, 1.0, generator) == (0, 433, 100, 566)
+    assert resized_crop_box(1, 1, 0.05, generator) == (0, 0, 1, 1)
+
+
+def test_a_padded_crop_moves_by_up_to_an_eighth_and_is_black_outside() -> None:
+    generator = np.random.default_rng(0)
+    boxes = {padded_crop_box(32, generator) for _ in range(2000)}
+    assert {left for left, *_ in boxes} == {top for _, top, *_ in boxes} == {*range(-4, 5)}
+    assert all(right - left == bottom - top == 32 for left, top, right, bottom in boxes)
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    image = np.asarray(augment(white, 32, "padded", False, 1.0, np.random.default_rng(3)))
+    left, top, *_ = padded_crop_box(32, np.random.default_rng(3))
+    assert (image == 0).all(axis=-1).sum() == 32 * 32 - (32 - abs(left)) * (32 - abs(top))
+
+
+def test_half_of_the_images_are_mirrored_if_asked() -> None:
+    row = Image.fromarray(np.array([[[0] * 3, [255] * 3]] * 2, dtype=np.uint8))
+    generator = np.random.default_rng(0)
+    mirrored = [augment(row, 2, None, True, 1.0, generator).getpixel((0, 0)) == (255, 255, 255) for _ in range(1000)]
+    assert 450 < sum(mirrored) < 550
+    assert augment(row, 2, None, False, 1.0, generator).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_pixels_are_normalized_by_channel() -> None:
+    image = Image.fromarray(np.array([[[0, 51, 255]]], dtype=np.uint8))
+    values = to_pixel_values([image, image], (0.5, 0.2, 0.0), (0.5, 0.1, 2.0))
+    assert values.shape == (2, 3, 1, 1)
+    torch.testing.assert_close(values[1].flatten(), torch.tensor([-1.0, 0.0, 0.5]))
+
+
+def test_an_image_is_the_same_in_whichever_batch_it_stands_and_new_in_each_epoch(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(30, 12, 9, 3), dtype=np.uint8)
+    path = write_npz(tmp_path / "noise.npz", images=noise)
+    for crop in ("resized", "padded"):
+        recipe = SMALL.replace(**{"data.train": str(path), "data.crop": crop})
+        task = ImageClassification(recipe)
+        batch = task.train_batch([5, 3, 8, 1], epoch=2)
+        parts = [task.train_batch([5], epoch=2), ImageClassification(recipe).train_batch([3, 8, 1], epoch=2)]
+        for name in ("pixel_values", "labels"):
+            assert torch.equal(batch[name], torch.cat([part[name] for part in parts]))
+        assert not torch.equal(task.train_batch([5, 3, 8, 1], epoch=3)["pixel_values"], batch["pixel_values"])
+        other = ImageClassification(recipe.replace(seed=1)).train_batch([5, 3, 8, 1], epoch=2)
+        assert not torch.equal(other["pixel_values"], batch["pixel_values"])
+
+
+def test_without_crop_and_flip_training_images_are_the_images(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz")
+    task = ImageClassification(SMALL.replace(**{"data.train": str(path), "data.crop": None, "data.flip": False}))
+    rows = task.splits["train"].rows[[4, 0]]
+    batch = task.train_batch([4, 0], epoch=0)
+    torch.testing.assert_close(batch["pixel_values"][:, 0, 0, 0], torch.from_numpy(rows / 127.5 - 1).float())
+    assert batch["labels"].tolist() == (rows % 3).tolist()
+
+
+# --------------------------------------------------------------------------------------------------- model and scores
+
+
+def test_a_vit_from_scratch_is_the_one_of_the_recipe(tmp_path: Path) -> None:
+    changes = {"model.dropout": 0.25, "model.attention_dropout": 0.35, "model.layers": 3}
+    task = ImageClassification(SMALL.replace(**changes, **{"data.train": str(write_npz(tmp_path / "x.npz"))}))
+    model = task.build_model().train()
+    assert (model.config.num_hidden_layers, model.config.image_size, model.config.patch_size) == (3, 8, 4)
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.25, 0.35}
+    batch = task.train_batch([0, 0], epoch=0)
+    assert torch.equal(task.logits(model, batch), torch.zeros(2, 3))  # the output layer starts at 0
+    nn.init.normal_(model.classifier.weight)
+    first, second = task.logits(model, batch)
+    assert not torch.equal(first, second)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """A ViT of five classes at 16 pixels, as it would come from the hub."""
+    folder = tmp_path / "pretrained"
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=5, **shape)).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def fine_tuning(pretrained: Path, tmp_path: Path, **changes: object) -> ImageClassification:
+    recipe = IMAGE_CLASSIFICATION.replace(**{"model.name": str(pretrained), "data.image_size": 16, **changes})
+    return ImageClassification(recipe.replace(**{"data.train": str(write_npz(tmp_path / "x.npz"))}))
+
+
+def test_a_pretrained_model_gets_dropout_a_new_output_layer_and_its_own_normalization(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    task = fine_tuning(pretrained, tmp_path, **{"model.dropout": 0.2, "model.attention_dropout": 0.3})
+    model = task.build_model().train()
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.2, 0.3}
+    assert model.classifier.weight.shape == (3, 8)
+    assert not model.classifier.weight.any()
+    saved = ViTForImageClassification.from_pretrained(pretrained)
+    assert torch.equal(saved.vit.embeddings.position_embeddings, model.vit.embeddings.position_embeddings)
+    black = to_pixel_values([Image.new("RGB", (1, 1))], task._mean, task._std)
+    torch.testing.assert_close(black.flatten(), torch.tensor([-0.1, -0.1, -0.075]))
+
+
+def test_a_pretrained_model_interpolates_its_positions_for_another_image_size(pretrained: Path, tmp_path: Path) -> None:
+    task = fine_tuning(pretrained, tmp_path, **{"data.image_size": 24})
+    batch = task.train_batch([0, 1], epoch=0)
+    assert batch["pixel_values"].shape == (2, 3, 24, 24)
+    assert task.logits(task.build_model(), batch).shape == (2, 3)
+    assert set(task.evaluate(task.build_model().eval(), "valid")) == {"loss", "accuracy"}
+
+
+def test_a_model_that_cannot_be_had_as_asked_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model\.name=.*cannot be loaded"):
+        fine_tuning(tmp_path / "nowhere", tmp_path)
+    (pretrained / "model.safetensors").rename(pretrained / "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=r"model\.name=.*cannot be loaded.*safetensors"):
+        fine_tuning(pretrained, tmp_path).build_model()
+    (pretrained / "preprocessor_config.json").unlink()
+    with pytest.raises(RecipeError, match=r"model\.name=.*preprocessor_config\.json"):
+        fine_tuning(pretrained, tmp_path)
+
+
+def test_dropout_that_a_model_does_not_have_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    config = ConvNextConfig(hidden_sizes=[4, 4], depths=[1, 1], num_stages=2, num_labels=5)
+    ConvNextForImageClassification(config).save_pretrained(pretrained)
+    with pytest.raises(
+        RecipeError, match=r"model\.dropout=0\.1: must be 0: a convnext model has no hidden_dropout_prob"
+    ):
+        fine_tuning(pretrained, tmp_path)
+    plain = {"alpha": 0.0, "model.dropout": 0.0, "model.attention_dropout": 0.0}
+    task = fine_tuning(pretrained, tmp_path, **plain)
+    assert task.logits(task.build_model(), task.train_batch([0], epoch=0)).shape == (1, 3)
+
+
+def test_accuracy_and_loss_are_those_of_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image i has the gray value i and the class i % 3; a model that says class 1 with 2 to 1 to 1 odds."""
+    monkeypatch.setattr("rdrop.experiments.tasks.image_classification.task.EVALUATION_BATCH", 4)
+    write_npz(tmp_path / "test.npz", 10)
+    data = {"data.train": str(write_npz(tmp_path / "x.npz")), "data.test": str(tmp_path / "test.npz")}
+    task = ImageClassification(SMALL.replace(**data))
+    seen = []
+
+    class Fixed(nn.Linear):
+        def forward(self, pixel_values: torch.Tensor) -> Any:  # type: ignore[override]
+            seen.extend(((pixel_values[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())
+            return SimpleNamespace(logits=torch.tensor([[1.0, 2.0, 1.0]]).log().expand(len(pixel_values), 3))
+
+    scores = task.evaluate(Fixed(1, 1), "test")
+    assert seen == [*range(10)]
+    assert scores["accuracy"] == 0.3  # 1, 4 and 7 of 0 to 9
+    assert scores["loss"] == pytest.approx((7 * np.log(4) + 3 * np.log(2)) / 10)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_every_recipe_learns_in_its_tiny_form(recipe: ImageClassificationRecipe, tmp_path: Path) -> None:
+    result = train(recipe.tiny(), tmp_path)
+    losses = [row["task_loss"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    assert result["metric"] == "accuracy"
+    assert result["test"]["accuracy"] > 1 / 3  # there are three classes
+
+
+def test_published_figures_belong_to_recipes() -> None:
+    assert set(PUBLISHED) < {recipe.name for recipe in RECIPES}
+    assert all(row.rdrop > row.baseline for rows in PUBLISHED.values() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "rule"),
+    [
+        (
+            CIFAR_100_VIT_B16,
+            {"model.layers": 6},
+            "model.layers=6: must be null: google/vit-base-patch16-224-in21k has its own",
+        ),
+        (CIFAR_100_VIT_B16, {"model.name": None}, "model.layers=null: must be given for a model from scratch"),
+        (CIFAR_10_4K, {"model.heads": 5}, "model.hidden_size=.*: must be divisible by model.heads"),
+        (CIFAR_10_4K, {"data.image_size": 33}, "model.patch_size=.*: must divide data.image_size"),
+        (CIFAR_10_4K, {"data.test": "x"}, 'data.test="x": needs data.train'),
+        (IMAGENET_VIT_L16, {"data.valid_split": "validation"}, "data.test_split=.*what chooses must not score"),
+        (CIFAR_10_4K, {"data.smallest_crop": 0.0}, "data.smallest_crop=0.0: must be greater than 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(
+    recipe: ImageClassificationRecipe, changes: dict[str, object], rule: str
+) -> None:
+    with pytest.raises(RecipeError, match=rule):
+        recipe.replace(**changes)
+
+
+def test_the_tiny_images_are_removed_with_their_task() -> None:
+    task = ImageClassification(SMALL.tiny())
+    folder = Path(re.sub(r".train$", "", task.splits["train"].images.where))
+    assert folder.is_dir()
+    del task
+    assert not folder.exists()

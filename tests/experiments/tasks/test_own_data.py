@@ -1,0 +1,79 @@
+"""From a file of one's own to the table, in one command: `rdrop compare TASK --train FILE`, for every task."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rdrop.experiments import cli
+from rdrop.experiments.run_folder import find_runs
+
+
+def sentences() -> Iterator[str]:
+    for who, what, whom in product(
+        ("the cat", "a dog", "my house"), ("sees", "finds", "likes"), ("a bird", "the river")
+    ):
+        yield f"{who} {what} {whom}"
+
+
+def write_pairs(folder: Path) -> Path:
+    path = folder / "pairs.tsv"
+    path.write_text("source\ttarget\n" + "".join(f"{line}\t{line[::-1]}\n" for line in sentences()), encoding="utf-8")
+    return path
+
+
+def write_documents(folder: Path) -> Path:
+    rows = ({"document": f"{line}. {line} again.", "summary": line} for line in sentences())
+    path = folder / "mails.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_labeled_texts(folder: Path) -> Path:
+    path = folder / "reviews.csv"
+    rows = (f'"{line}","{"animal" if "bird" in line else "place"}"\n' for line in sentences())
+    path.write_text("text,label\n" + "".join(rows), encoding="utf-8")
+    return path
+
+
+def write_text(folder: Path) -> Path:
+    path = folder / "novel.txt"
+    path.write_text("".join(f"{line}.\n" for line in [*sentences()] * 3), encoding="utf-8")
+    return path
+
+
+def write_images(folder: Path) -> Path:
+    draw = np.random.default_rng(0)
+    path = folder / "photos.npz"
+    np.savez(path, images=draw.integers(0, 256, (80, 16, 16, 3), dtype=np.uint8), labels=np.arange(80) % 2)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "metric"),
+    [
+        ("translation", write_pairs, "BLEU"),
+        ("summarization", write_documents, "ROUGE-L"),
+        ("text-classification", write_labeled_texts, "accuracy"),
+        ("language-modeling-from-scratch", write_text, "perplexity"),
+        ("image-classification", write_images, "accuracy"),
+    ],
+)
+def test_one_command_goes_from_an_own_file_to_the_table(
+    task: str, write: Callable[[Path], Path], metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, runs = write(tmp_path), tmp_path / "runs"
+    short = ["tiny=true", "data.tiny=false", "updates=2", "warmup_steps=1", "evaluate_every=2"]
+    given = ["--train", str(file), "--seeds", "1", "--no-double-batch", "--runs", str(runs)]
+    assert cli.run(["compare", task, *short, *given]) == 0
+    shown = capsys.readouterr().out
+    assert metric in shown
+    assert "R-Drop (alpha" in shown
+    assert "One seed shows nothing" in shown
+    recipes = [run.recipe for run in find_runs(runs) if run.result is not None and run.recipe is not None]
+    assert [recipe["data"]["train"] for recipe in recipes] == [str(file)] * 2
+    assert sorted(recipe["alpha"] > 0 for recipe in recipes) == [False, True]
+    assert (runs / "report.html").is_file()

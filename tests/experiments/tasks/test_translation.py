@@ -1,0 +1,333 @@
+"""Translation: what the model sees, what it is, and how it is scored."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rdrop import repeat_batch
+from rdrop.dropout import dropout_sources
+from rdrop.experiments.published import Published
+from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.tasks.decoding import generate as decoding
+from rdrop.experiments.tasks.files import DataError, read_lines
+from rdrop.experiments.tasks.task import Batch, load_task
+from rdrop.experiments.tasks.token_sequences import TokenSequences
+from rdrop.experiments.tasks.translation.recipes import (
+    IWSLT14_DE_EN,
+    IWSLT14_DE_EN_40K,
+    MULTI30K_EN_DE,
+    PUBLISHED,
+    RECIPES,
+    TRANSLATION,
+    WMT14_EN_DE,
+    TranslationRecipe,
+)
+from rdrop.experiments.tasks.translation.subwords import END, PAD, UNKNOWN
+from rdrop.experiments.tasks.translation.task import Translation, make_batch, marian_config
+from rdrop.experiments.training.trainer import train
+from rdrop.views import perturb_batch, views_of
+
+DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data"))
+TINY = TRANSLATION.tiny()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Translation:
+    return Translation(TINY)
+
+
+def own(tmp_path: Path, pairs: Sequence[tuple[str, str]], **changes: object) -> TranslationRecipe:
+    """The tiny recipe on a file of one's own, in place of made-up examples."""
+    path = tmp_path / "own.tsv"
+    path.write_text("source\ttarget\n" + "".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
+    return TINY.replace(**({"data.tiny": False, "data.train": str(path)} | changes))
+
+
+def built(recipe: TranslationRecipe) -> nn.Module:
+    torch.manual_seed(0)
+    return load_task(recipe).build_model()
+
+
+# ---------------------------------------------------------------------------------------------------- the batches
+
+
+def test_a_batch_is_padded_shifted_and_ended() -> None:
+    split = TokenSequences([[5, 6, 7], [8]]), TokenSequences([[9], [10, 11]])
+    batch = make_batch(split, [0, 1])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, END], [8, END, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[END, 9, PAD], [END, 10, 11]]
+    assert batch["labels"].tolist() == [[9, END, -100], [10, 11, END]]
+
+
+def test_a_batch_is_a_pure_function_of_its_indices(tiny: Translation) -> None:
+    first, again = tiny.train_batch([3, 1], epoch=0), tiny.train_batch([3, 1], epoch=4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(len(tensor) == 2 for tensor in first.values())
+
+
+def test_lengths_are_those_of_the_longer_side_with_its_end(tiny: Translation) -> None:
+    lengths = tiny.train_lengths()
+    assert len(lengths) == tiny.train_size() == 200
+    for index in (0, 17, 199):
+        batch = tiny.train_batch([index], epoch=0)
+        assert lengths[index] == max(batch["input_ids"].shape[1], batch["labels"].shape[1])
+
+
+def test_long_and_uneven_pairs_are_skipped_in_train_only_and_counted(tmp_path: Path) -> None:
+    pairs = [("a b c", "d e f")] * 26 + [("a " * 30 + "b", "d " * 30 + "e")] * 2 + [("a b c d", "e")] * 2
+    test = tmp_path / "test.tsv"
+    test.write_text(f"source\ttarget\n{'a ' * 30}b\te\n", encoding="utf-8")
+    files = {"data.valid": str(test), "data.test": str(test)}
+    limits = {"data.max_length": 20, "data.max_ratio": 3.0}
+    task = Translation(own(tmp_path, pairs, **files, **limits))
+    skipped = {"skipped_empty": 0, "skipped_too_long": 2, "skipped_uneven": 2}
+    assert task.counts == {"read": 30, "used": 26} | skipped
+    assert task.train_size() == 26
+    assert task.train_lengths().max() <= 21
+    assert "read 30, used 26, skipped_empty 0, skipped_too_long 2, skipped_uneven 2" in task.notes["train pairs"]
+    assert len(task.translate(task.build_model().eval(), "test")) == 1
+
+
+def test_a_sentence_to_be_scored_that_is_too_long_for_the_model_is_named(tmp_path: Path) -> None:
+    pairs = [("a b c", "d e f")] * 20
+    test = tmp_path / "test.tsv"
+    test.write_text(f"source\ttarget\nx\ty\n{'a ' * 70}b\te\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.tsv: pair 2 has a side of 71 tokens, but what is scored has 1 to 63"):
+        Translation(own(tmp_path, pairs, **{"data.test": str(test)}))
+
+
+def test_translations_without_spaces_need_a_language_that_bleu_knows(tmp_path: Path) -> None:
+    pairs = [(f"dog number {number}", f"{number}匹目の犬がいる。") for number in range(10)]
+    recipe = own(tmp_path, pairs)
+    with pytest.raises(DataError, match=r"own\.tsv \(a tenth\): most translations have no spaces.* one of zh, ja, th"):
+        load_task(recipe)
+    path = Path(str(recipe.data.train))
+    path.write_text(path.read_text(encoding="utf-8").replace("target", "ja", 1), encoding="utf-8")
+    task = Translation(recipe.replace(**{"data.target": "ja"}))
+    task.evaluate(task.build_model(), "test")
+    assert "tok:char" in task.notes["signature of bleu"]
+
+
+def test_limits_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
+    recipe = own(tmp_path, [("a b c d e f", "g h i j k l")] * 20, **{"data.max_length": 2})
+    with pytest.raises(DataError, match=r"data\.max_length and data\.max_ratio skip every pair"):
+        Translation(recipe)
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_refused(tmp_path: Path) -> None:
+    recipe = own(tmp_path, [("abcdefgh", "ijklmnop")] * 20, **{"data.vocabulary": 10})
+    with pytest.raises(RecipeError, match=r"data\.vocabulary=10: must be at least 2\d"):
+        Translation(recipe)
+
+
+def test_the_codes_of_the_folder_are_used(tmp_path: Path) -> None:
+    folder = DATA / "iwslt14-de-en"
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"RDROP_DATA has no iwslt14-de-en: {folder} is no folder")
+        pytest.skip(f"needs the IWSLT14 files of RDROP_DATA, and {folder} is no folder")
+    (tmp_path / "bpe.10k.codes.xz").write_bytes((folder / "bpe.10k.codes.xz").read_bytes())
+    for name in ("train40k", "valid", "test"):
+        for language in ("de", "en"):
+            lines = read_lines(folder / f"{'valid' if name == 'train40k' else name}.tok.{language}.xz")[:200]
+            (tmp_path / f"{name}.tok.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = Translation(IWSLT14_DE_EN_40K.replace(**{"data.folder": str(tmp_path), "data.counts": None}))
+    batch = task.train_batch([0], epoch=0)
+    assert task.subwords.decode([batch["labels"][0, :-1].tolist()]) == ["it &apos;s that pyramid ."]
+    assert batch["input_ids"].shape == (1, 7)  # es ist diese pyrami@@ de . </s>
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+def test_the_models_have_the_parameters_of_their_papers() -> None:
+    def parameters(recipe: TranslationRecipe, vocabulary: int) -> int:
+        with torch.device("meta"):
+            model = type(built(TINY))(marian_config(recipe.model, vocabulary))
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    assert parameters(IWSLT14_DE_EN, 10_152) == 36_741_120
+    assert parameters(IWSLT14_DE_EN, 10_146 + 4) == 36_741_120  # rounded up to a multiple of 8, as fairseq does
+    assert parameters(WMT14_EN_DE, 32_768) == 209_911_808
+    assert parameters(MULTI30K_EN_DE, 10_000) == 2_605_056
+
+
+def test_the_recipe_builds_the_network_it_says() -> None:
+    rates = {"model.dropout": 0.25, "model.attention_dropout": 0.35, "model.activation_dropout": 0.45}
+    model = built(TINY.replace(**rates, **{"model.layers": 3, "model.heads": 4}))
+    config = model.config
+    assert (config.encoder_layers, config.decoder_layers, config.d_model) == (3, 3, 32)
+    assert (config.encoder_attention_heads, config.encoder_ffn_dim) == (4, 64)
+    assert {source.rate for source in dropout_sources(model.train()) if source.active} == {0.25, 0.35, 0.45}
+    assert config.encoder_layerdrop == config.decoder_layerdrop == 0.0
+    assert model.lm_head.weight is model.model.shared.weight
+    assert model.model.encoder.embed_tokens.weight is model.model.decoder.embed_tokens.weight
+    assert not model.model.encoder.embed_positions.weight.requires_grad
+
+
+@pytest.mark.parametrize("key", ["dropout", "attention_dropout", "activation_dropout"])
+def test_each_rate_alone_makes_two_passes_differ(key: str) -> None:
+    rates = dict.fromkeys(("model.dropout", "model.attention_dropout", "model.activation_dropout"), 0.0)
+    task = Translation(TINY.replace(**(rates | {f"model.{key}": 0.5})))
+    model = task.build_model().train()
+    first, second = task.logits(model, repeat_batch(task.train_batch([0], epoch=0))).chunk(2)
+    assert not torch.equal(first, second)
+
+
+def test_padding_changes_no_logit(tiny: Translation) -> None:
+    model = built(TINY).eval()
+    together = tiny.train_batch(list(range(8)), epoch=0)
+    logits = tiny.logits(model, together)
+    assert logits.shape == (*together["labels"].shape, model.config.vocab_size)
+    for index in range(8):
+        alone = tiny.logits(model, tiny.train_batch([index], epoch=0))[0]
+        torch.testing.assert_close(logits[index, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "embedding"])
+def test_cutoffs_leave_padding_start_and_end_alone(tiny: Translation, kind: str) -> None:
+    batch: Batch = tiny.train_batch(list(range(16)), epoch=0)
+    views = views_of(kind, 0.9)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    special_ids, unknown_id = tiny.special_ids(), tiny.unknown_id()
+    repeated, perturbed = perturb_batch(batch, views, special_ids=special_ids, unknown_id=unknown_id)
+    for name in ("input_ids", "decoder_input_ids"):
+        clean, cut = repeated[name].chunk(2)
+        assert torch.equal(clean, batch[name])
+        kept = (clean == PAD) | (clean == END)
+        assert torch.equal(cut[kept], clean[kept])
+        assert (cut == UNKNOWN).any() == (kind == "unknown")
+    model = built(TINY).eval()
+    with perturbed(model):
+        first, second = tiny.logits(model, repeated).chunk(2)
+    assert not torch.allclose(first, second)
+
+
+# ---------------------------------------------------------------------------------------------------- the scores
+
+
+def test_the_loss_is_that_of_a_token_without_smoothing(tiny: Translation) -> None:
+    model = built(TINY).eval()
+    loss = tiny.evaluate(model, "valid")["loss"]
+    batch = make_batch(tiny._splits["valid"], range(20))
+    logits = tiny.logits(model, batch)
+    assert loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item(), rel=1e-5)
+
+
+def test_valid_translates_the_first_sentences_and_test_all_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Translation(TINY.replace(**{"data.valid_sentences": 7, "decoding.batch_size": 3, "decoding.beams": 2}))
+    model = task.build_model().eval()
+    given: list[tuple[list[str], int]] = []
+    scorer = task._bleu
+
+    def record(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        given.append((list(references), len(hypotheses)))
+        return scorer(hypotheses, references)
+
+    record.signatures = scorer.signatures  # type: ignore[attr-defined]
+    monkeypatch.setattr(task, "_bleu", record)
+    few, all_of_it = task.evaluate(model, "valid"), task.evaluate(model, "test")
+    assert given == [(task._references["valid"][:7], 7), (task._references["test"], 20)]
+    assert set(few) == set(all_of_it) == {"loss", "bleu", "bleu_tokenized_split"}
+    whole = Translation(TINY.replace(**{"data.valid_sentences": None}))
+    assert few["loss"] == pytest.approx(whole.evaluate(model, "valid")["loss"], rel=1e-6)
+
+
+def test_a_model_that_copies_its_reference_scores_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Translation(own(tmp_path, [("Was ist das (dort)?", "What's that over there, port-a-potty?")] * 20))
+
+    class Oracle:
+        name = "oracle"
+
+        def __call__(self, sources: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
+            target = task._splits["test"][1][0]
+            assert max_length >= len(target)
+            return [target for _ in sources]
+
+    monkeypatch.setattr(task, "_decoder", lambda model, beams: Oracle())
+    scores = task.evaluate(task.build_model().eval(), "test")
+    assert scores["bleu"] == scores["bleu_tokenized_split"] == pytest.approx(100)
+
+
+def test_the_fallback_translates_too_and_the_notes_name_it(tiny: Translation, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(TINY).eval()
+    tiny.translate(model, "test")
+    assert tiny.notes["decoded by"].startswith("ctranslate2 ")
+    monkeypatch.setattr(decoding, "why_not_ctranslate2", lambda model: "a test")
+    with pytest.warns(RuntimeWarning, match="transformers' generate, which is slow: a test"):
+        assert len(tiny.translate(model, "test")) == 20
+    assert tiny.notes["decoded by"].startswith("transformers ")
+
+
+def test_the_notes_have_the_signatures(tiny: Translation) -> None:
+    tiny.evaluate(built(TINY).eval(), "valid")
+    assert "tok:13a" in tiny.notes["signature of bleu"]
+    assert "case:lc" in tiny.notes["signature of bleu_tokenized_split"]
+
+
+def test_evaluation_is_repeatable_and_leaves_the_model_alone(tiny: Translation) -> None:
+    model = built(TINY).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert tiny.evaluate(model, "valid") == tiny.evaluate(model, "valid")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_stop_is_noticed_between_the_batches_of_a_search(tiny: Translation) -> None:
+    model = built(TINY).eval()
+    forwards: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(1))
+    tiny.evaluate(model, "test")
+    hook.remove()
+    assert forwards
+
+
+# ---------------------------------------------------------------------------------------------------- the recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
+def test_every_recipe_trains_in_its_tiny_form(recipe: TranslationRecipe, tmp_path: Path) -> None:
+    result = train(recipe.tiny(), tmp_path)
+    losses = [row["task_loss"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    assert result["metric"] == recipe.data.metric
+    assert result["metric"] in result["test"]
+
+
+def test_the_task_is_learned(tmp_path: Path) -> None:
+    pairs = [(" ".join(words), " ".join(words).upper()) for words in [["ba", "ko"], ["li"], ["mu", "ba"], ["ko"]] * 20]
+    recipe = own(tmp_path, pairs, updates=60, evaluate_every=60, alpha=1.0, **{"model.dropout": 0.1})
+    result = train(recipe, tmp_path / "run")
+    assert result["test"]["loss"] < 1.0
+
+
+def test_published_rows_are_of_recipes_and_recalled_ones_say_so() -> None:
+    assert set(PUBLISHED) <= {recipe.name for recipe in RECIPES}
+    rows = {name: [(row.baseline, row.rdrop, row.recalled) for row in own] for name, own in PUBLISHED.items()}
+    assert rows["iwslt14-de-en"] == [(34.64, 37.25, False)]
+    assert rows["iwslt14-en-de"] == [(28.57, 30.72, True)]
+    assert (None, 30.91, False) in rows["wmt14-en-de"]
+    assert (None, 43.95, False) in rows["wmt14-en-fr"]
+    assert all(isinstance(row, Published) and row.metric == "BLEU" for own in PUBLISHED.values() for row in own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.target": "source"}, r'data\.target="source": must be another language than data\.source'),
+        ({"data.codes": "codes"}, r'data\.codes="codes": must be null where data\.tokenized is false'),
+        ({"data.metric": "bleu_tokenized"}, r"data\.metric=.*where data\.tokenized is false"),
+        ({"data.max_length": 64}, r"data\.max_length=64: must be below model\.positions \(=64\)"),
+        ({"model.heads": 3}, r"model\.hidden_size=32: must be divisible by model\.heads \(=3\)"),
+        ({"data.counts": [1, 2]}, r"data\.counts=\[\.\.\.\]"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TINY.replace(**changes)

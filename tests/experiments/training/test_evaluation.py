@@ -1,0 +1,188 @@
+"""Finished runs scored again: the same weights give the same scores; other data, other scores; nothing changes."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdrop.experiments import cli
+from rdrop.experiments.comparison.finished_runs import FinishedRun, sort_out
+from rdrop.experiments.recipe import Recipe, RecipeError
+from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.run_folder import ResultsError, find_runs
+from rdrop.experiments.tasks.decoding.generate import Search
+from rdrop.experiments.tasks.translation.recipes import TRANSLATION
+from rdrop.experiments.training.evaluation import scored_again
+from rdrop.experiments.training.trainer import train
+
+DIGITS = RECIPES["digits"].tiny()
+WORDS = ["ein", "zwei", "drei", "vier", "acht", "neun", "zehn", "elf", "alle", "null"]
+
+
+def finished(path: Path) -> FinishedRun:
+    (run,), _ = sort_out(find_runs(path))
+    return run
+
+
+def pairs_file(path: Path, start: int, count: int) -> str:
+    """Sentences of two words, whose translation is the words the other way round."""
+    pairs = [(WORDS[i % 10], WORDS[(i // 10 + i) % 10]) for i in range(start, start + count)]
+    path.write_text("source\ttarget\n" + "".join(f"{a} {b}\t{b} {a}\n" for a, b in pairs), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    sizes = {"train": (0, 80), "valid": (3, 8), "test": (40, 8), "other": (60, 12)}
+    return {name: pairs_file(folder / f"{name}.tsv", *size) for name, size in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def averaged(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A translation run that is scored with the mean of its last two weights."""
+    path = tmp_path_factory.mktemp("averaged")
+    train(averaged_recipe(files, files["test"]), path)
+    return finished(path)
+
+
+def averaged_recipe(files: dict[str, str], test: str) -> Recipe:
+    own = {"data.tiny": False, "data.train": files["train"], "data.valid": files["valid"], "data.test": test}
+    return TRANSLATION.tiny().replace(average_last=2, evaluate_every=5, **own)
+
+
+def test_the_same_weights_have_the_same_scores(averaged: FinishedRun, tmp_path: Path) -> None:
+    assert len(averaged.result["averaged_steps"]) == 2
+    assert scored_again(averaged) == averaged.result
+    result = train(DIGITS.replace(updates=20, evaluate_every=5), tmp_path)
+    assert scored_again(finished(tmp_path)) == result
+
+
+def test_another_test_file_has_the_scores_of_the_run_that_was_tested_on_it(
+    averaged: FinishedRun, files: dict[str, str], tmp_path: Path
+) -> None:
+    other = train(averaged_recipe(files, files["other"]), tmp_path)["test"]
+    assert scored_again(averaged, [f"data.test={files['other']}"])["test"] == other
+    assert other["loss"] != averaged.result["test"]["loss"]
+
+
+def test_another_search_is_used_and_leaves_the_loss(averaged: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rdrop.experiments.tasks.translation import task as translation
+
+    searches: list[Search] = []
+    decoder_of = translation.decoder_of
+    monkeypatch.setattr(
+        translation, "decoder_of", lambda model, search: searches.append(search) or decoder_of(model, search)
+    )
+    scores = scored_again(averaged, ["decoding.beams=2"])["test"]
+    assert [search.beams for search in searches] == [2]
+    assert scores["loss"] == averaged.result["test"]["loss"]
+
+
+def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(averaged, result=averaged.result | {"notes": {"decoded by": "another version"}})
+    assert scored_again(other)["notes"] == averaged.result["notes"]
+    out, _ = shown([averaged.path], capsys)
+    for name, note in averaged.result["notes"].items():
+        assert f"{name}: {note}\n" in out
+
+
+@pytest.mark.parametrize(
+    "setting", ["alpha=1", "seed=1", "updates=9", "data.train=x.tsv", "data.vocabulary=61", "model.layers=2", "name=x"]
+)
+def test_what_belongs_to_the_training_is_refused(averaged: FinishedRun, setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"^{key}=.*belongs to the training; to score, change .*data\.test"):
+        scored_again(averaged, [setting])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda lines: lines[:-1], lambda lines: [*lines[:-1], "neun zehn\telf"], lambda lines: lines[::-1]]
+)
+def test_other_training_data_are_refused_because_the_weights_would_mean_something_else(
+    averaged: FinishedRun, files: dict[str, str], change: Callable[[list[str]], list[str]], tmp_path: Path
+) -> None:
+    run = FinishedRun(tmp_path, averaged.recipe, averaged.result, [])
+    heading, *lines = Path(files["train"]).read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "train.tsv"
+    other.write_text("\n".join([heading, *change(lines)]) + "\n", encoding="utf-8")
+    recipe = json.loads((averaged.path / "recipe.json").read_text())
+    recipe["data"]["train"] = str(other)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ResultsError, match="the training data are not those of the run"):
+        scored_again(run)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Baseline and R-Drop, one seed each, and a run that was not finished."""
+    path = tmp_path_factory.mktemp("compared")
+    for alpha in (0.0, 1.0):
+        recipe = DIGITS.replace(alpha=alpha, updates=20, evaluate_every=10)
+        train(recipe, path / recipe.name / recipe.digest())
+    (path / "other").mkdir()
+    (path / "other" / "recipe.json").write_text(DIGITS.to_json())
+    return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def shown(command: Sequence[Any], capsys: pytest.CaptureFixture[str], status: int = 0) -> tuple[str, str]:
+    capsys.readouterr()
+    assert cli.run(["evaluate", *map(str, command)]) == status
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def test_several_runs_are_compared_and_nothing_is_written(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(compared)
+    out, err = shown([compared], capsys)
+    assert "test accuracy %" in out
+    assert "R-Drop (alpha 1)" in out
+    assert "1/2" in err
+    assert "2/2" in err
+    assert f"left out: {compared / 'other'}: unfinished" in err
+    assert contents(compared) == before
+
+
+def test_one_run_as_json(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = compared / DIGITS.name / DIGITS.replace(alpha=0.0, updates=20, evaluate_every=10).digest()
+    out, _ = shown([run, "--json"], capsys)
+    assert json.loads(out) == [{"run": str(run), "scores": finished(run).result["test"]}]
+    table, _ = shown([run], capsys)
+    assert "accuracy %" in table
+
+
+def test_mistakes_are_one_line(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, status, said in (
+        ([tmp_path], 2, f"rdrop: {tmp_path} holds no finished run."),
+        ([tmp_path / "none"], 2, f"rdrop: {tmp_path / 'none'} is not a folder."),
+        ([compared / "other"], 2, "unfinished, last row at step 0. Run it again to resume it."),
+        ([compared, "alpha=2"], 2, "rdrop: alpha="),
+        ([compared, "--test", "x.npz"], 2, "rdrop: data.test="),
+    ):
+        out, err = shown(command, capsys, status)
+        assert out == ""
+        assert said in err.splitlines()[-1], command
+
+
+def test_weights_that_are_not_there_any_more(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(compared / DIGITS.name, copy)
+    for checkpoints in copy.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    _, err = shown([copy], capsys, status=1)
+    assert "model.safetensors: No such file" in err.splitlines()[-1]

@@ -1,0 +1,92 @@
+"""What is made ahead is what would have been made: values, errors, and nothing beyond the end."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.experiments.tiny_runs import RECIPE, TinyTask
+
+from rdrop.experiments.training import trainer
+from rdrop.experiments.training.prefetch import Prefetched
+
+SECONDS = 30  # far more than a thread needs; only a failure waits so long
+
+
+def test_the_next_value_is_made_while_the_present_one_is_used() -> None:
+    made = {step: threading.Event() for step in range(4)}
+
+    def make(step: int) -> int:
+        made[step].set()
+        return step * step
+
+    with Prefetched(make, end=3) as values:
+        for step in range(3):
+            assert values.at(step) == step * step
+            assert step == 2 or made[step + 1].wait(SECONDS)
+    assert not made[3].is_set()
+
+
+def test_values_are_those_of_the_step_asked_for_whatever_was_made_ahead() -> None:
+    calls: list[int] = []
+    with Prefetched(lambda step: calls.append(step) or step, end=10) as values:
+        assert [values.at(step) for step in (0, 1, 5, 6, 2)] == [0, 1, 5, 6, 2]
+    assert set(calls) <= {0, 1, 2, 3, 5, 6, 7}
+
+
+def test_an_error_comes_when_its_step_is_asked_for() -> None:
+    def make(step: int) -> int:
+        if step == 1:
+            raise ValueError("line 7")
+        return step
+
+    with Prefetched(make, end=9) as values:
+        assert values.at(0) == 0
+        with pytest.raises(ValueError, match="line 7"):
+            values.at(1)
+    with Prefetched(make, end=9) as values:  # an error that nobody asks for is nobody's
+        assert values.at(0) == 0
+
+
+def test_no_two_values_are_made_at_once() -> None:
+    at_work = threading.Lock()
+
+    def make(step: int) -> int:
+        assert at_work.acquire(blocking=False), step
+        time.sleep(0.01)
+        at_work.release()
+        return step
+
+    with Prefetched(make, end=20) as values:
+        assert [values.at(step) for step in (0, 5, 10, 2, 3)] == [0, 5, 10, 2, 3]
+
+
+def test_outside_the_context_there_is_no_thread() -> None:
+    values = Prefetched(lambda step: threading.current_thread(), end=9)
+    assert [values.at(step) for step in range(3)] == [threading.current_thread()] * 3
+    with values:
+        assert threading.current_thread() not in [values.at(step) for step in (3, 4)]
+    assert values.at(5) is threading.current_thread()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rdrop-batches")]
+
+
+def test_training_makes_the_next_batch_during_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, waiting = threading.Semaphore(0), []
+    train_batch, logits = TinyTask.train_batch, TinyTask.logits
+
+    def counted(task: TinyTask, *arguments: Any) -> Any:
+        batches.release()
+        return train_batch(task, *arguments)
+
+    # One for the fingerprint, then two microbatches an update.
+    def needs_two_updates_batches(task: TinyTask, *arguments: Any) -> Any:
+        if not waiting:
+            waiting.append([batches.acquire(timeout=SECONDS) for _ in range(1 + 2 + 2)])
+        return logits(task, *arguments)
+
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    monkeypatch.setattr(TinyTask, "train_batch", counted)
+    monkeypatch.setattr(TinyTask, "logits", needs_two_updates_batches)
+    trainer.train(RECIPE, tmp_path)
+    assert waiting == [[True] * 5]
