@@ -189,7 +189,7 @@ def evaluate(
 
     It writes no file. Several runs are compared, as in `compare`, by the new scores.
     """
-    scored = _scored_again(runs, [*(settings or []), *_options(data=data, test=test)])
+    scored = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
     if as_json:
         found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -328,12 +328,12 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
     return textwrap.fill("kernels     " + "; ".join(words), width=79, subsequent_indent=" " * 12)
 
 
-def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
+def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
     from rdrop.experiments.comparison.finished_runs import sort_out
     from rdrop.experiments.plan import quiet_transformers, summary
     from rdrop.experiments.training.checkpoints import CheckpointError
-    from rdrop.experiments.training.evaluation import scored_again
+    from rdrop.experiments.training.evaluation import rescore
 
     finished, unusable = sort_out(find_runs(runs))
     if not finished:
@@ -346,7 +346,7 @@ def _scored_again(runs: Path, settings: list[str]) -> list[RunRecord]:
     for number, run in enumerate(finished, start=1):
         label = _label_of(run.recipe)
         try:
-            result = scored_again(run, settings)
+            result = rescore(run, settings)
         except CheckpointError as error:
             raise FailedRunError(f"{label}: {error}") from error
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))

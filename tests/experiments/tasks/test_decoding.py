@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, MarianMTModel, T5Config, T5ForConditionalGeneration
 
+from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.ctranslate2 import CTranslate2Decoder
-from rdrop.experiments.tasks.decoding.generate import Search, TransformersDecoder, decoder_of
+from rdrop.experiments.tasks.decoding.generate import TransformersDecoder
+from rdrop.experiments.tasks.decoding.search import Search
 from rdrop.experiments.tasks.token_sequences import TokenSequences
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
 from rdrop.experiments.tasks.translation.task import make_batch, marian_config

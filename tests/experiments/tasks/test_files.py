@@ -20,11 +20,11 @@ from rdrop.experiments.tasks.files import (
     DataError,
     Row,
     find_file,
+    hold_out,
     load_hub,
     read_lines,
     read_parallel,
     read_table,
-    tenths,
 )
 
 MUTATED_FILES = 500
@@ -175,14 +175,18 @@ def test_the_first_name_that_is_there_is_found(tmp_path: Path) -> None:
         find_file(tmp_path / "none", "train.tsv")
 
 
-def test_tenths_are_disjoint_whole_and_the_seed_s_own() -> None:
-    train, valid, test = tenths(105, seed=3)
-    assert (len(train), len(valid), len(test)) == (85, 10, 10)
-    assert sorted(np.concatenate([train, valid, test])) == list(range(105))
-    assert np.array_equal(tenths(105, seed=3)[1], valid)
-    assert not np.array_equal(tenths(105, seed=4)[1], valid)
-    with pytest.raises(DataError, match="9 examples cannot be split into tenths"):
-        tenths(9, seed=0)
+def test_held_out_rows_are_disjoint_whole_and_the_seed_s_own() -> None:
+    rows = hold_out(105, ("valid", "test"), seed=3)
+    assert {split: len(own) for split, own in rows.items()} == {"train": 85, "valid": 10, "test": 10}
+    assert sorted(np.concatenate([*rows.values()])) == list(range(105))
+    alone = hold_out(105, ["test"], seed=3)
+    assert alone.keys() == {"train", "test"}
+    assert np.array_equal(alone["test"], rows["test"])
+    assert np.array_equal(alone["train"], np.sort([*rows["train"], *rows["valid"]]))
+    assert not np.array_equal(hold_out(105, ["test"], seed=4)["test"], rows["test"])
+    assert hold_out(9, (), seed=0)["train"].tolist() == list(range(9))
+    with pytest.raises(DataError, match="9 examples are too few to hold out 10 %"):
+        hold_out(9, ["test"], seed=0)
 
 
 def test_what_datasets_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.real_data import real_data
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -64,11 +65,7 @@ SMALL = CIFAR_10_4K.replace(
 @pytest.fixture(scope="module")
 def cifar() -> Path:
     """The first 4,000 training images of CIFAR-10."""
-    folder = Path(os.environ.get("RDROP_DATA", PROJECT / "../shared/data")) / "cifar10-lossless-4k"
-    if not folder.is_dir():
-        assert not os.environ.get("CI"), f"{folder} is missing"
-        pytest.skip(f"{folder} is not there; RDROP_DATA says where the data are")
-    return folder
+    return real_data("cifar10-lossless-4k")
 
 
 def write_image(

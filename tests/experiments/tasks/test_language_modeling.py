@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.real_data import real_data
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling import data as texts
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel
-from rdrop.experiments.tasks.language_modeling.data import contiguous_tenths, load_texts
+from rdrop.experiments.tasks.language_modeling.data import hold_out_neighbors, load_lines
 from rdrop.experiments.tasks.language_modeling.recipes import (
     FINE_TUNING,
     FROM_SCRATCH,
@@ -43,14 +43,6 @@ from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.trainer import train
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data"))
-
-
-def real_data(name: str) -> str:
-    if not (DATA / name).is_dir() and not os.environ.get("CI"):
-        pytest.skip(f"{DATA / name} is not there; set RDROP_DATA")
-    return str(DATA / name)
-
 
 def own_file(folder: Path, text: str, name: str = "own.txt") -> str:
     (folder / name).write_text(text, encoding="utf-8")
@@ -70,8 +62,8 @@ def on_words(folder: Path, text: str, **changes: object) -> LanguageModelingReci
 
 
 def test_wikitext_has_its_lines_and_tokens_and_keeps_its_last_tenth_as_valid() -> None:
-    recipe = WIKITEXT_2_VALID.replace(**{"data.folder": real_data("wikitext-2-valid-test")})
-    found = load_texts(recipe.data)
+    recipe = WIKITEXT_2_VALID.replace(**{"data.folder": str(real_data("wikitext-2-valid-test"))})
+    found = load_lines(recipe.data)
     assert {split: len(lines) for split, lines in found.items()} == {"train": 3384, "valid": 376, "test": 4358}
     assert found["train"][1] == " = Homarus gammarus = "
     assert found["test"][1] == " = Robert <unk> = "
@@ -81,13 +73,13 @@ def test_wikitext_has_its_lines_and_tokens_and_keeps_its_last_tenth_as_valid() -
 
 
 def test_tinyshakespeare_is_split_by_position() -> None:
-    recipe = TINYSHAKESPEARE.replace(**{"data.folder": real_data("tinyshakespeare"), "data.train_lines": None})
-    found = load_texts(recipe.data)
+    recipe = TINYSHAKESPEARE.replace(**{"data.folder": str(real_data("tinyshakespeare")), "data.train_lines": None})
+    found = load_lines(recipe.data)
     assert {split: len(lines) for split, lines in found.items()} == {"train": 36_000, "valid": 2_000, "test": 2_000}
     assert sum(len(characters(line)) for lines in found.values() for line in lines) == 1_115_394
     assert found["train"][0] == "First Citizen:"
     assert found["test"][-1] == "Whiles thou art waking."
-    assert load_texts(recipe.replace(**{"data.train_lines": 10}).data)["train"] == found["train"][:10]
+    assert load_lines(recipe.replace(**{"data.train_lines": 10}).data)["train"] == found["train"][:10]
     assert SymbolVocabulary(found["train"], characters).size == 65 + 2
 
 
@@ -101,8 +93,8 @@ def test_a_file_that_lost_a_line_is_named_with_both_counts(tmp_path: Path) -> No
     with pytest.raises(
         DataError, match=r"wiki\.test\.tokens\.gz: has 4357 lines and must have 4358; .*data\.lines=null"
     ):
-        load_texts(recipe.data)
-    assert len(load_texts(recipe.replace(**{"data.lines": None}).data)["test"]) == 4357
+        load_lines(recipe.data)
+    assert len(load_lines(recipe.replace(**{"data.lines": None}).data)["test"]) == 4357
 
 
 def test_damaged_copies_are_refused_by_file_and_line(tmp_path: Path) -> None:
@@ -110,10 +102,10 @@ def test_damaged_copies_are_refused_by_file_and_line(tmp_path: Path) -> None:
     recipe = TINYSHAKESPEARE.replace(**{"data.folder": str(tmp_path)})
     (tmp_path / "input.txt.gz").write_bytes(source[: len(source) // 2])
     with pytest.raises(DataError, match=r"input\.txt\.gz:\d+: the compressed file is cut off"):
-        load_texts(recipe.data)
+        load_lines(recipe.data)
     (tmp_path / "input.txt.gz").write_bytes(gzip.compress(gzip.decompress(source).replace(b"thou", b"th\xff", 1)))
     with pytest.raises(DataError, match=r"input\.txt\.gz:\d+: byte \d+ is not UTF-8"):
-        load_texts(recipe.data)
+        load_lines(recipe.data)
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -130,39 +122,39 @@ def test_the_hub_gives_the_lines_of_the_files(monkeypatch: pytest.MonkeyPatch) -
     import datasets
 
     monkeypatch.setattr(texts, "load_hub", load_hub)
-    found = load_texts(WIKITEXT_103.replace(**{"data.lines": [24, 1, 2]}).data)
+    found = load_lines(WIKITEXT_103.replace(**{"data.lines": [24, 1, 2]}).data)
     assert asked[0] == ("Salesforce/wikitext", "wikitext-103-v1", "train")
     assert found["train"][:3] == ["", " = A = ", " b c "]
     assert (found["valid"], found["test"]) == ([" d "], [" e ", ""])
     with pytest.raises(DataError, match="split train: has 24 lines and must have 1801350"):
-        load_texts(WIKITEXT_103.data)
+        load_lines(WIKITEXT_103.data)
     rows["train"][4] = "two\nlines\n"
     with pytest.raises(DataError, match="split train, row 4: has a newline inside"):
-        load_texts(WIKITEXT_103.data)
+        load_lines(WIKITEXT_103.data)
 
 
 def test_without_files_of_their_own_valid_and_test_are_runs_of_neighboring_lines(tmp_path: Path) -> None:
     path = own_file(tmp_path, "".join(f"line {number}\n" for number in range(40)))
     data = FROM_SCRATCH.replace(**{"data.train": path}).data
-    found = load_texts(data)
+    found = load_lines(data)
     numbers = {split: [int(line.split()[1]) for line in lines] for split, lines in found.items()}
     assert {split: len(own) for split, own in numbers.items()} == {"train": 32, "valid": 4, "test": 4}
     assert sorted(number for own in numbers.values() for number in own) == list(range(40))
     for split in ("valid", "test"):
         assert numbers[split] == list(range(numbers[split][0], numbers[split][0] + 4))
-    assert load_texts(data) == found
-    given = load_texts(FROM_SCRATCH.replace(**{"data.train": path, "data.test": path}).data)
+    assert load_lines(data) == found
+    given = load_lines(FROM_SCRATCH.replace(**{"data.train": path, "data.test": path}).data)
     assert (len(given["train"]), given["valid"], len(given["test"])) == (36, found["valid"], 40)
-    assert contiguous_tenths(40, seed=0) != contiguous_tenths(40, seed=1)
+    assert hold_out_neighbors(40, ["test"], seed=0) != hold_out_neighbors(40, ["test"], seed=1)
 
 
 def test_too_little_text_and_no_source_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data: set data\.train"):
-        load_texts(FROM_SCRATCH.data)
-    with pytest.raises(DataError, match="9 lines cannot be split into tenths"):
-        load_texts(FROM_SCRATCH.replace(**{"data.train": own_file(tmp_path, "a\n" * 9)}).data)
+        load_lines(FROM_SCRATCH.data)
+    with pytest.raises(DataError, match="9 lines are too few to hold out 10 %"):
+        load_lines(FROM_SCRATCH.replace(**{"data.train": own_file(tmp_path, "a\n" * 9)}).data)
     with pytest.raises(DataError, match=r"has no wiki\.train\.tokens or train\.txt"):
-        load_texts(FROM_SCRATCH.replace(**{"data.folder": str(tmp_path)}).data)
+        load_lines(FROM_SCRATCH.replace(**{"data.folder": str(tmp_path)}).data)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokens

@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from tests.real_data import real_data
 
 from rdrop.experiments.tasks.files import DataError, read_lines
 from rdrop.experiments.tasks.token_sequences import TokenSequences, in_parts, usable
@@ -26,16 +26,9 @@ from rdrop.experiments.tasks.translation.recipes import (
     TranslationRecipe,
 )
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data"))
-
 
 def in_folder(recipe: TranslationRecipe, name: str) -> TranslationRecipe:
-    folder = DATA / name
-    if not folder.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"RDROP_DATA has no {name}: {folder} is no folder")
-        pytest.skip(f"needs the {name} files of RDROP_DATA, and {folder} is no folder")
-    return recipe.replace(**{"data.folder": str(folder)})
+    return recipe.replace(**{"data.folder": str(real_data(name))})
 
 
 def loaded(recipe: TranslationRecipe, **changes: object) -> dict[str, list[tuple[str, str]]]:
@@ -84,7 +77,7 @@ def test_iwslt14_40k_has_the_lines_of_its_manifest_first_and_last_right() -> Non
 
 def test_a_line_too_few_is_refused_with_file_and_line(tmp_path: Path) -> None:
     recipe = in_folder(MULTI30K_EN_DE, "multi30k")
-    for file in (DATA / "multi30k").glob("*.gz"):
+    for file in real_data("multi30k").glob("*.gz"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     lines = read_lines(tmp_path / "val.de.gz")
     del lines[500]
@@ -96,7 +89,7 @@ def test_a_line_too_few_is_refused_with_file_and_line(tmp_path: Path) -> None:
 
 def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
     recipe = in_folder(MULTI30K_EN_DE, "multi30k")
-    for file in (DATA / "multi30k").glob("*.gz"):
+    for file in real_data("multi30k").glob("*.gz"):
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[:9000] if file.name == "val.de.gz" else content)
     with pytest.raises(DataError, match=r"val\.de\.gz:\d+: the compressed file is cut off or damaged"):
@@ -148,7 +141,7 @@ def test_lowercase_is_of_all_that_is_read(tmp_path: Path) -> None:
 def test_a_wrong_number_of_lines_is_refused_with_both_unless_the_recipe_allows_any(tmp_path: Path) -> None:
     write_folder(tmp_path)
     changes: dict[str, object] = {"data.folder": str(tmp_path), "data.counts": [5, 4, 2]}
-    with pytest.raises(DataError, match=r"valid\.source: has 3 lines, but valid of this data set has 4; .*counts=null"):
+    with pytest.raises(DataError, match=r"valid\.source: has 3 lines and must have 4; .*counts=null"):
         loaded(TRANSLATION, **changes)
     assert len(loaded(TRANSLATION, **(changes | {"data.counts": None}))["valid"]) == 3
 
@@ -179,7 +172,7 @@ def write_table(path: Path, size: int) -> str:
 
 
 @pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
-def test_a_table_is_split_in_tenths_the_same_for_all_seeds(tmp_path: Path, ending: str) -> None:
+def test_a_table_is_split_the_same_for_all_seeds(tmp_path: Path, ending: str) -> None:
     own = {"data.train": write_table(tmp_path / f"pairs.{ending}", 40)}
     splits = loaded(TRANSLATION, **own)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 32, "valid": 4, "test": 4}
@@ -188,7 +181,7 @@ def test_a_table_is_split_in_tenths_the_same_for_all_seeds(tmp_path: Path, endin
     assert loaded(TRANSLATION, **own, **{"data.split_seed": 1}) != splits
 
 
-def test_a_file_for_a_split_leaves_its_tenth_in_train(tmp_path: Path) -> None:
+def test_a_file_for_a_split_leaves_its_rows_in_train(tmp_path: Path) -> None:
     own = {"data.train": write_table(tmp_path / "a.tsv", 40), "data.test": write_table(tmp_path / "b.csv", 3)}
     splits = loaded(TRANSLATION, **own)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 36, "valid": 4, "test": 3}
@@ -263,7 +256,7 @@ def test_iwslt_comes_from_the_parquet_branch(hub: list[Request], recipe: Transla
 
 
 def test_the_hubs_counts_are_checked(hub: list[Request]) -> None:
-    with pytest.raises(DataError, match=r"bbaaaa/iwslt14-de-en-preprocess \(de-en\) train: has 2 lines, but .* 160239"):
+    with pytest.raises(DataError, match=r"iwslt14-de-en-preprocess \(de-en\) train: has 2 lines and must have 160239"):
         loaded(IWSLT14_DE_EN)
 
 

@@ -1,10 +1,10 @@
 """Subwords: text that comes back as it was, and the splits of subword-nmt."""
 
-import os
 import random
 from pathlib import Path
 
 import pytest
+from tests.real_data import real_data
 
 from rdrop.experiments.tasks.files import DataError, read_lines
 from rdrop.experiments.tasks.translation.subwords import (
@@ -18,8 +18,6 @@ from rdrop.experiments.tasks.translation.subwords import (
     read_codes,
 )
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data")) / "iwslt14-de-en"
-
 LINES = [
     'A man (on the left), "smiling", waits.',
     "Ein Mann (links), „lächelnd“, wartet.",
@@ -30,11 +28,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def iwslt() -> Path:
-    if not DATA.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"RDROP_DATA has no iwslt14-de-en: {DATA} is no folder")
-        pytest.skip(f"needs the IWSLT14 files of RDROP_DATA, and {DATA} is no folder")
-    return DATA
+    return real_data("iwslt14-de-en")
 
 
 @pytest.mark.parametrize("tokenized", [False, True])

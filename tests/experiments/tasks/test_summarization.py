@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.experiments.tasks.test_files import MUTATED_FILES, mutated, outcome, table, write
+from tests.real_data import real_data
 from torch import Tensor, nn
 
 from rdrop import repeat_batch
@@ -36,18 +36,13 @@ from rdrop.experiments.tasks.summarization.task import Summarization
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.trainer import train
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data")) / "aeslc"
 TINY = AESLC.tiny()
 Row = Mapping[str, str]
 
 
 @pytest.fixture(scope="module")
 def aeslc() -> SummarizationRecipe:
-    if not DATA.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"RDROP_DATA has no aeslc: {DATA} is no folder")
-        pytest.skip(f"needs the AESLC files of RDROP_DATA, and {DATA} is no folder")
-    return AESLC.replace(**{"data.folder": str(DATA)})
+    return AESLC.replace(**{"data.folder": str(real_data("aeslc"))})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +77,7 @@ def own(tmp_path: Path, **changes: object) -> SummarizationRecipe:
 def test_aeslc_has_the_examples_of_its_manifest_first_and_last_right(aeslc_examples: Examples) -> None:
     assert [len(aeslc_examples[split]) for split in ("train", "valid", "test")] == [14_436, 1_960, 1_906]
     for split, file in (("train", "train"), ("valid", "dev"), ("test", "test")):
-        lines = lzma.decompress((DATA / f"{file}.jsonl.xz").read_bytes()).decode().split("\n")
+        lines = lzma.decompress((real_data("aeslc") / f"{file}.jsonl.xz").read_bytes()).decode().split("\n")
         for example, line in ((aeslc_examples[split][0], lines[0]), (aeslc_examples[split][-1], lines[-2])):
             row = json.loads(line)
             assert (example.document, example.summaries[0]) == (row["document"].strip(), row["subject"].strip())
@@ -95,12 +90,12 @@ def test_more_references_are_columns_of_the_test_split_only(aeslc_examples: Exam
 
 
 def test_a_file_cut_short_is_refused_with_both_counts(aeslc: SummarizationRecipe, tmp_path: Path) -> None:
-    lines = lzma.decompress((DATA / "train.jsonl.xz").read_bytes()).decode().split("\n")
+    lines = lzma.decompress((real_data("aeslc") / "train.jsonl.xz").read_bytes()).decode().split("\n")
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:1000]), encoding="utf-8")
     for split in ("dev", "test"):
-        (tmp_path / f"{split}.jsonl.xz").write_bytes((DATA / f"{split}.jsonl.xz").read_bytes())
+        (tmp_path / f"{split}.jsonl.xz").write_bytes((real_data("aeslc") / f"{split}.jsonl.xz").read_bytes())
     data = aeslc.replace(**{"data.folder": str(tmp_path)}).data
-    with pytest.raises(DataError, match=r"train\.jsonl: has 1000 examples, and train must have 14436"):
+    with pytest.raises(DataError, match=r"train\.jsonl: has 1000 examples and must have 14436"):
         load_examples(data)
     assert len(load_examples(data.model_copy(update={"counts": None}))["train"]) == 1000
 
@@ -126,7 +121,7 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path: Path, broken: str, mess
         load_examples(data)
 
 
-def test_splits_without_a_file_are_tenths_that_the_split_seed_draws(tmp_path: Path) -> None:
+def test_splits_without_a_file_are_held_out_as_the_split_seed_draws(tmp_path: Path) -> None:
     first = load_examples(own(tmp_path).data)
     assert {split: len(examples) for split, examples in first.items()} == {"train": 16, "valid": 2, "test": 2}
     assert len({example.document for examples in first.values() for example in examples}) == 20
@@ -195,7 +190,7 @@ def test_the_hub_is_read_by_datasets_from_the_layout_it_has(tmp_path: Path, monk
     examples = load_examples(data)
     assert [example.document for example in examples["train"]] == ["Story 0.", "Story 1.", "Story 2."]
     assert examples["valid"][1].summaries == ("One .\nTwo .",)
-    with pytest.raises(DataError, match=r"split train: has 3 examples, and train must have 287113"):
+    with pytest.raises(DataError, match=r"split train: has 3 examples and must have 287113"):
         load_examples(data.model_copy(update={"counts": CNN_DAILYMAIL.data.counts}))
     with pytest.raises(DataError, match=r"split train: has no column 'articles' \(the nearest is 'article'\)"):
         load_examples(data.model_copy(update={"document_column": "articles"}))

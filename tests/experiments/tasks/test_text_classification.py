@@ -1,7 +1,6 @@
 """Text classification: GLUE's files as they are, own files, labels that cannot be wrong, scores known by hand."""
 
 import gzip
-import os
 import random
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.real_data import real_data
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -21,7 +21,7 @@ from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.task import load_task
-from rdrop.experiments.tasks.text_classification.data import Splits, load_texts
+from rdrop.experiments.tasks.text_classification.data import Splits, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
 from rdrop.experiments.tasks.text_classification.models import RATE_NAMES, learned_tokenizer
 from rdrop.experiments.tasks.text_classification.recipes import (
@@ -38,7 +38,6 @@ from rdrop.experiments.tasks.text_classification.task import TextClassification
 from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
 from rdrop.experiments.training.trainer import train
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data")) / "glue"
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 TINY = {recipe.tiny().replace(name="tiny").digest(): recipe.tiny() for recipe in RECIPES}
 OWN = TEXT_CLASSIFICATION.tiny().replace(**{"data.tiny": False})
@@ -46,15 +45,11 @@ OWN = TEXT_CLASSIFICATION.tiny().replace(**{"data.tiny": False})
 
 @pytest.fixture
 def glue() -> Path:
-    if not DATA.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"RDROP_DATA has no glue: {DATA} is no folder")
-        pytest.skip(f"needs the GLUE files of RDROP_DATA, and {DATA} is no folder")
-    return DATA
+    return real_data("glue")
 
 
 def splits(recipe: TextClassificationRecipe, **data: object) -> Splits:
-    return load_texts(recipe.replace(**{f"data.{key}": value for key, value in data.items()}).data)
+    return load_labeled_texts(recipe.replace(**{f"data.{key}": value for key, value in data.items()}).data)
 
 
 def write(path: Path, *lines: str) -> str:
@@ -102,7 +97,7 @@ def test_glue_has_its_counts_and_its_first_and_last_lines(glue: Path, task: str)
         assert (found.test.first[-1], found.test.labels[-1]) == last
 
 
-def test_the_held_out_tenth_belongs_to_split_seed_and_to_nothing_else(glue: Path) -> None:
+def test_the_held_out_split_belongs_to_split_seed_and_to_nothing_else(glue: Path) -> None:
     first = splits(GLUE_RTE, folder=str(glue))
     again = splits(GLUE_RTE.replace(seed=5, alpha=0.0), folder=str(glue))
     other = splits(GLUE_RTE, folder=str(glue), split_seed=1)
@@ -232,7 +227,7 @@ def test_a_data_set_of_the_hub_without_a_valid_split_has_one_held_out(monkeypatc
 # --------------------------------------------------------------------------------------------------------- own files
 
 
-def test_one_file_is_split_in_tenths(tmp_path: Path) -> None:
+def test_one_file_is_split_80_10_10(tmp_path: Path) -> None:
     found = splits(OWN, train=reviews(tmp_path / "a.csv", 40))
     assert (len(found.train), len(found.valid), len(found.test)) == (32, 4, 4)
     everything = [*found.train.first, *found.valid.first, *found.test.first]
@@ -312,7 +307,7 @@ def test_mutated_files_are_read_whole_or_refused(tmp_path: Path) -> None:
         except DataError as error:
             found, message = None, str(error)
         if found is None:
-            assert re.match(rf"{re.escape(str(path))}(:\d+)?: |\d+ examples cannot be split", message), message
+            assert re.match(rf"{re.escape(str(path))}(:\d+)?: |\d+ examples are too few", message), message
         else:
             used = len(found.train) + len(found.valid) + len(found.test)
             assert used == len(path.read_bytes().removesuffix(b"\n").split(b"\n")) - 1

@@ -1,12 +1,12 @@
 """Translation: what the model sees, what it is, and how it is scored."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.real_data import real_data
 from torch import nn
 
 from rdrop import repeat_batch
@@ -14,7 +14,7 @@ from rdrop.dropout import dropout_sources
 from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.tasks.decoding import generate as decoding
+from rdrop.experiments.tasks.decoding import choice
 from rdrop.experiments.tasks.files import DataError, read_lines
 from rdrop.experiments.tasks.task import Batch, load_task
 from rdrop.experiments.tasks.token_sequences import TokenSequences
@@ -33,7 +33,6 @@ from rdrop.experiments.tasks.translation.task import Translation, make_batch, ma
 from rdrop.experiments.training.trainer import train
 from rdrop.views import perturb_batch, views_of
 
-DATA = Path(os.environ.get("RDROP_DATA", Path(__file__).parents[4] / "shared" / "data"))
 TINY = TRANSLATION.tiny()
 
 
@@ -106,7 +105,7 @@ def test_a_sentence_to_be_scored_that_is_too_long_for_the_model_is_named(tmp_pat
 def test_translations_without_spaces_need_a_language_that_bleu_knows(tmp_path: Path) -> None:
     pairs = [(f"dog number {number}", f"{number}匹目の犬がいる。") for number in range(10)]
     recipe = own(tmp_path, pairs)
-    with pytest.raises(DataError, match=r"own\.tsv \(a tenth\): most translations have no spaces.* one of zh, ja, th"):
+    with pytest.raises(DataError, match=r"own\.tsv \(valid\): most translations have no spaces.* one of zh, ja, th"):
         load_task(recipe)
     path = Path(str(recipe.data.train))
     path.write_text(path.read_text(encoding="utf-8").replace("target", "ja", 1), encoding="utf-8")
@@ -128,11 +127,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused(tmp_path: Path) -> No
 
 
 def test_the_codes_of_the_folder_are_used(tmp_path: Path) -> None:
-    folder = DATA / "iwslt14-de-en"
-    if not folder.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"RDROP_DATA has no iwslt14-de-en: {folder} is no folder")
-        pytest.skip(f"needs the IWSLT14 files of RDROP_DATA, and {folder} is no folder")
+    folder = real_data("iwslt14-de-en")
     (tmp_path / "bpe.10k.codes.xz").write_bytes((folder / "bpe.10k.codes.xz").read_bytes())
     for name in ("train40k", "valid", "test"):
         for language in ("de", "en"):
@@ -260,7 +255,7 @@ def test_the_fallback_translates_too_and_the_notes_name_it(tiny: Translation, mo
     model = built(TINY).eval()
     tiny.translate(model, "test")
     assert tiny.notes["decoded by"].startswith("ctranslate2 ")
-    monkeypatch.setattr(decoding, "why_not_ctranslate2", lambda model: "a test")
+    monkeypatch.setattr(choice, "why_not_ctranslate2", lambda model: "a test")
     with pytest.warns(RuntimeWarning, match="transformers' generate, which is slow: a test"):
         assert len(tiny.translate(model, "test")) == 20
     assert tiny.notes["decoded by"].startswith("transformers ")

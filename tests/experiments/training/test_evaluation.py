@@ -15,9 +15,9 @@ from rdrop.experiments.comparison.finished_runs import FinishedRun, sort_out
 from rdrop.experiments.recipe import Recipe, RecipeError
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import ResultsError, find_runs
-from rdrop.experiments.tasks.decoding.generate import Search
+from rdrop.experiments.tasks.decoding.search import Search
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
-from rdrop.experiments.training.evaluation import scored_again
+from rdrop.experiments.training.evaluation import rescore
 from rdrop.experiments.training.trainer import train
 
 DIGITS = RECIPES["digits"].tiny()
@@ -58,16 +58,16 @@ def averaged_recipe(files: dict[str, str], test: str) -> Recipe:
 
 def test_the_same_weights_have_the_same_scores(averaged: FinishedRun, tmp_path: Path) -> None:
     assert len(averaged.result["averaged_steps"]) == 2
-    assert scored_again(averaged) == averaged.result
+    assert rescore(averaged) == averaged.result
     result = train(DIGITS.replace(updates=20, evaluate_every=5), tmp_path)
-    assert scored_again(finished(tmp_path)) == result
+    assert rescore(finished(tmp_path)) == result
 
 
 def test_another_test_file_has_the_scores_of_the_run_that_was_tested_on_it(
     averaged: FinishedRun, files: dict[str, str], tmp_path: Path
 ) -> None:
     other = train(averaged_recipe(files, files["other"]), tmp_path)["test"]
-    assert scored_again(averaged, [f"data.test={files['other']}"])["test"] == other
+    assert rescore(averaged, [f"data.test={files['other']}"])["test"] == other
     assert other["loss"] != averaged.result["test"]["loss"]
 
 
@@ -79,14 +79,14 @@ def test_another_search_is_used_and_leaves_the_loss(averaged: FinishedRun, monke
     monkeypatch.setattr(
         translation, "decoder_of", lambda model, search: searches.append(search) or decoder_of(model, search)
     )
-    scores = scored_again(averaged, ["decoding.beams=2"])["test"]
+    scores = rescore(averaged, ["decoding.beams=2"])["test"]
     assert [search.beams for search in searches] == [2]
     assert scores["loss"] == averaged.result["test"]["loss"]
 
 
 def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
     other = replace(averaged, result=averaged.result | {"notes": {"decoded by": "another version"}})
-    assert scored_again(other)["notes"] == averaged.result["notes"]
+    assert rescore(other)["notes"] == averaged.result["notes"]
     out, _ = shown([averaged.path], capsys)
     for name, note in averaged.result["notes"].items():
         assert f"{name}: {note}\n" in out
@@ -98,7 +98,7 @@ def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.C
 def test_what_belongs_to_the_training_is_refused(averaged: FinishedRun, setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"^{key}=.*belongs to the training; to score, change .*data\.test"):
-        scored_again(averaged, [setting])
+        rescore(averaged, [setting])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_other_training_data_are_refused_because_the_weights_would_mean_somethin
     recipe["data"]["train"] = str(other)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ResultsError, match="the training data are not those of the run"):
-        scored_again(run)
+        rescore(run)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

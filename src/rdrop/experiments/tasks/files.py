@@ -13,7 +13,7 @@ import json
 import lzma
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 AnyPath = str | PathLike[str]
+
+SPLITS = ("train", "valid", "test")
+HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+"""What the hub calls them."""
 
 COMPRESSED = ("", ".gz", ".xz")
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -49,7 +53,7 @@ class Row:
 
 
 def read_lines(path: AnyPath) -> list[str]:
-    """The lines of a UTF-8 file, without their "\\n"; of the decompressed file, if the name ends in `.gz` or `.xz`.
+    """Reads the lines of a UTF-8 file, without their "\\n"; decompressed, if the name ends in `.gz` or `.xz`.
 
     Raises `DataError` for a file that is missing, empty or cut off, and for a line that is not UTF-8, is longer than
     `LONGEST_LINE_BYTES`, or has a byte order mark, a carriage return or a zero byte.
@@ -64,7 +68,7 @@ def read_lines(path: AnyPath) -> list[str]:
 
 
 def read_parallel(source: AnyPath, target: AnyPath) -> list[tuple[str, str]]:
-    """The pairs of line i of `source` and line i of `target`. Unequal counts and lines without text are errors."""
+    """Pairs line i of `source` with line i of `target`. Unequal counts and lines without text are errors."""
     first, second = read_lines(source), read_lines(target)
     if len(first) != len(second):
         longer, shorter = (source, target) if len(first) > len(second) else (target, source)
@@ -81,7 +85,7 @@ def read_parallel(source: AnyPath, target: AnyPath) -> list[tuple[str, str]]:
 
 
 def read_table(path: AnyPath, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[Row]:
-    """The rows of a `.csv`, `.tsv` or `.jsonl` file (also with `.gz` or `.xz`), in their order.
+    """Reads the rows of a `.csv`, `.tsv` or `.jsonl` file (also with `.gz` or `.xz`), in their order.
 
     The first line of a CSV or TSV file names the columns. CSV is quoted as spreadsheets do; in TSV no character is
     special but tab and newline, as in GLUE. A JSON line is an object, whose numbers keep their spelling as text.
@@ -105,7 +109,7 @@ def read_table(path: AnyPath, columns: Sequence[str], *, optional: Sequence[str]
 
 
 def table_kind(path: AnyPath) -> str:
-    """`.csv`, `.tsv` or `.jsonl`: what the file is by its name."""
+    """Returns `.csv`, `.tsv` or `.jsonl`: the format of the file, by its name."""
     plain = Path(path).with_suffix("") if Path(path).suffix in COMPRESSED else Path(path)
     kind = plain.suffix
     if kind not in TABLES:
@@ -114,7 +118,7 @@ def table_kind(path: AnyPath) -> str:
 
 
 def find_file(folder: AnyPath, *names: str) -> Path:
-    """The first of `names` that is in `folder`, each also tried with `.gz` and `.xz` at its end."""
+    """Finds the first of `names` that is in `folder`, each also tried with `.gz` and `.xz` at its end."""
     wanted = [f"{name}{suffix}" for name in names for suffix in COMPRESSED]
     for name in wanted:
         if (Path(folder) / name).is_file():
@@ -124,18 +128,38 @@ def find_file(folder: AnyPath, *names: str) -> Path:
     raise DataError(f"{folder}: has no {' or '.join(names)}, nor one with .gz or .xz; put it there")
 
 
-def tenths(size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """`range(size)` in three parts, drawn by `seed` and sorted: train; a tenth for valid; a tenth for test."""
-    if size < 10:
-        raise DataError(f"{size} examples cannot be split into tenths; give 10 or more, or data.valid and data.test")
+def hold_out(size: int, missing: Collection[str], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Draws 10 % of `range(size)` for each `missing` one of "valid" and "test"; "train" is the rest. All are sorted.
+
+    Either has the same rows whether or not the other is missing.
+    """
     import numpy as np  # here, because the command line imports this module for its error
 
-    valid, test, train = np.split(np.random.default_rng(seed).permutation(size), [size // 10, 2 * (size // 10)])
-    return np.sort(train), np.sort(valid), np.sort(test)
+    if not missing:
+        return {"train": np.arange(size)}
+    require_ten(size, "examples")
+    order, tenth = np.random.default_rng(seed).permutation(size), size // 10
+    drawn = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
+    rows = {split: np.sort(own) for split, own in drawn.items() if split in missing}
+    return {"train": np.setdiff1d(order, np.concatenate([*rows.values()]))} | rows
+
+
+def require_ten(size: int, unit: str) -> None:
+    if size < 10:
+        raise DataError(f"{size} {unit} are too few to hold out 10 %; give 10 or more, or data.valid and data.test")
+
+
+def require_count(where: str, found: int, expected: int | None, unit: str, key: str = "data.counts") -> None:
+    """Raises `DataError` unless a split has as many examples as the recipe's `key` says; None: any number."""
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{where}: has {found} {unit} and must have {expected}; get it again, or set {key}=null if it is meant to "
+            "differ"
+        )
 
 
 def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[str, str] | None = None) -> Any:
-    """`datasets.load_dataset(hub, config, split=split, data_files=data_files)`, whose failure is a `DataError`.
+    """Calls `datasets.load_dataset(hub, config, split=split, data_files=data_files)`; failures are `DataError`s.
 
     Code from the hub is never run: of a data set that has a loading script, give the parquet files as `data_files`.
     """
@@ -199,7 +223,7 @@ def _what_is_wrong(raw: bytes) -> str:
 
 
 def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the number of its first line: a quoted field may have newlines."""
+    """Yields each record with the number of its first line: a quoted field may have newlines."""
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:
         number = reader.line_num + 1

@@ -1,4 +1,4 @@
-"""What every task does with transformers' configurations and pre-trained models: set dropout rates, fail in words."""
+"""Pre-trained models of transformers, as every task loads them: configuration, dropout rates, tokenizer, weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
 
 from rdrop.experiments.recipe import RecipeError
 
@@ -15,7 +17,7 @@ LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def set_rates(config: Any, rates: Mapping[str, float | None], names: Mapping[str, Sequence[str]]) -> None:
-    """Puts our dropout rates into a configuration, and no layerdrop: transformers reads it when it builds the model.
+    """Puts the recipe's dropout rates into a configuration, and no layerdrop: the model is built from it.
 
     `names` says what configurations call each of our rates; one may have several of them. Raises `RecipeError` for a
     rate that the configuration does not have, and for one that it has and is not given.
@@ -33,9 +35,32 @@ def set_rates(config: Any, rates: Mapping[str, float | None], names: Mapping[str
             setattr(config, name, 0.0)
 
 
+def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
+    """Loads the configuration of a model that `model_class`, such as `AutoModelForCausalLM`, knows to be a `kind`."""
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if type(config) not in model_class._model_mapping:
+        raise RecipeError("model.name", f"is a {config.model_type}, and not a {kind}", value=name)
+    return config
+
+
+def pretrained_tokenizer(name: str) -> Any:
+    """Loads the tokenizer of a model. It takes a special token that a text spells, `</s>`, for its characters."""
+    with loading(name):
+        return AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
+
+
+def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -> Any:
+    """Loads the weights in fp32, whatever type they are stored in."""
+    with loading(name):
+        return model_class.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """What transformers raises while it loads the model `name`, as a `RecipeError` of model.name."""
+    """Turns what transformers raises while it loads the model `name` into a `RecipeError` of model.name."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

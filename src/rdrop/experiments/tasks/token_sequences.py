@@ -1,4 +1,4 @@
-"""The token ids of a whole data set, and which of its pairs are trained on."""
+"""The token ids of a whole data set: storage, padding, length bucketing, and which pairs are trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PART = 10_000  # sentences that are converted at once
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 
 
 class TokenSequences:
-    """Many lists of ids in two arrays, 4 bytes a token: WMT has two thousand million."""
+    """Many lists of ids in two arrays, 4 bytes a token: WMT has 2 billion."""
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         parts, lengths = [], []
@@ -38,7 +41,7 @@ class TokenSequences:
 def usable(
     source: NDArray[np.int64], target: NDArray[np.int64], *, max_length: int, max_ratio: float | None
 ) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """Which training pairs are used, by their numbers of tokens; and how many are read, used, and skipped, and why.
+    """Returns which training pairs are used, by their numbers of tokens; and how many are skipped for which reason.
 
     A pair is skipped for the first of these that is true: a side is empty; the longer side has more than `max_length`
     tokens; it has more than `max_ratio` times as many as the shorter. `read` is the sum of all others.
@@ -57,7 +60,18 @@ def usable(
 
 
 def in_parts(items: Iterable[T], size: int = PART) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last of them shorter."""
+    """Yields the items in lists of `size`, the last of them shorter."""
     iterator = iter(items)
     while part := list(islice(iterator, size)):
         yield part
+
+
+def padded(sequences: Iterable[Sequence[int] | NDArray[np.int32]], value: int, side: str = "right") -> Tensor:
+    """Joins sequences of ids to `(N, longest)`, int64, filled with `value` at one side of the shorter ones."""
+    rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def batches_by_length(lengths: NDArray[np.int64], rows: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Yields the rows in batches of `size`, the longest first: what does not fit into memory shows at once."""
+    return in_parts(sorted(rows, key=lambda row: -lengths[row]), size)

@@ -20,8 +20,8 @@ from rdrop.experiments.training.fingerprint import fingerprint
 SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 
 
-def scored_again(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
-    """The result of the run with its weights scored on the test split anew: `test`, and the `notes` on the scores.
+def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """Scores the run's weights on the test split anew: its result with other `test`, and the `notes` on the scores.
 
     Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
     not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and
@@ -50,7 +50,7 @@ def scored_again(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, An
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe of a run with settings that leave the trained model what it is. Raises `RecipeError` for others."""
+    """Changes the recipe of a run by settings that leave the trained model what it is; refuses others."""
     settings = list(settings)
     changed = override(recipe, settings)
     for setting in settings:

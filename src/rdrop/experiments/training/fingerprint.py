@@ -1,4 +1,4 @@
-"""Whether training data are those of a run: what a model has learned goes with their vocabulary and their classes."""
+"""A fingerprint of training data: the weights of a run have a meaning with its vocabulary and classes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = 64
 
 
 def fingerprint(task: Task) -> str:
-    """12 hexadecimal digits: of the number of training examples, and of the tokens and classes of some of them.
+    """Returns 12 hexadecimal digits of the number of training examples, and the tokens and classes of some of them.
 
     They are spread over all of the data, and so are those without labels. Only whole numbers count: pixels may differ
     in the last bit from one machine, or version of a library, to the next.

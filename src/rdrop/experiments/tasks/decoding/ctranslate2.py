@@ -13,7 +13,7 @@ from ctranslate2.converters.transformers import _SUPPORTED_ACTIVATIONS, BartLoad
 from ctranslate2.specs.transformer_spec import TransformerSpec
 from torch import Tensor, nn
 
-from rdrop.experiments.tasks.decoding.generate import Ids, Search
+from rdrop.experiments.tasks.decoding.search import Ids, Search
 
 
 class CTranslate2Decoder:
@@ -56,7 +56,7 @@ class CTranslate2Decoder:
 
 
 def specification(model: Any) -> TransformerSpec:
-    """A post-norm Transformer of Marian's or BART's architecture, as CTranslate2 describes it.
+    """Describes a post-norm Transformer of Marian's or BART's architecture to CTranslate2.
 
     Its own converters are for checkpoints of the hub: that for Marian drops the last token of the vocabulary and
     starts from a zero embedding, neither of which a model trained here does.

@@ -83,7 +83,7 @@ class Digits:
         return {"pixel_values": self._shifted(self._images[rows], indices, epoch), "labels": self._labels[rows]}
 
     def _shifted(self, images: Tensor, indices: list[int], epoch: int) -> Tensor:
-        """Each image moved by its own whole pixels in this epoch; what comes in is background."""
+        """Moves each image by its own whole pixels in this epoch; what comes in is background."""
         most, size = self._shift, IMAGE_SIZE
         generator = np.random.default_rng(derived_seed(self._seed, "shift", epoch))
         moves = generator.integers(0, 2 * most + 1, (self.train_size(), 2))[indices].tolist()
@@ -113,7 +113,7 @@ class Digits:
 
 
 def stratified_draw(pool: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """`size` members of `pool`, drawn at random by `seed`, the same number of each class to within one."""
+    """Draws `size` members of `pool` at random by `seed`, the same number of each class to within one."""
     shuffled = np.random.default_rng(seed).permutation(pool)
     classes = labels[shuffled]
     rank_in_class = np.array([np.count_nonzero(classes[:place] == label) for place, label in enumerate(classes)])

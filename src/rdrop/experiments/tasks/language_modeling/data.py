@@ -1,17 +1,27 @@
 """The text of each split, as lines: from files, a folder or the hub."""
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rdrop.experiments.tasks.files import DataError, find_file, load_hub, read_lines
+from rdrop.experiments.tasks.files import (
+    HUB_SPLITS,
+    SPLITS,
+    DataError,
+    find_file,
+    load_hub,
+    read_lines,
+    require_count,
+    require_ten,
+)
+from rdrop.experiments.tasks.language_modeling.tiny import write_tiny_lines
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.language_modeling.recipes import LanguageModelingData
 
-SPLITS = ("train", "valid", "test")
 SPLITS_OF_LAYOUT = {"splits": SPLITS, "valid-test": ("valid", "test"), "one-text": ("input",)}
 """What is read, in the order of `data.lines`."""
 FILE_NAMES = {
@@ -20,18 +30,14 @@ FILE_NAMES = {
     "test": ("wiki.test.tokens", "test.txt"),
     "input": ("input.txt",),
 }
-HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test", "input": "train"}
 HUB_COLUMN = "text"
-
-TINY_LINES = {"train": 160, "valid": 160, "test": 20, "input": 200}
-TINY_WORDS = ("the", "old", "cat", "saw", "a", "red", "house", "by", "some", "river", "and", "then", "went", "home")
 
 Texts = dict[str, list[str]]
 """By split: "train", "valid", "test"."""
 
 
-def load_texts(data: "LanguageModelingData") -> Texts:
-    """All splits, from the first source that is set. Raises `DataError` with the file and the line."""
+def load_lines(data: "LanguageModelingData") -> Texts:
+    """Loads all splits, from the first source that is set. Raises `DataError` with the file and the line."""
     texts = _load(data)
     if data.train_lines is not None:
         texts["train"] = texts["train"][: data.train_lines]
@@ -40,7 +46,9 @@ def load_texts(data: "LanguageModelingData") -> Texts:
 
 def _load(data: "LanguageModelingData") -> Texts:
     if data.tiny:
-        return _made_up(data)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny_lines(Path(folder), {split: FILE_NAMES[split][0] for split in SPLITS_OF_LAYOUT[data.layout]})
+            return _from_folder(data.model_copy(update={"lines": None}), Path(folder))
     if data.train is not None:
         return _from_files(data.train, data)
     if data.folder is not None:
@@ -54,26 +62,23 @@ def _load(data: "LanguageModelingData") -> Texts:
 
 
 def _from_files(train: str, data: "LanguageModelingData") -> Texts:
-    """A split that has no file of its own gets its tenth of the training file."""
+    """Reads own files. A split without one is held out of the training file."""
+    own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
     lines = read_lines(train)
-    given = {
-        split: read_lines(path) for split, path in (("valid", data.valid), ("test", data.test)) if path is not None
-    }
-    if len(given) == 2:
-        return {"train": lines} | given
-    tenths = contiguous_tenths(len(lines), data.split_seed)
-    held_out = {split: tenths[place] for place, split in enumerate(("valid", "test")) if split not in given}
-    taken = {number for tenth in held_out.values() for number in tenth}
-    texts: Texts = {split: [lines[number] for number in tenth] for split, tenth in held_out.items()}
-    return {"train": [line for number, line in enumerate(lines) if number not in taken]} | given | texts
+    rows = hold_out_neighbors(len(lines), {"valid", "test"} - own.keys(), data.split_seed)
+    texts = {split: [lines[row] for row in drawn] for split, drawn in rows.items()}
+    return texts | {split: read_lines(path) for split, path in own.items()}
 
 
-def contiguous_tenths(size: int, seed: int) -> list[range]:
-    """`range(size)` in ten runs of neighbors, in an order that `seed` decides: a text is not drawn line by line."""
-    if size < 10:
-        raise DataError(f"{size} lines cannot be split into tenths; give 10 or more, or data.valid and data.test")
+def hold_out_neighbors(size: int, missing: Collection[str], seed: int) -> dict[str, list[int]]:
+    """Holds out of `range(size)` as `files.hold_out` does, but neighbors: a text is not drawn line by line."""
+    if not missing:
+        return {"train": list(range(size))}
+    require_ten(size, "lines")
     edges = np.linspace(0, size, 11).astype(int).tolist()
-    return [range(edges[place], edges[place + 1]) for place in np.random.default_rng(seed).permutation(10)]
+    runs = [range(edges[place], edges[place + 1]) for place in np.random.default_rng(seed).permutation(10)]
+    rows = {split: list(run) for split, run in zip(("valid", "test"), runs, strict=False) if split in missing}
+    return {"train": sorted(set(range(size)).difference(*rows.values()))} | rows
 
 
 def _from_folder(data: "LanguageModelingData", folder: Path) -> Texts:
@@ -88,8 +93,9 @@ def _from_folder(data: "LanguageModelingData", folder: Path) -> Texts:
 def _from_hub(data: "LanguageModelingData", hub: str) -> Texts:
     texts = {}
     for split in SPLITS_OF_LAYOUT[data.layout]:
-        where = f"{hub}, split {HUB_SPLITS[split]}"
-        found = load_hub(hub, data.hub_config, HUB_SPLITS[split])
+        hub_split = HUB_SPLITS.get(split, "train")
+        where = f"{hub}, split {hub_split}"
+        found = load_hub(hub, data.hub_config, hub_split)
         if HUB_COLUMN not in found.column_names:
             raise DataError(
                 f"{where}: has no column {HUB_COLUMN!r}, only {', '.join(found.column_names)}; set data.train"
@@ -100,7 +106,7 @@ def _from_hub(data: "LanguageModelingData", hub: str) -> Texts:
 
 
 def _line(text: str, where: str) -> str:
-    """A row of the hub is a line, with or without its newline."""
+    """Returns the line that a row of the hub is, with or without its newline."""
     line = text.removesuffix("\n")
     if "\n" in line:
         raise DataError(f"{where}: has a newline inside; a row must be one line: set data.train to a file of them")
@@ -124,27 +130,5 @@ def _laid_out(texts: Texts, layout: str) -> Texts:
 
 
 def _require_count(data: "LanguageModelingData", split: str, count: int, where: str) -> None:
-    if data.lines is None:
-        return
-    expected = dict(zip(SPLITS_OF_LAYOUT[data.layout], data.lines, strict=True))[split]
-    if count != expected:
-        raise DataError(
-            f"{where}: has {count} lines and must have {expected}; get the data set again, or set data.lines=null if "
-            "it is meant to be another"
-        )
-
-
-def _made_up(data: "LanguageModelingData") -> Texts:
-    """Sentences in which a word mostly decides the next: written to files and read as any folder."""
-    generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for split in SPLITS_OF_LAYOUT[data.layout]:
-            lines = [_made_up_line(generator) for _ in range(TINY_LINES[split])]
-            Path(folder, FILE_NAMES[split][0]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return _from_folder(data.model_copy(update={"lines": None}), Path(folder))
-
-
-def _made_up_line(generator: np.random.Generator) -> str:
-    first = int(generator.integers(len(TINY_WORDS)))
-    steps = generator.choice((1, 2), size=8, p=(0.8, 0.2)).cumsum()
-    return " ".join(TINY_WORDS[(first + int(step)) % len(TINY_WORDS)] for step in steps)
+    expected = dict(zip(SPLITS_OF_LAYOUT[data.layout], data.lines, strict=True))[split] if data.lines else None
+    require_count(where, count, expected, "lines", "data.lines")

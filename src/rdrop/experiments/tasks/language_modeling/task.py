@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
-from rdrop.experiments.tasks.language_modeling.data import load_texts
+from rdrop.experiments.tasks.language_modeling.data import load_lines
 from rdrop.experiments.tasks.language_modeling.tokens import (
     SymbolVocabulary,
     Tokens,
@@ -26,7 +26,13 @@ from rdrop.experiments.tasks.language_modeling.tokens import (
     pretrained_pieces,
     words,
 )
-from rdrop.experiments.tasks.pretrained import loading, set_rates
+from rdrop.experiments.tasks.pretrained import (
+    loading,
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer,
+    set_rates,
+)
 from rdrop.experiments.tasks.task import Batch
 from rdrop.loss import Divergence, TaskLoss
 
@@ -67,7 +73,7 @@ class LanguageModeling:
     def __init__(self, recipe: LanguageModelingRecipe) -> None:
         self._data, self._model = recipe.data, recipe.model
         self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
-        texts = load_texts(recipe.data)
+        texts = load_lines(recipe.data)
         self._vocabulary = self._build_vocabulary(texts["train"])
         self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
         self.notes = self._unknown_tokens()
@@ -78,14 +84,7 @@ class LanguageModeling:
     def build_model(self) -> nn.Module:
         model = self._model
         if model.name is not None:
-            with loading(model.name):
-                pretrained: nn.Module = AutoModelForCausalLM.from_pretrained(
-                    model.name,
-                    config=self._config,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
+            pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
             return pretrained
         if self._clusters is None:
             return GPT2LMHeadModel(self._gpt2_config(self._vocabulary.size))
@@ -129,9 +128,9 @@ class LanguageModeling:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`loss` by token, and the perplexity by word: `exp(loss * tokens / words)`; by character, if those are tokens.
+        """Returns `loss` by token, and the perplexity by word: `exp(loss * tokens / words)`.
 
-        An end of line is a word.
+        An end of line is a word. Where characters are the tokens, the perplexity is by character.
         """
         device = next(model.parameters()).device
         tokens = self._tokens[split]
@@ -152,7 +151,7 @@ class LanguageModeling:
             yield windows[first : first + size]
 
     def _batch(self, split: str, windows: list[Window]) -> Batch:
-        """`input_ids` and `labels` `(N, T)`: a label is the token after its input, -100 where it does not count."""
+        """Returns `input_ids` and `labels` `(N, T)`: a label is the token after its input, or -100."""
         ids, start_id = self._tokens[split].ids, self._vocabulary.start_id
         longest = max(window.stop - window.start for window in windows)
         inputs = np.full((len(windows), longest), start_id, dtype=np.int64)  # what pads the end, nothing looks at
@@ -169,7 +168,7 @@ class LanguageModeling:
         return tokens
 
     def _unknown_tokens(self) -> dict[str, str]:
-        """How many there are, for a note: a text in which many words are one and the same is easier to predict."""
+        """Counts them for a note: a text in which many words are one and the same is easier to predict."""
         unknown = self._vocabulary.unknown_id
         if unknown is None:
             return {}
@@ -179,8 +178,8 @@ class LanguageModeling:
     def _build_vocabulary(self, train: list[str]) -> Vocabulary:
         data, name = self._data, self._model.name
         if name is not None:
+            tokenizer = pretrained_tokenizer(name)
             with loading(name):
-                tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
                 return pretrained_pieces(tokenizer, self._config.vocab_size)
         if data.tokens == "bpe":
             assert data.vocabulary is not None  # the recipe has seen to it
@@ -219,10 +218,7 @@ class LanguageModeling:
         return config
 
     def _pretrained_config(self, name: str) -> Any:
-        with loading(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise RecipeError("model.name", f"is a {config.model_type}, and not a causal language model", value=name)
+        config = pretrained_config(name, AutoModelForCausalLM, "causal language model")
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and self._data.block_size > longest:
             raise RecipeError(
@@ -236,7 +232,7 @@ class LanguageModeling:
 
 
 def evaluation_windows(length: int, size: int, context: int) -> list[Window]:
-    """Windows of at most `size` tokens that score each of `length` tokens once, with at least `context` before it.
+    """Lays windows of at most `size` tokens that score each of `length` tokens once, `context` or more before it.
 
     A token has fewer before it only where the text has no more.
 
@@ -250,5 +246,5 @@ def evaluation_windows(length: int, size: int, context: int) -> list[Window]:
 
 
 def _exp(value: float) -> float:
-    """Infinity where it overflows, which stops the run in words."""
+    """Returns infinity where it overflows, which stops the run in words."""
     return math.exp(value) if value < 709 else math.inf

@@ -8,13 +8,15 @@ word, as WikiText has it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from rdrop.experiments.tasks.token_sequences import in_parts
+from rdrop.experiments.tasks.tokenizing import learned_bpe
 
 END, UNKNOWN = "<eos>\n", "<unk>"  # no word ends with a newline: an `<eos>` that a text has is another symbol
 LINES_AT_ONCE = 1000
@@ -92,24 +94,16 @@ class PieceVocabulary:
         self.special_ids, self.unknown_id = frozenset(special_ids), unknown_id
 
     def encode(self, lines: Sequence[str]) -> Tokens:
-        parts = [np.array(ids, dtype=np.int32) for some in _parts(lines) for ids in self._encode(some)]
+        written = (f"{line}\n" for line in lines)
+        parts = [
+            np.array(ids, dtype=np.int32) for some in in_parts(written, LINES_AT_ONCE) for ids in self._encode(some)
+        ]
         return Tokens(np.concatenate(parts), sum(len(words(line)) for line in lines))
 
 
 def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
-    """A byte-level BPE of at most `size` pieces, or of the 256 bytes and `<eos>` alone: it knows any text.
-
-    The same text gives the same pieces.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((f"{line}\n" for line in train), trainer)
+    """Learns a `learned_bpe` of at most `size` pieces."""
+    tokenizer = learned_bpe((f"{line}\n" for line in train), size, [END], add_prefix_space=False)
     tokenizer.encode_special_tokens = True
     end: Any = tokenizer.token_to_id(END)
     return PieceVocabulary(
@@ -122,7 +116,7 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
 
 
 def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
-    """A tokenizer of transformers, loaded with `split_special_tokens`, for a model with `size` logits."""
+    """Wraps a tokenizer of transformers, loaded with `split_special_tokens`, for a model with `size` logits."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise ValueError("the tokenizer must have a token for the beginning or the end of a text")
@@ -133,8 +127,3 @@ def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
         special_ids=tokenizer.all_special_ids,
         unknown_id=tokenizer.unk_token_id,
     )
-
-
-def _parts(lines: Sequence[str]) -> Iterator[list[str]]:
-    for start in range(0, len(lines), LINES_AT_ONCE):
-        yield [f"{line}\n" for line in lines[start : start + LINES_AT_ONCE]]

@@ -1,28 +1,30 @@
 """Documents with their summaries: from files, a folder or the hub to the examples of each split."""
 
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rdrop.experiments.recipe import nearest_name
-from rdrop.experiments.tasks.files import DataError, Row, find_file, load_hub, read_table, tenths
+from rdrop.experiments.tasks.files import (
+    HUB_SPLITS,
+    SPLITS,
+    DataError,
+    Row,
+    find_file,
+    hold_out,
+    load_hub,
+    read_table,
+    require_count,
+)
+from rdrop.experiments.tasks.summarization.tiny import write_tiny_documents
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.summarization.recipes import SummarizationData
 
-SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 """What the file of a split may be called."""
-SUFFIXES = (".jsonl", ".csv", ".tsv")
-HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
-
-TINY_SIZES = {"train": 64, "valid": 16, "test": 16}
-TINY_WORDS = ("budget", "meeting", "report", "contract", "travel", "invoice", "server", "lunch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,13 @@ Examples = dict[str, list[Example]]
 
 
 def load_examples(data: "SummarizationData") -> Examples:
-    """All splits, from the first source that is set. Raises `DataError` with the file and the line."""
+    """Loads all splits, from the first source that is set. Raises `DataError` with the file and the line."""
     if data.tiny:
-        return _made_up(data)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny_documents(Path(folder), data)
+            return _from_folder(data.model_copy(update={"counts": None}), Path(folder))
     if data.train is not None:
-        return _from_files(data)
+        return _from_files(data, data.train)
     if data.folder is not None:
         return _from_folder(data, Path(data.folder))
     if data.hub is not None:
@@ -52,27 +56,21 @@ def load_examples(data: "SummarizationData") -> Examples:
     )
 
 
-def _from_files(data: "SummarizationData") -> Examples:
-    """Splits that have no file of their own get their tenth of the training file."""
-    assert data.train is not None
-    rows = _read(data.train, data, "train")
-    given = {"valid": data.valid, "test": data.test}
-    examples = {split: _read(path, data, split) for split, path in given.items() if path is not None}
-    missing = [split for split in given if split not in examples]
-    if missing:
-        parts = dict(zip(SPLITS, tenths(len(rows), data.split_seed), strict=True))
-        examples |= {split: [rows[index] for index in parts[split]] for split in missing}
-        taken = set(np.concatenate([parts[split] for split in missing]).tolist())
-        rows = [row for index, row in enumerate(rows) if index not in taken]
-    return {"train": rows} | examples
+def _from_files(data: "SummarizationData", train: str) -> Examples:
+    """Reads own files. A split without one is held out of the training file."""
+    own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
+    examples = _read(train, data, "train")
+    rows = hold_out(len(examples), {"valid", "test"} - own.keys(), data.split_seed)
+    splits = {split: [examples[row] for row in drawn] for split, drawn in rows.items()}
+    return splits | {split: _read(path, data, split) for split, path in own.items()}
 
 
 def _from_folder(data: "SummarizationData", folder: Path) -> Examples:
     examples = {}
     for split, names in SPLIT_NAMES.items():
-        path = find_file(folder, *(name + suffix for name in names for suffix in SUFFIXES))
+        path = find_file(folder, *(name + suffix for name in names for suffix in (".jsonl", ".csv", ".tsv")))
         examples[split] = _read(path, data, split)
-        _require_count(data, split, len(examples[split]), str(path))
+        require_count(str(path), len(examples[split]), _count(data, split), "examples")
     return examples
 
 
@@ -81,7 +79,7 @@ def _from_hub(data: "SummarizationData", hub: str) -> Examples:
     for split, hub_split in HUB_SPLITS.items():
         found = load_hub(hub, data.hub_config, hub_split)
         where = f"{hub}, split {hub_split}"
-        _require_count(data, split, len(found), where)
+        require_count(where, len(found), _count(data, split), "examples")
         columns = [data.document_column, data.summary_column, *_references(data, split)]
         texts = [_hub_column(found, column, where) for column in columns]
         examples[split] = [
@@ -89,6 +87,10 @@ def _from_hub(data: "SummarizationData", hub: str) -> Examples:
             for number, row in enumerate(zip(*texts, strict=True))
         ]
     return examples
+
+
+def _count(data: "SummarizationData", split: str) -> int | None:
+    return None if data.counts is None else data.counts[SPLITS.index(split)]
 
 
 def _hub_column(found: Any, column: str, where: str) -> Iterable[str]:
@@ -118,30 +120,3 @@ def _example(row: Row, data: "SummarizationData", split: str) -> Example:
             raise DataError(f"{row.where}: there is no text in the column {column!r}; give it one, or delete the row")
     document, *summaries = (row.values[column].strip() for column in columns)
     return Example(document, tuple(summaries))
-
-
-def _require_count(data: "SummarizationData", split: str, count: int, where: str) -> None:
-    if data.counts is None:
-        return
-    expected = dict(zip(SPLITS, data.counts, strict=True))[split]
-    if count != expected:
-        raise DataError(
-            f"{where}: has {count} examples, and {split} must have {expected}; get the data set again, or set "
-            "data.counts=null if it is meant to be another"
-        )
-
-
-def _made_up(data: "SummarizationData") -> Examples:
-    """A topic among other words, whose summary is the topic: written to files and read as any folder."""
-    generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for split, size in TINY_SIZES.items():
-            lines = [json.dumps(_made_up_row(data, generator)) for _ in range(size)]
-            Path(folder, f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return _from_folder(data.model_copy(update={"counts": None}), Path(folder))
-
-
-def _made_up_row(data: "SummarizationData", generator: np.random.Generator) -> dict[str, str]:
-    topic, person = generator.choice(TINY_WORDS, 2, replace=False)
-    row = dict.fromkeys((data.summary_column, *data.reference_columns), f"{topic} for {person}")
-    return row | {data.document_column: f"Please see the {topic} that I wrote about the {person} yesterday.\nThanks"}

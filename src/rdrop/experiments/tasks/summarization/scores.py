@@ -13,7 +13,7 @@ KINDS = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
 
 
 def rouge(summaries: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The mean over the summaries, each against the best of its references, for each kind by itself.
+    """Returns the mean over the summaries, each against the best of its references, for each kind by itself.
 
         rouge(["the cat sat"], [["the cat"]])  # {"rouge1": 80.0, "rouge2": 66.7, "rougeL": 80.0}
 

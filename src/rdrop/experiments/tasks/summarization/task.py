@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.recipe import RecipeError
-from rdrop.experiments.tasks.decoding.generate import Decoder, Search, decoder_of
-from rdrop.experiments.tasks.pretrained import set_rates
+from rdrop.experiments.tasks.decoding.choice import decoder_of
+from rdrop.experiments.tasks.decoding.search import Decoder, Search
+from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, set_rates
+from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
 from rdrop.experiments.tasks.summarization.models import (
     RATE_NAMES,
     learned_tokenizer,
     pretrained_config,
-    pretrained_tokenizer,
     seq2seq_model,
     shift_right,
     small_config,
@@ -29,12 +28,10 @@ from rdrop.experiments.tasks.summarization.models import (
 )
 from rdrop.experiments.tasks.summarization.scores import rouge
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.token_sequences import TokenSequences, in_parts
+from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.summarization.recipes import SummarizationRecipe
-
-IGNORE_INDEX = -100
 
 
 class Summarization:
@@ -79,41 +76,33 @@ class Summarization:
         return unknown
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=batch["decoder_input_ids"],
-            use_cache=False,
-        ).logits
-        return logits
+        return forward_logits(model, batch)
 
     def labels(self, batch: Batch) -> Tensor:
         labels: Tensor = batch["labels"]
         return labels
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The loss of a reference's token, and the ROUGE of the summaries that the model writes."""
+        """Returns the loss of a reference's token, and the ROUGE of the summaries that the model writes."""
         summaries, loss = self._summarize(model, split)
         return {"loss": loss} | rouge(summaries, self._references[split])
 
     def summarize(self, model: nn.Module, split: str) -> list[str]:
-        """What the score is of: a summary of each document of the split, in its order."""
+        """Writes the summaries that are scored: one of each document of the split, in its order."""
         return self._summarize(model, split)[0]
 
-    @torch.no_grad()
     def _summarize(self, model: nn.Module, split: str) -> tuple[list[str], float]:
-        """Search and loss take turns, batch by batch: a stop signal is noticed in the forward of the loss."""
-        decoder = self._decoder(model)
-        found: dict[int, list[int]] = {}
-        total, positions = 0.0, 0
-        for indices in self._batches_of_like_length(split):
-            loss, count = self._loss(model, self._batch(split, indices))
-            total, positions = total + loss, positions + count
-            documents = [self._documents[split][index] for index in indices]
-            found |= zip(indices, decoder(documents, self._decoding.max_length), strict=True)
-        written = [found[index] for index in range(len(found))]
+        decoder, documents = self._decoder(model), self._documents[split]
+        batches = batches_by_length(documents.lengths, range(len(documents)), self._decoding.batch_size)
+        found, total, tokens = search_and_loss(
+            model,
+            self.logits,
+            ((rows, self._batch(split, rows)) for rows in batches),
+            lambda rows: decoder([documents[row] for row in rows], self._decoding.max_length),
+        )
+        written = [found[row] for row in range(len(found))]
         texts: list[str] = self._tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts], total / positions
+        return [text.strip() for text in texts], total / tokens
 
     def _decoder(self, model: nn.Module) -> Decoder:
         search = Search(
@@ -128,24 +117,10 @@ class Summarization:
         self.notes["decoded by"] = decoder.name
         return decoder
 
-    def _loss(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
-        """The sum over the labels of the batch, and their number."""
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = self.labels(batch).flatten()
-        logits = self.logits(model, batch).flatten(0, 1).float()
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return loss.item(), int((labels != IGNORE_INDEX).sum())
-
-    def _batches_of_like_length(self, split: str) -> Iterator[list[int]]:
-        """All examples, the longest documents first: what does not fit into memory shows at once."""
-        order = np.argsort(-self._documents[split].lengths, kind="stable").tolist()
-        return in_parts(order, self._decoding.batch_size)
-
     def _batch(self, split: str, indices: list[int]) -> Batch:
         pad = self._tokenizer.pad_token_id
-        documents = _padded([self._documents[split][index] for index in indices], pad)
-        labels = _padded([self._summaries[split][index] for index in indices], IGNORE_INDEX)
+        documents = padded((self._documents[split][index] for index in indices), pad)
+        labels = padded((self._summaries[split][index] for index in indices), IGNORE_INDEX)
         lengths = torch.from_numpy(self._documents[split].lengths[indices])
         return {
             "input_ids": documents,
@@ -197,8 +172,3 @@ def _require_positions(lengths: dict[str, int], config: Any, name: str) -> None:
     for key, length in lengths.items():
         if positions is not None and length > positions:
             raise RecipeError(key, f"is too long for {name}, which knows {positions} positions", value=length)
-
-
-def _padded(sequences: Sequence[list[int]], value: int) -> Tensor:
-    """`(N, longest)`, filled with `value` at the end of the shorter ones."""
-    return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=value)

@@ -1,6 +1,6 @@
 """Texts with their labels, from files, a folder or the hub: train, valid and test, with the names of the classes.
 
-Of GLUE the test split is the official dev set, whose labels are published, and valid is a tenth of train.
+Of GLUE the test split is the official dev set, whose labels are published, and valid is 10 % of train.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, tenths
+from rdrop.experiments.tasks.files import TABLES, DataError, find_file, hold_out, load_hub, read_table, require_count
 from rdrop.experiments.tasks.text_classification.glue import GLUE, SCORE_RANGE
 from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
 
@@ -75,8 +75,8 @@ class _Table:
     labels: list[str]
 
 
-def load_texts(data: TextClassificationData) -> Splits:
-    """The examples that `data` names. Raises `DataError`: which file and line, what is wrong, how to fix it."""
+def load_labeled_texts(data: TextClassificationData) -> Splits:
+    """Loads the examples that `data` names. Raises `DataError`: which file and line, what is wrong, how to fix it."""
     tables = _tables(data)
     if data.counts is not None and data.train is None:
         _require_counts(tables, data.counts)
@@ -106,22 +106,17 @@ def load_texts(data: TextClassificationData) -> Splits:
 
 
 def _with_held_out(found: dict[str, LabeledTexts], split_seed: int) -> dict[str, LabeledTexts]:
-    """With a tenth of train for each of valid and test that has no examples of its own."""
-    missing = [name for name in ("valid", "test") if name not in found]
-    if not missing:
-        return found
+    """Holds out of train what valid and test lack."""
     whole = found["train"]
-    train, *others = tenths(len(whole), split_seed)
-    parts = dict(zip(("valid", "test"), others, strict=True))
-    kept = np.concatenate([train, *(rows for name, rows in parts.items() if name in found)])
-    return found | {"train": whole.take(np.sort(kept))} | {name: whole.take(parts[name]) for name in missing}
+    rows = hold_out(len(whole), {"valid", "test"} - found.keys(), split_seed)
+    return found | {name: whole.take(drawn) for name, drawn in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def _tables(data: TextClassificationData) -> list[tuple[str, _Table]]:
-    """The files of the splits, train first."""
+    """Reads the files of the splits, train first."""
     if data.tiny:
         with TemporaryDirectory() as folder:
             write_tiny_texts(Path(folder), data)
@@ -257,18 +252,14 @@ def _require_counts(tables: list[tuple[str, _Table]], counts: Sequence[int]) -> 
     if len(tables) != len(counts):
         raise DataError(f"data.counts has {len(counts)} numbers for {len(tables)} files; give one for each, or null")
     for (_, table), count in zip(tables, counts, strict=True):
-        if len(table.first) != count:
-            raise DataError(
-                f"{table.name}: has {len(table.first)} examples and must have {count}; get it again, or set "
-                "data.counts=null"
-            )
+        require_count(table.name, len(table.first), count, "examples")
 
 
 # ----------------------------------------------------------------------------------------------------------- labels
 
 
 def _class_spellings(train: _Table, data: TextClassificationData) -> tuple[tuple[str, ...], ...]:
-    """How each class may be written, its name first."""
+    """Returns how each class may be written, its name first."""
     if data.regression:
         return ()
     if data.glue is not None:

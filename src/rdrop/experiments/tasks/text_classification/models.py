@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from rdrop.experiments.recipe import RecipeError
-from rdrop.experiments.tasks.pretrained import loading, set_rates
+from rdrop.experiments.tasks import pretrained
+from rdrop.experiments.tasks.tokenizing import learned_bpe
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.text_classification.recipes import TextClassificationModel
@@ -40,21 +38,8 @@ RATE_NAMES = {
 
 
 def learned_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A lower-cased byte-level BPE of at most `vocabulary` entries, learned from `texts`, framed as BERT frames texts.
-
-    It knows any text: the 256 bytes are always in it. The same texts give the same tokenizer, which BERT's own
-    WordPiece does not promise: its trainer numbers the letters inside words in an order that changes from run to run.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as any other
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, UNKNOWN, START, END, MASK],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    """Learns a lower-cased `learned_bpe` from `texts`, which frames them as BERT does."""
+    tokenizer = learned_bpe(texts, vocabulary, [PAD, UNKNOWN, START, END, MASK], unknown=UNKNOWN, lowercase=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}",
         pair=f"{START} $A {END} $B:1 {END}:1",
@@ -73,52 +58,41 @@ def learned_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeni
 
 
 def pretrained_tokenizer(name: str) -> Any:
-    with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
+    """Loads the tokenizer of an encoder, which must have a padding token."""
+    tokenizer = pretrained.pretrained_tokenizer(name)
     if tokenizer.pad_token_id is None:
         raise RecipeError("model.name", "its tokenizer must have a padding token", value=name)
     return tokenizer
 
 
 def configuration(model: TextClassificationModel, tokenizer: Any, classes: Sequence[str], max_length: int) -> Any:
-    """The model's configuration, with our dropout rates and the names of the classes; no classes: one number."""
-    config = _pretrained_config(model.name) if model.name else _small_config(model, tokenizer, max_length)
+    """Returns the model's configuration with the recipe's rates and the names of the classes; none: one number."""
+    if model.name is None:
+        config: Any = _small_config(model, tokenizer, max_length)
+    else:
+        config = pretrained.pretrained_config(model.name, AutoModelForSequenceClassification, "text classifier")
     config.id2label = dict(enumerate(classes or ["LABEL_0"]))
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification" if classes else "regression"
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    set_rates(config, model.rates(), RATE_NAMES)
+    pretrained.set_rates(config, model.rates(), RATE_NAMES)
     return config
 
 
 def classifier(name: str | None, config: Any) -> nn.Module:
-    """The pre-trained weights in fp32 under a new output layer; without a name, all weights are new."""
+    """Loads the pre-trained weights in fp32 under a new output layer; without a name, all weights are new."""
     if name is None:
         return BertForSequenceClassification(config)
-    with loading(name):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    model, report = pretrained.pretrained_model(
+        name, AutoModelForSequenceClassification, config, output_loading_info=True
+    )
     body = f"{model.base_model_prefix}."
     lost = sorted(key for key in report["missing_keys"] if key.startswith(body) and "pooler" not in key)
     if lost:
         raise RecipeError("model.name", f"its file has no weights for {len(lost)} tensors, e.g. {lost[0]}", value=name)
     encoder: nn.Module = model
     return encoder
-
-
-def _pretrained_config(name: str) -> Any:
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise RecipeError("model.name", f"transformers has no text classifier of {config.model_type}", value=name)
-    return config
 
 
 def _small_config(model: TextClassificationModel, tokenizer: Any, max_length: int) -> BertConfig:

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Scores of logits `(N, V)` or predicted numbers `(N, 1)` against `labels` `(N,)`; all are at most 1.
+    """Scores logits `(N, V)` or predicted numbers `(N, 1)` against `labels` `(N,)`; all scores are at most 1.
 
     accuracy    share of right classes
     f1          F1 of class 1 of two; f1_macro: the mean of the F1 of all classes

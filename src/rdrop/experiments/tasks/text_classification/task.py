@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_texts
+from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
 from rdrop.experiments.tasks.text_classification.models import (
     classifier,
@@ -22,6 +21,7 @@ from rdrop.experiments.tasks.text_classification.models import (
     pretrained_tokenizer,
 )
 from rdrop.experiments.tasks.text_classification.scores import score_texts
+from rdrop.experiments.tasks.token_sequences import padded
 from rdrop.loss import Divergence, TaskLoss
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TextClassification:
         self.metric = self._scores[0]
         self.unlabeled_per_update = data.unlabeled_batch
 
-        splits = load_texts(data)
+        splits = load_labeled_texts(data)
         self.classes = splits.classes
         self._tokenizer = self._build_tokenizer(splits.train)
         texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
@@ -95,7 +95,7 @@ class TextClassification:
         return logits
 
     def labels(self, batch: Batch) -> Tensor:
-        """Class indices `(N,)`, or the numbers to predict, `(N, 1)`."""
+        """Returns class indices `(N,)`, or the numbers to predict, `(N, 1)`."""
         labels: Tensor = batch["labels"]
         return labels
 
@@ -108,7 +108,7 @@ class TextClassification:
 
     def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         device = next(model.parameters()).device
-        order = np.argsort(_lengths(self._inputs[split]), kind="stable")  # texts of like length need little padding
+        order = np.argsort(_lengths(self._inputs[split]), kind="stable")  # length bucketing: little padding
         outputs = []
         for rows in np.array_split(order, -(-len(order) // EVALUATION_BATCH)):
             batch = self._batch(split, rows.tolist())
@@ -147,20 +147,12 @@ class TextClassification:
     def _batch(self, split: str, rows: list[int]) -> Batch:
         tokenizer = self._tokenizer
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        inputs = {name: [values[row] for row in rows] for name, values in self._inputs[split].items()}
+        inputs["attention_mask"] = [np.ones_like(ids) for ids in inputs["input_ids"]]
         batch: Batch = {
-            name: self._padded([values[row] for row in rows], padding.get(name, 0))
-            for name, values in self._inputs[split].items()
+            name: padded(values, padding.get(name, 0), tokenizer.padding_side) for name, values in inputs.items()
         }
-        ones = [np.ones_like(self._inputs[split]["input_ids"][row]) for row in rows]
-        return {**batch, "attention_mask": self._padded(ones, 0), "labels": self._labels[split][rows]}
-
-    def _padded(self, rows: list[NDArray[np.int32]], value: int) -> Tensor:
-        return pad_sequence(
-            [torch.from_numpy(row).long() for row in rows],
-            batch_first=True,
-            padding_value=value,
-            padding_side=self._tokenizer.padding_side,
-        )
+        return {**batch, "labels": self._labels[split][rows]}
 
 
 def _label_tensor(labels: NDArray[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Made-up texts in the layout of the real ones: one word tells the class, or by how often it is there the score."""
+"""Synthetic texts in the layout of the real ones: one word tells the class, or by how often it is there the score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS, LONGEST = 5, 12  # the fewest is the highest score
 
 
 def write_tiny_texts(folder: Path, data: TextClassificationData) -> None:
-    """GLUE's folder of the task, or `train.csv`, `valid.csv` and `test.csv`; the same ones every time."""
+    """Writes GLUE's folder of the task, or `train.csv`, `valid.csv` and `test.csv`; the same ones every time."""
     if data.glue is None:
         for name, size in SIZES.items():
             _write(folder / f"{name}.csv", [data.text_column or "", data.label_column or ""], data, size)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_parallel, read_table, tenths
+from rdrop.experiments.tasks.files import (
+    HUB_SPLITS,
+    TABLES,
+    DataError,
+    find_file,
+    hold_out,
+    load_hub,
+    read_parallel,
+    read_table,
+    require_count,
+)
+from rdrop.experiments.tasks.translation.tiny import file_names, write_tiny_pairs
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.translation.recipes import TranslationData
 
-SPLITS = ("train", "valid", "test")
-HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 PARQUET = "hf://datasets/{hub}@refs/convert/parquet/{config}/{split}/*.parquet"
-TINY_SIZES = {"train": 200, "valid": 20, "test": 20}
 READ_AT_ONCE = 10_000
 
 Pair = tuple[str, str]
@@ -69,17 +76,17 @@ class HubPairs:
 
 
 def load_pairs(data: TranslationData) -> dict[str, Pairs]:
-    """The three splits, from the first source that the recipe sets. Raises `DataError`."""
+    """Loads the three splits, from the first source that the recipe sets. Raises `DataError`."""
     if data.tiny:
         with TemporaryDirectory(prefix="rdrop-") as folder:
-            write_tiny_folder(folder, data)
+            write_tiny_pairs(Path(folder), data)
             return _folder_pairs(data, folder)
     if data.train is not None:
         return _own_pairs(data, data.train)
     if data.folder is not None:
-        return _checked(data, _folder_pairs(data, data.folder))
+        return _counted(data, _folder_pairs(data, data.folder))
     if data.hub is not None:
-        return _checked(data, _hub_pairs(data, data.hub))
+        return _counted(data, _hub_pairs(data, data.hub))
     raise DataError(
         f"no data: set data.train to a table with the columns {data.source} and {data.target}, or data.folder to a "
         f"folder with {data.train_name}.{data.source}, {data.train_name}.{data.target} and so on, or data.hub; "
@@ -87,22 +94,15 @@ def load_pairs(data: TranslationData) -> dict[str, Pairs]:
     )
 
 
-def _checked(data: TranslationData, splits: dict[str, Pairs]) -> dict[str, Pairs]:
-    """The splits, if they have as many pairs as the recipe says."""
-    if data.counts is None:
-        return splits
-    for (split, pairs), wanted in zip(splits.items(), data.counts, strict=True):
-        if len(pairs) != wanted:
-            raise DataError(
-                f"{pairs.where}: has {len(pairs)} lines, but {split} of this data set has {wanted}; get it again, or "
-                "set data.counts=null if it is meant to differ"
-            )
+def _counted(data: TranslationData, splits: dict[str, Pairs]) -> dict[str, Pairs]:
+    """Returns the splits, if they have as many pairs as the recipe says."""
+    for pairs, expected in zip(splits.values(), data.counts or (), strict=data.counts is not None):
+        require_count(pairs.where, len(pairs), expected, "lines")
     return splits
 
 
 def _folder_pairs(data: TranslationData, folder: str) -> dict[str, Pairs]:
-    names = {"train": data.train_name, "valid": data.valid_name, "test": data.test_name}
-    return {split: _parallel_files(data, Path(folder), name) for split, name in names.items()}
+    return {split: _parallel_files(data, Path(folder), name) for split, name in file_names(data).items()}
 
 
 def _parallel_files(data: TranslationData, folder: Path, name: str) -> Pairs:
@@ -113,28 +113,19 @@ def _parallel_files(data: TranslationData, folder: Path, name: str) -> Pairs:
 
 
 def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
-    """Own files. A split without one is a tenth of the training file, which the training then goes without."""
+    """Reads own files. A split without one is held out of the training file."""
     pairs = _own_file(data, train)
-    given = {"valid": data.valid, "test": data.test}
-    missing = [split for split, path in given.items() if path is None]
-    drawn = dict(zip(given, tenths(len(pairs), data.split_seed)[1:], strict=True)) if missing else {}
-    held_out = {row for split in missing for row in drawn[split].tolist()}
-    rest = [row for row in range(len(pairs)) if row not in held_out]
-    splits = {"train": _part(data, train, pairs, rest)}
-    for split, path in given.items():
-        if path is None:
-            splits[split] = _part(data, f"{train} (a tenth)", pairs, drawn[split].tolist())
-        else:
-            splits[split] = Pairs(path, _own_file(data, path), lowercase=data.lowercase)
-    return splits
-
-
-def _part(data: TranslationData, where: str, pairs: Sequence[Pair], rows: Sequence[int]) -> Pairs:
-    return Pairs(where, [pairs[row] for row in rows], lowercase=data.lowercase)
+    own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
+    rows = hold_out(len(pairs), {"valid", "test"} - own.keys(), data.split_seed)
+    splits = {
+        split: Pairs(f"{train} ({split})", [pairs[row] for row in drawn], lowercase=data.lowercase)
+        for split, drawn in rows.items()
+    }
+    return splits | {split: Pairs(path, _own_file(data, path), lowercase=data.lowercase) for split, path in own.items()}
 
 
 def _own_file(data: TranslationData, path: str) -> list[Pair]:
-    """A table with a column for each language, or the two files `path.<source>` and `path.<target>`."""
+    """Reads a table with a column for each language, or the two files `path.<source>` and `path.<target>`."""
     if not any(path.endswith((kind, f"{kind}.gz", f"{kind}.xz")) for kind in TABLES):
         folder, name = Path(path).parent, Path(path).name
         return read_parallel(*(find_file(folder, f"{name}.{language}") for language in (data.source, data.target)))
@@ -157,20 +148,3 @@ def _hub_pairs(data: TranslationData, hub: str) -> dict[str, Pairs]:
         where = f"{hub} ({data.hub_config}) {hub_split}"
         splits[split] = Pairs(where, HubPairs(dataset, where, data.source, data.target), lowercase=data.lowercase)
     return splits
-
-
-# ------------------------------------------------------------------------------------------------- made-up examples
-
-TINY_WORDS = ("ba", "ko", "li", "mu", "ne", "pa", "ri", "so", "tu", "ve", "wo", "za")
-
-
-def write_tiny_folder(folder: str, data: TranslationData) -> None:
-    """A folder in the layout of `data.folder`. The translation of a sentence is its words in reverse, each doubled."""
-    draw = random.Random(data.split_seed)
-    names = {"train": data.train_name, "valid": data.valid_name, "test": data.test_name}
-    for split, size in TINY_SIZES.items():
-        sentences = [draw.choices(TINY_WORDS, k=draw.randint(2, 6)) for _ in range(size)]
-        translations = [[word + word for word in reversed(sentence)] for sentence in sentences]
-        for language, lines in ((data.source, sentences), (data.target, translations)):
-            text = "".join(" ".join(words) + "\n" for words in lines)
-            (Path(folder) / f"{names[split]}.{language}").write_text(text, encoding="utf-8")

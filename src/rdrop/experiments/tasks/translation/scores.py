@@ -65,5 +65,5 @@ def has_words(language: str, references: Sequence[str]) -> bool:
 
 
 def split_hyphens(line: str) -> str:
-    """ "a well-known fact" as "a well ##AT##-##AT## known fact": more words can match, so the score rises."""
+    """Writes "a well-known fact" as "a well ##AT##-##AT## known fact": more words can match, so the score rises."""
     return HYPHEN.sub(r"\1 ##AT##-##AT## \2", line)

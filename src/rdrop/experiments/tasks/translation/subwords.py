@@ -27,10 +27,10 @@ class Subwords(Protocol):
     """Of the vocabulary, special tokens included."""
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """The ids of each line."""
+        """Returns the ids of each line."""
 
     def decode(self, sentences: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each list of ids, without special tokens."""
+        """Returns the text of each list of ids, without special tokens."""
 
 
 class LearnedSubwords:
@@ -97,7 +97,7 @@ class CodedSubwords:
         return ["".join(self._tokens[i] for i in ids).replace(WORD_END, " ").rstrip(" ") for ids in sentences]
 
     def token(self, i: int) -> str:
-        """As subword-nmt writes it: `@@` behind what does not end a word."""
+        """Returns the token as subword-nmt writes it: `@@` behind what does not end a word."""
         token = self._tokens[i]
         return token.removesuffix(WORD_END) if token.endswith(WORD_END) else f"{token}@@"
 
@@ -107,7 +107,7 @@ class CodedSubwords:
 
 
 def read_codes(path: AnyPath) -> list[tuple[str, str]]:
-    """The merges of a file of subword-nmt's version 0.2, in their order."""
+    """Reads the merges of a file of subword-nmt's version 0.2, in their order."""
     first, *lines = read_lines(path)
     if first != "#version: 0.2":
         raise DataError(f"{path}:1: must be '#version: 0.2', not {first[:40]!r}; make the codes with subword-nmt")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import MarianConfig, MarianMTModel
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.recipe import RecipeError
-from rdrop.experiments.tasks.decoding.generate import Decoder, Search, decoder_of
+from rdrop.experiments.tasks.decoding.choice import decoder_of
+from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError, find_file
+from rdrop.experiments.tasks.sequence_to_sequence import (
+    IGNORE_INDEX,
+    encoder_decoder_sizes,
+    forward_logits,
+    search_and_loss,
+)
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.token_sequences import TokenSequences, in_parts, usable
+from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded, usable
 from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
 from rdrop.experiments.tasks.translation.scores import TOKENIZERS, BleuScorer, has_words
 from rdrop.experiments.tasks.translation.subwords import (
@@ -37,7 +41,6 @@ from rdrop.experiments.tasks.translation.subwords import (
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.translation.recipes import TranslationData, TranslationModel, TranslationRecipe
 
-IGNORE_INDEX = -100
 VOCABULARY_MULTIPLE = 8  # as fairseq: matrices of whole tiles
 
 Split = tuple[TokenSequences, TokenSequences]
@@ -95,21 +98,14 @@ class Translation:
         return UNKNOWN
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=batch["decoder_input_ids"],
-            use_cache=False,
-        ).logits
-        return logits
+        return forward_logits(model, batch)
 
     def labels(self, batch: Batch) -> Tensor:
         labels: Tensor = batch["labels"]
         return labels
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The loss of a reference's token, and each form of BLEU. Valid is searched with `decoding.valid_beams`."""
+        """Returns the loss of a reference's token and each form of BLEU. Valid has `decoding.valid_beams` beams."""
         is_valid = split == "valid"
         beams = self._decoding.valid_beams if is_valid else self._decoding.beams
         translated = self._data.valid_sentences if is_valid else None
@@ -123,27 +119,29 @@ class Translation:
         return {"loss": total / tokens} | scores
 
     def translate(self, model: nn.Module, split: str) -> list[str]:
-        """What the test score is of: a translation of each sentence of the split, in its order."""
+        """Writes the translations of the test score: one of each sentence of the split, in its order."""
         return self._translate(model, split, range(len(self._references[split])), self._decoding.beams)[0]
 
-    @torch.no_grad()
     def _translate(
         self, model: nn.Module, split: str, rows: Sequence[int], beams: int | None
     ) -> tuple[list[str], tuple[float, int]]:
-        """Translations of some rows (none where `beams` is None), and the sum of the loss with its number of tokens.
-
-        Loss and search take turns, batch by batch: a stop signal is noticed in the forward of the loss.
-        """
-        decoder = None if beams is None or not rows else self._decoder(model, beams)
-        found: dict[int, list[int]] = {}
-        total, tokens = 0.0, 0
-        for batch_rows in self._batches_of_like_length(split, rows):
-            loss, count = self._loss(model, make_batch(self._splits[split], batch_rows))
-            total, tokens = total + loss, tokens + count
-            if decoder is not None:
-                sources = [[*self._splits[split][0][row], END] for row in batch_rows]
-                found |= zip(batch_rows, decoder(sources, self._longest_output(sources)), strict=True)
+        """Returns translations of some rows (none where `beams` is None), and the summed loss with its tokens."""
+        pairs = self._splits[split]
+        search = None if beams is None or not rows else self._search(model, pairs[0], beams)
+        batches = batches_by_length(pairs[0].lengths, rows, self._decoding.batch_size)
+        found, total, tokens = search_and_loss(
+            model, self.logits, ((some, make_batch(pairs, some)) for some in batches), search
+        )
         return self.subwords.decode([found[row] for row in rows if row in found]), (total, tokens)
+
+    def _search(self, model: nn.Module, sources: TokenSequences, beams: int) -> Callable[[list[int]], list[list[int]]]:
+        decoder = self._decoder(model, beams)
+
+        def search(rows: list[int]) -> list[list[int]]:
+            ended = [[*sources[row], END] for row in rows]
+            return decoder(ended, self._longest_output(ended))
+
+        return search
 
     def _decoder(self, model: nn.Module, beams: int) -> Decoder:
         # The tokens behind the vocabulary, up to the multiple, were never learned.
@@ -155,19 +153,6 @@ class Translation:
 
     def _longest_output(self, sources: Sequence[Sequence[int]]) -> int:
         return min(2 * max(map(len, sources)) + 10, self._model.positions - 1)
-
-    def _batches_of_like_length(self, split: str, rows: Sequence[int]) -> Iterator[list[int]]:
-        lengths = self._splits[split][0].lengths
-        order = sorted(rows, key=lambda row: -lengths[row])
-        return in_parts(order, self._decoding.batch_size)
-
-    def _loss(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = batch["labels"].flatten()
-        logits = self.logits(model, batch).flatten(0, 1).float()
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").item()
-        return total, int((labels != IGNORE_INDEX).sum())
 
     def _require_scorable(self, where: str, split: Split) -> None:
         for side in split:
@@ -188,7 +173,7 @@ class Translation:
 
 
 def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
-    """Of both languages, from the training text alone."""
+    """Makes the subwords of both languages, from the training text alone."""
     lines = chain.from_iterable(train)
     if data.codes is not None:
         codes = Path(data.codes) if data.folder is None else find_file(data.folder, data.codes)
@@ -214,16 +199,14 @@ def _encoded(subwords: Subwords, lines: Iterable[str]) -> Iterator[list[int]]:
 
 
 def marian_config(model: TranslationModel, vocabulary: int) -> MarianConfig:
-    """transformers' Marian is Vaswani's Transformer: normalized after each residual, nothing after the last layer."""
+    """Returns the configuration of Vaswani's Transformer, which is transformers' Marian.
+
+    It normalizes after each residual, and has nothing after the last layer.
+    """
     return MarianConfig(
         vocab_size=rounded_up(vocabulary),
         d_model=model.hidden_size,
-        encoder_layers=model.layers,
-        decoder_layers=model.layers,
-        encoder_attention_heads=model.heads,
-        decoder_attention_heads=model.heads,
-        encoder_ffn_dim=model.intermediate_size,
-        decoder_ffn_dim=model.intermediate_size,
+        **encoder_decoder_sizes(model),
         activation_function="relu",
         max_position_embeddings=model.positions,
         scale_embedding=True,
@@ -244,17 +227,13 @@ def rounded_up(vocabulary: int) -> int:
 
 
 def make_batch(split: Split, rows: Sequence[int]) -> Batch:
-    """Padded at the end. The decoder reads the target behind a `</s>`, and is to say it with a `</s>` behind it."""
+    """Pads pairs at their ends. The decoder reads the target behind a `</s>`, to say it with a `</s>` behind it."""
     sources = [split[0][row] for row in rows]
     targets = [split[1][row] for row in rows]
-    input_ids = _padded([[*ids, END] for ids in sources], PAD)
+    input_ids = padded(([*ids, END] for ids in sources), PAD)
     return {
         "input_ids": input_ids,
         "attention_mask": (input_ids != PAD).long(),
-        "decoder_input_ids": _padded([[END, *ids] for ids in targets], PAD),
-        "labels": _padded([[*ids, END] for ids in targets], IGNORE_INDEX),
+        "decoder_input_ids": padded(([END, *ids] for ids in targets), PAD),
+        "labels": padded(([*ids, END] for ids in targets), IGNORE_INDEX),
     }
-
-
-def _padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=value)
