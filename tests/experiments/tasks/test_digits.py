@@ -124,7 +124,7 @@ def test_both_losses_learn_the_labeled_images(tmp_path: Path) -> None:
         losses = [row["task_loss"] for row in RunFolder(tmp_path / str(alpha)).metrics() if row["kind"] == "train"]
         assert losses[-1] < losses[0]
         assert result["metric"] == "accuracy"
-        assert set(result["valid"]) == set(result["test"]) == {"accuracy", "loss"}
+        assert set(result["valid"]) == set(result["test"]) == {"accuracy", "loss", "ece"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
@@ -141,3 +141,19 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path, monkeypat
         assert row["divergence"] > 0  # two passes of the compiled model have two masks
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert losses[True] == pytest.approx(losses[False], rel=0.1)  # the masks are others
+
+
+def test_classes_without_a_label_and_a_model_that_says_one_class_are_noted() -> None:
+    task = Digits(SMALL.replace(batch_size=9, **{"data.train_labels": 9, "data.valid_size": 100}))
+    assert list(task.notes) == ["classes of train"]
+    assert "no example of '" in task.notes["classes of train"]
+    model = task.build_model().eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.constant_(model.classifier.bias, 0.0)
+    model.classifier.bias.data[3] = 1.0
+    task.evaluate(model, "valid")
+    assert list(task.notes) == ["classes of train"]
+    scores = task.evaluate(model, "test")
+    assert task.notes["predictions on test"].startswith("all 50 are '3'")
+    confidence = np.e / (np.e + 9)
+    assert scores["ece"] == pytest.approx(abs(scores["accuracy"] - confidence), abs=1e-6)

@@ -537,7 +537,7 @@ def test_a_pretrained_model_interpolates_its_positions_for_another_image_size(pr
     batch = task.train_batch([0, 1], epoch=0)
     assert batch["pixel_values"].shape == (2, 3, 24, 24)
     assert task.logits(task.build_model(), batch).shape == (2, 3)
-    assert set(task.evaluate(task.build_model().eval(), "valid")) == {"loss", "accuracy"}
+    assert set(task.evaluate(task.build_model().eval(), "valid")) == {"loss", "accuracy", "ece"}
 
 
 def test_a_model_that_cannot_be_had_as_asked_is_refused(pretrained: Path, tmp_path: Path) -> None:
@@ -580,6 +580,8 @@ def test_accuracy_and_loss_are_those_of_all_images(tmp_path: Path, monkeypatch: 
     assert seen == [*range(10)]
     assert scores["accuracy"] == 0.3  # 1, 4 and 7 of 0 to 9
     assert scores["loss"] == pytest.approx((7 * np.log(4) + 3 * np.log(2)) / 10)
+    assert scores["ece"] == pytest.approx(0.5 - 0.3)
+    assert task.notes == {"predictions on test": "all 10 are '1': the model does not tell the classes apart"}
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

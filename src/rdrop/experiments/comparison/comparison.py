@@ -24,7 +24,7 @@ ARM_KEYS = (
     *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
     *("fused", "encoder_once", "batch_size", "batch_tokens"),
 )
-_LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
+_LOWER_IS_BETTER = frozenset(("loss", "perplexity", "ece"))
 _HIGHER_IS_BETTER = (PERCENT_METRICS | LARGE_METRICS) - _LOWER_IS_BETTER
 _MODES = {"fused": "fused", "encoder_once": "encoder once"}
 _BATCH_WORDS = {2: "twice", 3: "three times", 4: "four times"}

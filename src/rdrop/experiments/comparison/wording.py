@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from rdrop.experiments.comparison.paired import Outcome, PairedDifference
 
 # Metrics that are fractions of 1 in the files and percent for a reader; their differences are points.
-PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "mcc", "pearson", "spearman"})
+PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "mcc", "pearson", "spearman", "ece"})
 # Metrics that are printed as they are, some tens in size: no more than two decimals without an interval that says so.
 LARGE_METRICS = frozenset({"bleu", "rouge1", "rouge2", "rougeL", "perplexity"})
-SPELLED = {"bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "f1": "F1", "mcc": "MCC"}
+SPELLED = {
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "f1": "F1",
+    "mcc": "MCC",
+    "ece": "ECE",
+}
 NOT_KNOWN = "—"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 

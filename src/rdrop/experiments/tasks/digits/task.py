@@ -12,12 +12,19 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.randomness import derived_seed
+from rdrop.experiments.tasks.class_scores import (
+    calibration_error,
+    note_on_predictions,
+    notes_on_classes,
+    top_class_confidence,
+)
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.digits.recipes import DigitsRecipe
 
-IMAGE_SIZE, CLASSES = 8, 10
+IMAGE_SIZE = 8
+CLASSES = tuple("0123456789")
 BRIGHTEST = 16.0  # load_digits counts ink from 0 to 16
 BACKGROUND = -1.0  # no ink, as the model sees it
 EVALUATION_BATCH = 250
@@ -35,7 +42,6 @@ class Digits:
     divergence = staticmethod(symmetric_kl)
 
     def __init__(self, recipe: "DigitsRecipe") -> None:
-        self.notes: dict[str, str] = {}
         self._model = recipe.model
         digits = load_digits()
         self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
@@ -47,6 +53,8 @@ class Digits:
         valid, test, pool = np.split(order, [data.valid_size, data.valid_size + data.test_size])
         train = stratified_draw(pool, digits.target, data.train_labels, recipe.seed)
         self.splits = {name: torch.tensor(rows) for name, rows in (("train", train), ("valid", valid), ("test", test))}
+        labels = {name: digits.target[rows] for name, rows in self.splits.items()}
+        self.notes: dict[str, str] = notes_on_classes(CLASSES, labels)
 
     def build_model(self) -> nn.Module:
         model = self._model
@@ -62,7 +70,7 @@ class Digits:
                 # Both are 0 by default, and R-Drop would have nothing to act on.
                 hidden_dropout_prob=model.dropout,
                 attention_probs_dropout_prob=model.attention_dropout,
-                num_labels=CLASSES,  # type: ignore[call-arg]  # an argument of the parent class
+                num_labels=len(CLASSES),  # type: ignore[call-arg]  # an argument of the parent class
             )
         )
 
@@ -106,9 +114,14 @@ class Digits:
             model(pixel_values=self._images[part].to(device)).logits for part in torch.split(rows, EVALUATION_BATCH)
         ]
         scores, labels = torch.cat(logits).float().cpu(), self._labels[rows]
+        predicted = scores.argmax(-1)
+        is_right = predicted == labels
+        if split == "test":
+            self.notes |= note_on_predictions(split, CLASSES, predicted.numpy(), labels.numpy())
         return {
             "loss": F.cross_entropy(scores, labels).item(),
-            "accuracy": (scores.argmax(-1) == labels).double().mean().item(),
+            "accuracy": is_right.double().mean().item(),
+            "ece": calibration_error(top_class_confidence(scores.numpy()), is_right.numpy()),
         }
 
 

@@ -28,6 +28,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.class_scores import calibration_error, note_on_predictions, top_class_confidence
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
 from rdrop.experiments.tasks.image_classification.data import Split, load_splits
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
@@ -142,15 +143,24 @@ class ImageClassification:
         """Every image whole, resized to the square."""
         device = next(model.parameters()).device
         images, rows = self.splits[split]
-        loss, right = 0.0, 0
+        labels = torch.from_numpy(images.labels[rows])
+        loss, predicted, confidence = 0.0, [], []
         with ThreadPoolExecutor(DECODERS) as pool:
-            for part in np.array_split(rows, -(-len(rows) // EVALUATION_BATCH)):
-                pixel_values = self._whole_images(Split(images, part), pool)
+            for part in np.array_split(np.arange(len(rows)), -(-len(rows) // EVALUATION_BATCH)):
+                pixel_values = self._whole_images(Split(images, rows[part]), pool)
                 logits = self.logits(model, {"pixel_values": pixel_values.to(device)}).float().cpu()
-                labels = torch.from_numpy(images.labels[part])
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                right += int((logits.argmax(-1) == labels).sum())
-        return {"loss": loss / len(rows), "accuracy": right / len(rows)}
+                loss += F.cross_entropy(logits, labels[part], reduction="sum").item()
+                predicted.append(logits.argmax(-1))
+                confidence.append(top_class_confidence(logits.numpy()))
+        says = torch.cat(predicted)
+        is_right = says == labels
+        if split == "test":
+            self.notes |= note_on_predictions(split, self.classes, says.numpy(), labels.numpy())
+        return {
+            "loss": loss / len(rows),
+            "accuracy": int(is_right.sum()) / len(rows),
+            "ece": calibration_error(np.concatenate(confidence), is_right.numpy()),
+        }
 
     def _whole_images(self, split: Split, pool: ThreadPoolExecutor) -> Tensor:
         def read(row: int) -> Image.Image:

@@ -1,0 +1,58 @@
+"""Scores of predicted classes that every task with classes reports, and what a reader should know beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 15
+SHOWN_CLASSES = 8  # in a note
+
+
+def top_class_confidence(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Returns the probability that the softmax of logits `(N, V)` gives to the most likely class, `(N,)`."""
+    wide = logits.astype(np.float64)
+    confidence: NDArray[np.float64] = 1 / np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1)
+    return confidence
+
+
+def calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool_]) -> float:
+    """Returns the expected calibration error (ECE), as a fraction of 1: how far confidence is from accuracy.
+
+    The N predictions are put into `BINS` bins of equal width by their confidence, the probability of the class that is
+    predicted. The error is the mean over the predictions of |accuracy of the bin - mean confidence of the bin|, as in
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Each bin has its upper end and not its lower one.
+    """
+    bins = np.ceil(confidence * BINS).astype(np.int64)
+    return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
+
+
+def notes_on_classes(classes: Sequence[str], labels: Mapping[str, NDArray[np.int64]]) -> dict[str, str]:
+    """Returns a note for each split, such as "valid", whose `labels` `(N,)` lack some of the classes."""
+    notes = {}
+    for split, of_split in labels.items():
+        present = np.unique(of_split)
+        missing = np.setdiff1d(np.arange(len(classes)), present)
+        if len(present) == 1:
+            says = "scores of it say nothing" if split != "train" else "nothing else can be learned"
+            notes[f"classes of {split}"] = f"all {len(of_split)} examples are {classes[present[0]]!r}: {says}"
+        elif len(missing):
+            notes[f"classes of {split}"] = f"no example of {_listed([classes[label] for label in missing])}"
+    return notes
+
+
+def note_on_predictions(
+    split: str, classes: Sequence[str], predicted: NDArray[np.int64], labels: NDArray[np.int64]
+) -> dict[str, str]:
+    """Returns a note if a model says the same class of all examples of a split that has several; else nothing."""
+    if np.ptp(labels) == 0 or np.ptp(predicted) > 0:
+        return {}
+    name = classes[int(predicted[0])]
+    return {f"predictions on {split}": f"all {len(predicted)} are {name!r}: the model does not tell the classes apart"}
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:SHOWN_CLASSES]))
+    return shown if len(names) <= SHOWN_CLASSES else f"{shown} and {len(names) - SHOWN_CLASSES} more of the classes"
