@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 RUNS ?= runs
 
-.PHONY: help demo demo-short test test-long bench lint types check clean
+.PHONY: help demo demo-short test test-long bench docs lint types check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and pl
 	$(BENCH) steps --rounds 2 --output build/bench/steps.jsonl
 	mv build/bench/*.jsonl benchmarks/results/
 	$(BIN)/python -m benchmarks.pages
+
+docs: $(VENV)/installed  ## the documentation site, build/site: the pages and the reference from the docstrings
+	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees . build/site
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .

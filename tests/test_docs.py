@@ -1,6 +1,7 @@
 """The README and the pages keep their promises: Python blocks run, commands and files exist."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -74,6 +75,23 @@ def test_links_and_files_named_in_pages_exist():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_every_page_stands_in_the_sidebar_of_the_site_once():
+    configuration = runpy.run_path(str(ROOT / "docs/conf.py"))
+    listed = [page for pages in configuration["PAGES"].values() for page in pages] + [configuration["root_doc"]]
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.rst")]
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT).with_suffix("")) for path in files)
+
+
+def test_every_public_name_stands_in_the_reference():
+    reference = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.rst"))
+    described = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", reference, re.MULTILINE)}
+    for package in ("rdrop", "rdrop/integrations/transformers"):
+        contents = (ROOT / f"src/{package}/__init__.py").read_text(encoding="utf-8")
+        public = set(re.findall(r"\bimport (\w+) as \1$", contents, re.MULTILINE))
+        assert public
+        assert public - described == set()
 
 
 def test_file_map_of_the_readme_is_the_tree():

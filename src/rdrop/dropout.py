@@ -51,6 +51,8 @@ def dropout_sources(model: nn.Module) -> list[DropoutSource]:
 def dropout_rate(model: nn.Module, p: float) -> Iterator[None]:
     """Within the block, every dropout of the model runs at rate `p`; afterwards each has its own rate back.
 
+    Example::
+
         with dropout_rate(model, 0.3):
             logits = model(x)
 

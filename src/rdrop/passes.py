@@ -25,6 +25,8 @@ MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "in
 def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) -> T:
     """The batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
 
+    Example::
+
         logits = model(repeat_batch(x))         # one forward, two dropout masks: (2N, ..., V)
         logits = model(**repeat_batch(inputs)).logits
 
@@ -53,6 +55,8 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
 
 def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
     """The inverse of `repeat_batch`: `passes` outputs of the same type, in the order of the passes.
+
+    Example::
 
         first, second = split_passes(model(repeat_batch(x)))
 
@@ -86,6 +90,8 @@ def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
 
 def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:
     """One forward for each pass, pass `k` with dropout rate `dropout[k]`: the tuple of the outputs.
+
+    Example::
 
         first, second = sequential_passes(model, inputs, dropout=(0.1, 0.3))
         loss = rdrop_loss(torch.cat([first.logits, second.logits]), labels, alpha=1.0).loss

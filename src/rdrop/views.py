@@ -104,6 +104,8 @@ def perturb_batch(
 ) -> tuple[B, Perturbation]:
     """`repeat_batch(batch, len(views))` in which each pass has its own cutoff, and what the model must leave out.
 
+    Example::
+
         repeated, perturbed = perturb_batch(inputs, SIMCUT, special_ids=tokenizer.all_special_ids)
         with perturbed(model):
             logits = model(**repeated).logits
@@ -319,6 +321,8 @@ class _Zeroing:
 @dataclass(frozen=True, eq=False)
 class Perturbation:
     """Call it with the model: in the block, its embeddings of the batch's token ids have zeros where they are cut.
+
+    Example::
 
         with perturbed(model):
             logits = model(**repeated).logits
