@@ -10,6 +10,8 @@ import torch
 from benchmarks import experiments
 from torch import nn
 
+from rdrop.experiments import recipes
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -105,6 +107,14 @@ def test_file_map_of_the_readme_is_the_tree():
         path.parent for pattern in ("*/__init__.py", "experiments/*/__init__.py") for path in package.glob(pattern)
     ]
     assert rooms == modules | {f"{path.relative_to(package)}/" for path in packages}
+
+
+def test_the_readme_has_the_papers_headline_results():
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    headlines = [row for rows in recipes.PUBLISHED.values() for row in rows if row.headline]
+    assert {37.25, 37.90, 30.91, 43.95, 44.51, 21.58, 41.24} <= {row.rdrop for row in headlines}
+    for row in headlines:
+        assert f"| {row.dataset} | {row.metric} | {row.model} + {row.method} | {row.rdrop:.2f} |" in table
 
 
 def test_nothing_names_a_path_of_one_machine():
