@@ -8,15 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.experiments.tasks import test_own_data
 
 from rdrop.experiments import cli
 from rdrop.experiments.comparison.finished_runs import FinishedRun, sort_out
-from rdrop.experiments.recipe import Recipe, RecipeError
+from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import ResultsError, find_runs
 from rdrop.experiments.tasks.decoding.search import Search
+from rdrop.experiments.tasks.image_classification.data import load_splits
+from rdrop.experiments.tasks.language_modeling.data import load_lines
+from rdrop.experiments.tasks.summarization.data import load_examples
+from rdrop.experiments.tasks.text_classification.data import load_labeled_texts
+from rdrop.experiments.tasks.translation.data import load_pairs
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
+from rdrop.experiments.tasks.translation.tiny import write_tiny_pairs
 from rdrop.experiments.training.evaluation import rescore
 from rdrop.experiments.training.trainer import train
 
@@ -69,6 +77,84 @@ def test_another_test_file_has_the_scores_of_the_run_that_was_tested_on_it(
     other = train(averaged_recipe(files, files["other"]), tmp_path)["test"]
     assert rescore(averaged, [f"data.test={files['other']}"])["test"] == other
     assert other["loss"] != averaged.result["test"]["loss"]
+
+
+def write_pairs(path: Path, recipe: Any, split: str) -> Path:
+    pairs = load_pairs(recipe.data)[split]
+    path.write_text("source\ttarget\n" + "".join(f"{source}\t{target}\n" for source, target in pairs))
+    return path
+
+
+def write_documents(path: Path, recipe: Any, split: str) -> Path:
+    examples = load_examples(recipe.data)[split]
+    rows = ({"document": example.document, "summary": example.summaries[0]} for example in examples)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def write_labeled_texts(path: Path, recipe: Any, split: str) -> Path:
+    splits = load_labeled_texts(recipe.data)
+    texts = getattr(splits, split)
+    rows = (f"{text}\t{splits.classes[label]}\n" for text, label in zip(texts.first, texts.labels, strict=True))
+    path.write_text("text\tlabel\n" + "".join(rows))
+    return path
+
+
+def write_lines(path: Path, recipe: Any, split: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in load_lines(recipe.data)[split]))
+    return path
+
+
+def write_images(path: Path, recipe: Any, split: str) -> Path:
+    images, rows = load_splits(recipe.data)[split]
+    np.savez(path, images=np.stack([np.asarray(images.read(row)) for row in rows]), labels=images.labels[rows])
+    return path
+
+
+@pytest.mark.parametrize("valid_is_given", [False, True])
+@pytest.mark.parametrize(
+    ("name", "write_train", "write_split", "ending"),
+    [
+        ("translation", test_own_data.write_pairs, write_pairs, ".tsv"),
+        ("summarization", test_own_data.write_documents, write_documents, ".jsonl"),
+        ("text-classification", test_own_data.write_labeled_texts, write_labeled_texts, ".tsv"),
+        ("language-modeling-from-scratch", test_own_data.write_text, write_lines, ".txt"),
+        ("image-classification", test_own_data.write_images, write_images, ".npz"),
+    ],
+)
+def test_what_was_held_out_of_the_training_file_stays_so_when_a_file_is_scored(
+    name: str,
+    write_train: Callable[[Path], Path],
+    write_split: Callable[[Path, Any, str], Path],
+    ending: str,
+    valid_is_given: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The file has the examples that were held out, so the scores must be those that the run has."""
+    runs, train_file = tmp_path / "runs", write_train(tmp_path)
+    short = ["tiny=true", "data.tiny=false", "updates=2", "warmup_steps=1", "evaluate_every=2"]
+    recipe = override(RECIPES[name], [*short, f"data.train={train_file}"])
+    own = ["--train", train_file]
+    if valid_is_given:
+        own += ["--valid", write_split(tmp_path / f"valid{ending}", recipe, "valid")]
+    command = ["compare", name, *short, *own, "--seeds", "1", "--no-double-batch", "--runs", runs]
+    assert cli.run([*map(str, command)]) == 0
+    records = find_runs(runs)
+    test = write_split(tmp_path / f"test{ending}", load_recipe(records[0].path / "recipe.json"), "test")
+    out, _ = shown([runs, "--test", test, "--json"], capsys)
+    assert [found["scores"] for found in json.loads(out)] == [(run.result or {})["test"] for run in records]
+
+
+@pytest.mark.parametrize("source", ["tiny", "folder"])
+def test_a_run_of_any_source_is_scored_on_a_file(source: str, tmp_path: Path) -> None:
+    recipe = TRANSLATION.tiny()
+    if source == "folder":
+        write_tiny_pairs(tmp_path, recipe.data)
+        recipe = recipe.replace(**{"data.tiny": False, "data.folder": str(tmp_path)})
+    result = train(recipe.replace(updates=2, warmup_steps=1), tmp_path / "run")
+    test = write_pairs(tmp_path / "test.tsv", recipe, "test")
+    assert rescore(finished(tmp_path / "run"), [f"data.test={test}"])["test"] == result["test"]
 
 
 def test_another_search_is_used_and_leaves_the_loss(averaged: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,12 @@ class Task(Protocol):
     notes: dict[str, str]
     """What a reader of the scores should know beside the numbers: signatures, what was skipped, what decoded."""
 
-    def __init__(self, recipe: Any) -> None:
-        """Loads the data; nothing is trained. Raises `DataError` for data that are not what they should be."""
+    def __init__(self, recipe: Any, test: str | None = None) -> None:
+        """Loads the data; nothing is trained. Raises `DataError` for data that are not what they should be.
+
+        `test` is a file, as `data.test` names one, that takes the place of the test split after a training without it:
+        what was held out of the training data stays held out.
+        """
 
     def build_model(self) -> nn.Module:
         """A new model, initialized from torch's global generator, which the caller has seeded; or a pre-trained one."""
@@ -84,10 +88,11 @@ class LearnsFromUnlabeled(Protocol):
         """As `train_batch`. Its labels say nothing but which positions count: those that are not -100."""
 
 
-def load_task(recipe: Any) -> Task:
+def load_task(recipe: Any, test: str | None = None) -> Task:
     """The task `recipe.task`, with its data loaded. Raises `ValueError` for an unknown name."""
     if recipe.task not in TASKS:
         raise ValueError(f"task (={recipe.task!r}) must be one of {', '.join(TASKS)}")
     module, name = TASKS[recipe.task].split(".")
-    task: Task = getattr(import_module(f"rdrop.experiments.tasks.{module}.task"), name)(recipe)
+    task_class = getattr(import_module(f"rdrop.experiments.tasks.{module}.task"), name)
+    task: Task = task_class(recipe) if test is None else task_class(recipe, test)
     return task

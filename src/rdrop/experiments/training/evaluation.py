@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.randomness import seed_all
-from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, override
+from rdrop.experiments.recipe import DataFiles, Recipe, RecipeError, load_recipe, override
 from rdrop.experiments.run_folder import RECIPE, ResultsError
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training import checkpoints
@@ -25,7 +26,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
 
     Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
     not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and
-    classes come from them.
+    classes come from them, and what was held out of them stays so.
 
     Raises:
         RecipeError: a setting that would have trained another model.
@@ -33,8 +34,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         CheckpointError: the weights are damaged, not there any more, or those of another model.
         ResultsError: the training data are not those of the run, or a score is not finite.
     """
-    recipe = scoring_recipe(load_recipe(run.path / RECIPE), settings)
-    task = load_task(recipe)
+    recipe, test = scoring_recipe(load_recipe(run.path / RECIPE), settings)
+    task = load_task(recipe, test)
     if run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
@@ -49,16 +50,26 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     return run.result | {"test": scores, "notes": task.notes}
 
 
-def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Changes the recipe of a run by settings that leave the trained model what it is; refuses others."""
+def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:
+    """Changes the recipe of a run by settings that leave the trained model what it is; refuses others.
+
+    A test file for a run that had none is no change of its recipe, which would put what was held out back into the
+    training data; it is returned beside it.
+    """
     settings = list(settings)
+    test = None
+    if isinstance(recipe.data, DataFiles) and recipe.data.test is None:
+        for setting in [setting for setting in settings if setting.startswith("data.test=")]:
+            settings.remove(setting)
+            text = setting.removeprefix("data.test=")
+            test = json.loads(text) if text.startswith('"') else text
     changed = override(recipe, settings)
     for setting in settings:
         key, _, text = setting.partition("=")
         if key not in SCORING_KEYS and not key.startswith("decoding."):
             rule = f"belongs to the training; to score, change {', '.join(SCORING_KEYS)} or a key of decoding"
             raise RecipeError(key, rule, value=text)
-    return changed
+    return changed, test
 
 
 def _require_finite(scores: Mapping[str, float], path: Path) -> None:

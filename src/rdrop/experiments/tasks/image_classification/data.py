@@ -31,8 +31,18 @@ class Split(NamedTuple):
     """Those of the images that are in this split."""
 
 
-def load_splits(data: ImageData) -> dict[str, Split]:
-    """ "train", "valid" and "test" of the first source that is set: `train`, `folder`, `hub`."""
+def load_splits(data: ImageData, test: str | None = None) -> dict[str, Split]:
+    """Loads "train", "valid" and "test" of the first source that is set; `test` of that folder or file."""
+    splits = _load(data)
+    if test is not None:
+        if data.train is not None:
+            _require_own_places({"train": Path(data.train), "test": Path(test)})
+        images = _read_own(Path(test)).with_classes(splits["train"].images.classes)
+        splits["test"] = Split(images, np.arange(len(images)))
+    return splits
+
+
+def _load(data: ImageData) -> dict[str, Split]:
     if data.train is not None:
         named = {"train": data.train, "valid": data.valid, "test": data.test}
         own = {name: Path(path) for name, path in named.items() if path is not None}

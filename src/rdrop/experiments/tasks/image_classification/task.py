@@ -65,11 +65,11 @@ class ImageClassification:
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 
-    def __init__(self, recipe: ImageClassificationRecipe) -> None:
+    def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
         self.notes: dict[str, str] = {}
         self._seed, self._model = recipe.seed, recipe.model
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
-        self.splits = load_splits(self._data)
+        self.splits = load_splits(self._data, test)
         self.classes = self.splits["train"].images.classes
         self._config = _configuration(self._model, self._data.image_size, self.classes)
         self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalization(self._model.name)

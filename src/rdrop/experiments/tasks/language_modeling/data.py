@@ -36,9 +36,14 @@ Texts = dict[str, list[str]]
 """By split: "train", "valid", "test"."""
 
 
-def load_lines(data: "LanguageModelingData") -> Texts:
-    """Loads all splits, from the first source that is set. Raises `DataError` with the file and the line."""
+def load_lines(data: "LanguageModelingData", test: str | None = None) -> Texts:
+    """Loads all splits, from the first source that is set; `test` from that file.
+
+    Raises `DataError` with the file and the line.
+    """
     texts = _load(data)
+    if test is not None:
+        texts["test"] = read_lines(test)
     if data.train_lines is not None:
         texts["train"] = texts["train"][: data.train_lines]
     return texts

@@ -70,10 +70,10 @@ class LanguageModeling:
     task_loss: TaskLoss
     divergence: Divergence
 
-    def __init__(self, recipe: LanguageModelingRecipe) -> None:
+    def __init__(self, recipe: LanguageModelingRecipe, test: str | None = None) -> None:
         self._data, self._model = recipe.data, recipe.model
         self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
-        texts = load_lines(recipe.data)
+        texts = load_lines(recipe.data, test)
         self._vocabulary = self._build_vocabulary(texts["train"])
         self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
         self.notes = self._unknown_tokens()

@@ -38,8 +38,16 @@ Examples = dict[str, list[Example]]
 """By split: "train", "valid", "test"."""
 
 
-def load_examples(data: "SummarizationData") -> Examples:
-    """Loads all splits, from the first source that is set. Raises `DataError` with the file and the line."""
+def load_examples(data: "SummarizationData", test: str | None = None) -> Examples:
+    """Loads all splits, from the first source that is set; `test` from that file.
+
+    Raises `DataError` with the file and the line.
+    """
+    examples = _load(data)
+    return examples if test is None else examples | {"test": _read(test, data, "test")}
+
+
+def _load(data: "SummarizationData") -> Examples:
     if data.tiny:
         with tempfile.TemporaryDirectory() as folder:
             write_tiny_documents(Path(folder), data)

@@ -45,10 +45,10 @@ class Summarization:
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 
-    def __init__(self, recipe: SummarizationRecipe) -> None:
+    def __init__(self, recipe: SummarizationRecipe, test: str | None = None) -> None:
         self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
         self.notes: dict[str, str] = {}
-        examples = load_examples(recipe.data)
+        examples = load_examples(recipe.data, test)
         examples["valid"] = examples["valid"][: recipe.data.valid_examples]
         self._tokenizer = self._build_tokenizer(examples["train"])
         self._config = self._build_config()

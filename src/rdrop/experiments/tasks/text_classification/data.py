@@ -75,22 +75,31 @@ class _Table:
     labels: list[str]
 
 
-def load_labeled_texts(data: TextClassificationData) -> Splits:
-    """Loads the examples that `data` names. Raises `DataError`: which file and line, what is wrong, how to fix it."""
+def load_labeled_texts(data: TextClassificationData, test: str | None = None) -> Splits:
+    """Loads the examples that `data` names; those of `test` from that file.
+
+    Raises `DataError`: which file and line, what is wrong, how to fix it.
+    """
     tables = _tables(data)
     if data.counts is not None and data.train is None:
-        _require_counts(tables, data.counts)
-    train = tables[0][1]
+        _require_counts(list(tables.values()), data.counts)
+    missing = {"valid", "test"} - tables.keys()
+    if test is not None:
+        tables["test"] = _read_file(Path(test), _columns(data))
+        tables.pop("mismatched", None)
+    train = tables["train"]
     unlabeled = None if data.unlabeled is None else _read_file(Path(data.unlabeled), _without_label(_columns(data)))
     classes = _class_spellings(train, data)
-    for table in [table for _, table in tables] + ([] if unlabeled is None else [unlabeled]):
+    for table in [*tables.values(), *([] if unlabeled is None else [unlabeled])]:
         if (table.second is None) != (train.second is None):
             raise DataError(f"{table.name}: one of {train.name} and this file has a second text; give it to both")
     labeled = {}
-    for name, table in tables:
+    for name, table in tables.items():
         labels = _numbers(table, data) if data.regression else _indices(table, classes, data)
         labeled[name] = LabeledTexts(table.first, table.second, labels)
-    splits = _with_held_out(labeled, data.split_seed)
+    rows = hold_out(len(labeled["train"]), missing, data.split_seed)
+    splits = {name: labeled["train"].take(drawn) for name, drawn in rows.items()}
+    splits |= {name: own for name, own in labeled.items() if name != "train"}
     if data.regression:
         for name in ("valid", "test"):
             if np.ptp(splits[name].labels) == 0:
@@ -105,17 +114,10 @@ def load_labeled_texts(data: TextClassificationData) -> Splits:
     )
 
 
-def _with_held_out(found: dict[str, LabeledTexts], split_seed: int) -> dict[str, LabeledTexts]:
-    """Holds out of train what valid and test lack."""
-    whole = found["train"]
-    rows = hold_out(len(whole), {"valid", "test"} - found.keys(), split_seed)
-    return found | {name: whole.take(drawn) for name, drawn in rows.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def _tables(data: TextClassificationData) -> list[tuple[str, _Table]]:
+def _tables(data: TextClassificationData) -> dict[str, _Table]:
     """Reads the files of the splits, train first."""
     if data.tiny:
         with TemporaryDirectory() as folder:
@@ -127,7 +129,7 @@ def _tables(data: TextClassificationData) -> list[tuple[str, _Table]]:
     if data.folder is not None:
         return _read_all(_files_in(data.folder, data), data)
     if data.hub is not None:
-        return [(name, _read_hub(data.hub, split, data)) for name, split in _hub_splits(data)]
+        return {name: _read_hub(data.hub, split, data) for name, split in _hub_splits(data)}
     layout = "CoLA/train.tsv and its like" if data.glue else "train.csv, valid.csv and test.csv"
     raise DataError(f"no data: set data.train to a file, data.folder to a folder with {layout}, or data.hub")
 
@@ -159,8 +161,8 @@ def _hub_splits(data: TextClassificationData) -> list[tuple[str, str]]:
     return list(zip(names, data.hub_splits, strict=True))
 
 
-def _read_all(files: Iterable[tuple[str, Path]], data: TextClassificationData) -> list[tuple[str, _Table]]:
-    return [(name, _read_file(path, _columns(data))) for name, path in files]
+def _read_all(files: Iterable[tuple[str, Path]], data: TextClassificationData) -> dict[str, _Table]:
+    return {name: _read_file(path, _columns(data)) for name, path in files}
 
 
 def _columns(data: TextClassificationData) -> _Columns:
@@ -248,10 +250,10 @@ def _checked(table: _Table, columns: _Columns) -> _Table:
     return table
 
 
-def _require_counts(tables: list[tuple[str, _Table]], counts: Sequence[int]) -> None:
+def _require_counts(tables: Sequence[_Table], counts: Sequence[int]) -> None:
     if len(tables) != len(counts):
         raise DataError(f"data.counts has {len(counts)} numbers for {len(tables)} files; give one for each, or null")
-    for (_, table), count in zip(tables, counts, strict=True):
+    for table, count in zip(tables, counts, strict=True):
         require_count(table.name, len(table.first), count, "examples")
 
 

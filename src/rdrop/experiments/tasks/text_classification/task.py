@@ -42,7 +42,7 @@ class TextClassification:
     task_loss: TaskLoss
     divergence: Divergence
 
-    def __init__(self, recipe: TextClassificationRecipe) -> None:
+    def __init__(self, recipe: TextClassificationRecipe, test: str | None = None) -> None:
         self.notes: dict[str, str] = {}
         data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
         if data.regression:
@@ -54,7 +54,7 @@ class TextClassification:
         self.metric = self._scores[0]
         self.unlabeled_per_update = data.unlabeled_batch
 
-        splits = load_labeled_texts(data)
+        splits = load_labeled_texts(data, test)
         self.classes = splits.classes
         self._tokenizer = self._build_tokenizer(splits.train)
         texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}

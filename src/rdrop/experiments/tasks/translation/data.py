@@ -75,8 +75,13 @@ class HubPairs:
                 )
 
 
-def load_pairs(data: TranslationData) -> dict[str, Pairs]:
-    """Loads the three splits, from the first source that the recipe sets. Raises `DataError`."""
+def load_pairs(data: TranslationData, test: str | None = None) -> dict[str, Pairs]:
+    """Loads the three splits, from the first source that the recipe sets; `test` from that file. Raises `DataError`."""
+    splits = _load(data)
+    return splits if test is None else splits | {"test": _own_split(data, test)}
+
+
+def _load(data: TranslationData) -> dict[str, Pairs]:
     if data.tiny:
         with TemporaryDirectory(prefix="rdrop-") as folder:
             write_tiny_pairs(Path(folder), data)
@@ -121,7 +126,11 @@ def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
         split: Pairs(f"{train} ({split})", [pairs[row] for row in drawn], lowercase=data.lowercase)
         for split, drawn in rows.items()
     }
-    return splits | {split: Pairs(path, _own_file(data, path), lowercase=data.lowercase) for split, path in own.items()}
+    return splits | {split: _own_split(data, path) for split, path in own.items()}
+
+
+def _own_split(data: TranslationData, path: str) -> Pairs:
+    return Pairs(path, _own_file(data, path), lowercase=data.lowercase)
 
 
 def _own_file(data: TranslationData, path: str) -> list[Pair]:

@@ -56,11 +56,11 @@ class Translation:
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 
-    def __init__(self, recipe: TranslationRecipe) -> None:
+    def __init__(self, recipe: TranslationRecipe, test: str | None = None) -> None:
         data = recipe.data
         self._data, self._model, self._decoding = data, recipe.model, recipe.decoding
         self.metric = data.metric
-        pairs = load_pairs(data)
+        pairs = load_pairs(data, test)
         self.subwords = build_subwords(data, pairs["train"])
         self._splits = {split: encode_pairs(self.subwords, own) for split, own in pairs.items()}
         self._used, self.counts = usable(
