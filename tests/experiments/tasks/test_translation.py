@@ -227,6 +227,7 @@ def test_valid_translates_the_first_sentences_and_test_all_in_their_order(monkey
         return scorer(hypotheses, references)
 
     record.signatures = scorer.signatures  # type: ignore[attr-defined]
+    record.counts_of_each = scorer.counts_of_each  # type: ignore[attr-defined]
     monkeypatch.setattr(task, "_bleu", record)
     few, all_of_it = task.evaluate(model, "valid"), task.evaluate(model, "test")
     assert given == [(task._references["valid"][:7], 7), (task._references["test"], 20)]

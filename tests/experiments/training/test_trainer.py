@@ -488,7 +488,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert run.result() == result
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
-        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "notes", "data"),
+        *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "constant", "notes", "data"),
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}

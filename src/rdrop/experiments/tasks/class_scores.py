@@ -29,6 +29,16 @@ def calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool
     return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
 
 
+def constant_class_scores(labels: NDArray[np.integer]) -> dict[str, float]:
+    """Returns the loss and the accuracy of the best constant prediction of `labels` `(N,)`.
+
+    The loss is that of predicting the share of each class, the accuracy that of always saying the commonest class.
+    """
+    shares = np.bincount(labels) / len(labels)
+    shares = shares[shares > 0]
+    return {"loss": float(-(shares * np.log(shares)).sum()), "accuracy": float(shares.max())}
+
+
 def notes_on_classes(classes: Sequence[str], labels: Mapping[str, NDArray[np.int64]]) -> dict[str, str]:
     """Returns a note for each split, such as "valid", whose `labels` `(N,)` lack some of the classes."""
     notes = {}

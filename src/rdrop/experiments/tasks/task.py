@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rdrop.experiments.predictions import Predictions
 from rdrop.loss import Divergence, TaskLoss
 
 Batch = dict[str, Any]
@@ -86,6 +87,25 @@ class LearnsFromUnlabeled(Protocol):
 
     def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
         """As `train_batch`. Its labels say nothing but which positions count: those that are not -100."""
+
+
+@runtime_checkable
+class KeepsPredictions(Protocol):
+    """A task whose runs keep their predictions of the test split, to be compared example by example."""
+
+    predictions: Predictions | None
+    """Those of the last `evaluate` of "test"."""
+
+
+@runtime_checkable
+class KnowsConstant(Protocol):
+    """A task that knows what can be scored without learning anything from the inputs."""
+
+    def constant_scores(self) -> dict[str, float]:
+        """Returns the test scores of the best constant prediction, by the names that `evaluate` gives them.
+
+        Without the scores that a constant cannot have: a correlation, a translation.
+        """
 
 
 def load_task(recipe: Any, test: str | None = None) -> Task:

@@ -14,7 +14,7 @@ from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, RecipeError, load_recipe, override
 from rdrop.experiments.run_folder import RECIPE, ResultsError
-from rdrop.experiments.tasks.task import load_task
+from rdrop.experiments.tasks.task import KnowsConstant, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
 
@@ -47,7 +47,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
-    return run.result | {"test": scores, "notes": task.notes}
+    constant = task.constant_scores() if isinstance(task, KnowsConstant) else {}
+    return run.result | {"test": scores, "constant": constant, "notes": task.notes}
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:

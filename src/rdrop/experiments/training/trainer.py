@@ -32,10 +32,11 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from rdrop.experiments.predictions import write_predictions
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import FORMAT, RunFolder
-from rdrop.experiments.tasks.task import Batch, LearnsFromUnlabeled, load_task
+from rdrop.experiments.tasks.task import Batch, KeepsPredictions, KnowsConstant, LearnsFromUnlabeled, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
@@ -352,6 +353,7 @@ class _Training:
             "averaged_steps": state.averaged_steps,
             "valid": self.score("valid"),
             "test": self.score("test"),
+            "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
             "notes": self.task.notes,
             "data": state.data,
             "cost": self.cost.report(self.model),
@@ -360,6 +362,8 @@ class _Training:
             "resumed": state.resumed,
         }
         if self.accelerator.is_main_process:
+            if isinstance(self.task, KeepsPredictions) and self.task.predictions is not None:
+                write_predictions(self.folder.path, self.task.predictions)
             self.folder.write_result(result)
         for tracker in self.accelerator.trackers:  # not end_training, which would end the process group too
             tracker.finish()

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.predictions import Predictions, class_rows
 from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.tasks.class_scores import (
     calibration_error,
+    constant_class_scores,
     note_on_predictions,
     notes_on_classes,
     top_class_confidence,
@@ -42,6 +44,7 @@ class Digits:
     divergence = staticmethod(symmetric_kl)
 
     def __init__(self, recipe: "DigitsRecipe") -> None:
+        self.predictions: Predictions | None = None
         self._model = recipe.model
         digits = load_digits()
         self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
@@ -118,11 +121,16 @@ class Digits:
         is_right = predicted == labels
         if split == "test":
             self.notes |= note_on_predictions(split, CLASSES, predicted.numpy(), labels.numpy())
+            names = (f"image {row} of load_digits" for row in rows.tolist())
+            self.predictions = Predictions("classes", class_rows(names, scores.numpy(), labels.numpy()), CLASSES)
         return {
             "loss": F.cross_entropy(scores, labels).item(),
             "accuracy": is_right.double().mean().item(),
             "ece": calibration_error(top_class_confidence(scores.numpy()), is_right.numpy()),
         }
+
+    def constant_scores(self) -> dict[str, float]:
+        return constant_class_scores(self._labels[self.splits["test"]].numpy())
 
 
 def stratified_draw(pool: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:

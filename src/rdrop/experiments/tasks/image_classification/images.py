@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +40,8 @@ class ImageSet:
     """Of each image, its place in `classes`."""
     read: Callable[[int], Image.Image]
     """The image at an index, in RGB. Raises `DataError`; safe in several threads at once."""
+    name: Callable[[int], str] = "image {}".format
+    """What a reader finds the image at an index by."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +56,7 @@ class ImageSet:
             raise DataError(
                 f"{self.where}: the class {name!r} is not among those of the images to train on; correct it"
             )
-        return ImageSet(self.where, classes, labels, self.read)
+        return replace(self, classes=classes, labels=labels)
 
 
 def read_images(path: Path) -> ImageSet:
@@ -93,7 +95,10 @@ def read_class_folders(root: Path) -> ImageSet:
         except DAMAGED as error:
             raise DataError(f"{path}: cannot be read as an image ({error}); replace or delete it") from error
 
-    return ImageSet(str(root), tuple(entry.name for entry in entries), labels, read)
+    def name(index: int) -> str:
+        return f"{entries[labels[index]].name}/{files[index]}"
+
+    return ImageSet(str(root), tuple(entry.name for entry in entries), labels, read, name)
 
 
 def read_npz(path: Path) -> ImageSet:

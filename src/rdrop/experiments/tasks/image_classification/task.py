@@ -26,9 +26,15 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.predictions import Predictions, class_rows
 from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.recipe import RecipeError
-from rdrop.experiments.tasks.class_scores import calibration_error, note_on_predictions, top_class_confidence
+from rdrop.experiments.tasks.class_scores import (
+    calibration_error,
+    constant_class_scores,
+    note_on_predictions,
+    top_class_confidence,
+)
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
 from rdrop.experiments.tasks.image_classification.data import Split, load_splits
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
@@ -67,6 +73,7 @@ class ImageClassification:
 
     def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
         self.notes: dict[str, str] = {}
+        self.predictions: Predictions | None = None
         self._seed, self._model = recipe.seed, recipe.model
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)
@@ -144,7 +151,7 @@ class ImageClassification:
         device = next(model.parameters()).device
         images, rows = self.splits[split]
         labels = torch.from_numpy(images.labels[rows])
-        loss, predicted, confidence = 0.0, [], []
+        loss, predicted, confidence, kept = 0.0, [], [], []
         with ThreadPoolExecutor(DECODERS) as pool:
             for part in np.array_split(np.arange(len(rows)), -(-len(rows) // EVALUATION_BATCH)):
                 pixel_values = self._whole_images(Split(images, rows[part]), pool)
@@ -152,15 +159,23 @@ class ImageClassification:
                 loss += F.cross_entropy(logits, labels[part], reduction="sum").item()
                 predicted.append(logits.argmax(-1))
                 confidence.append(top_class_confidence(logits.numpy()))
+                if split == "test":
+                    names = map(images.name, rows[part].tolist())
+                    kept += class_rows(names, logits.numpy(), images.labels[rows[part]])
         says = torch.cat(predicted)
         is_right = says == labels
         if split == "test":
             self.notes |= note_on_predictions(split, self.classes, says.numpy(), labels.numpy())
+            self.predictions = Predictions("classes", kept, self.classes)
         return {
             "loss": loss / len(rows),
             "accuracy": int(is_right.sum()) / len(rows),
             "ece": calibration_error(np.concatenate(confidence), is_right.numpy()),
         }
+
+    def constant_scores(self) -> dict[str, float]:
+        images, rows = self.splits["test"]
+        return constant_class_scores(images.labels[rows])
 
     def _whole_images(self, split: Split, pool: ThreadPoolExecutor) -> Tensor:
         def read(row: int) -> Image.Image:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.tasks.class_scores import constant_class_scores
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
 from rdrop.experiments.tasks.language_modeling.data import load_lines
@@ -142,6 +143,12 @@ class LanguageModeling:
             logits = self.logits(model, batch)[counted].float()
             total += self.task_loss(logits, labels[counted]).sum(dtype=torch.float64).item()
         return {"loss": total / len(tokens.ids), "perplexity": _exp(total / tokens.units)}
+
+    def constant_scores(self) -> dict[str, float]:
+        """Returns the scores of the unigram model of the test split: the share of each token, whatever is before it."""
+        tokens = self._tokens["test"]
+        loss = constant_class_scores(tokens.ids)["loss"]
+        return {"loss": loss, "perplexity": _exp(loss * len(tokens.ids) / tokens.units)}
 
     def _evaluation_batches(self, length: int) -> Iterator[list[Window]]:
         size = EVALUATION_LOGITS // (self._data.block_size * self._vocabulary.size)

@@ -4,7 +4,7 @@
 each sentence of the reference with the whole summary. A sentence ends at a newline, and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -19,6 +19,16 @@ def rouge(summaries: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
     A summary without a letter or digit scores 0.
     """
+    return mean_rouge(rouge_of_each(summaries, references))
+
+
+def rouge_of_each(summaries: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """Scores each summary by itself, against the best of its references for each kind."""
     scorer = RougeScorer(list(KINDS.values()), use_stemmer=True)
-    scores = [scorer.score_multi(own, summary) for summary, own in zip(summaries, references, strict=True)]
-    return {name: 100 * sum(score[kind].fmeasure for score in scores) / len(scores) for name, kind in KINDS.items()}
+    found = [scorer.score_multi(own, summary) for summary, own in zip(summaries, references, strict=True)]
+    return [{name: 100 * score[kind].fmeasure for name, kind in KINDS.items()} for score in found]
+
+
+def mean_rouge(of_each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean of each kind over the summaries that `rouge_of_each` has scored."""
+    return {name: sum(scores[name] for scores in of_each) / len(of_each) for name in KINDS}

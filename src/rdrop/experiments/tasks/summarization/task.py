@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.predictions import Predictions, excerpt, text_predictions
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
@@ -26,7 +27,7 @@ from rdrop.experiments.tasks.summarization.models import (
     small_config,
     target_prefix,
 )
-from rdrop.experiments.tasks.summarization.scores import rouge
+from rdrop.experiments.tasks.summarization.scores import mean_rouge, rouge_of_each
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded
 
@@ -48,12 +49,14 @@ class Summarization:
     def __init__(self, recipe: SummarizationRecipe, test: str | None = None) -> None:
         self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
         self.notes: dict[str, str] = {}
+        self.predictions: Predictions | None = None
         examples = load_examples(recipe.data, test)
         examples["valid"] = examples["valid"][: recipe.data.valid_examples]
         self._tokenizer = self._build_tokenizer(examples["train"])
         self._config = self._build_config()
         self._documents = {split: self._tokenize_documents(own) for split, own in examples.items()}
         self._summaries = {split: self._tokenize_summaries(own) for split, own in examples.items()}
+        self._tests = [excerpt(example.document) for example in examples["test"]]
         self._references = {split: [example.summaries for example in examples[split]] for split in ("valid", "test")}
 
     def build_model(self) -> nn.Module:
@@ -85,7 +88,10 @@ class Summarization:
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Returns the loss of a reference's token, and the ROUGE of the summaries that the model writes."""
         summaries, loss = self._summarize(model, split)
-        return {"loss": loss} | rouge(summaries, self._references[split])
+        scores = rouge_of_each(summaries, self._references[split])
+        if split == "test":
+            self.predictions = text_predictions(self._tests, summaries, self._references[split], scores=scores)
+        return {"loss": loss} | mean_rouge(scores)
 
     def summarize(self, model: nn.Module, split: str) -> list[str]:
         """Writes the summaries that are scored: one of each document of the split, in its order."""

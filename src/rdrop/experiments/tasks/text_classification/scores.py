@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from rdrop.experiments.tasks.class_scores import constant_class_scores
+
 
 def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
     """Scores logits `(N, V)` or predicted numbers `(N, 1)` against `labels` `(N,)`; all scores are at most 1.
@@ -24,6 +26,15 @@ def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any
         else:
             found[name] = _of_classes(name, outputs.argmax(-1), labels)
     return found
+
+
+def constant_scores(names: Iterable[str], labels: NDArray[Any]) -> dict[str, float]:
+    """Returns the loss and the scores of the best constant prediction of `labels` `(N,)`; a correlation has none."""
+    if labels.dtype.kind == "f":
+        return {"loss": float(labels.var(dtype=np.float64))}
+    constants = [np.full_like(labels, label) for label in np.unique(labels)]
+    best = {name: max(_of_classes(name, constant, labels) for constant in constants) for name in names}
+    return constant_class_scores(labels) | best
 
 
 def _of_classes(name: str, predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
+from rdrop.experiments.predictions import Predictions, class_rows, number_predictions
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
@@ -20,7 +21,7 @@ from rdrop.experiments.tasks.text_classification.models import (
     learned_tokenizer,
     pretrained_tokenizer,
 )
-from rdrop.experiments.tasks.text_classification.scores import score_texts
+from rdrop.experiments.tasks.text_classification.scores import constant_scores, score_texts
 from rdrop.experiments.tasks.token_sequences import padded
 from rdrop.loss import Divergence, TaskLoss
 
@@ -44,6 +45,7 @@ class TextClassification:
 
     def __init__(self, recipe: TextClassificationRecipe, test: str | None = None) -> None:
         self.notes: dict[str, str] = {}
+        self.predictions: Predictions | None = None
         data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
         if data.regression:
             self.task_loss, self.divergence = squared_error, squared_difference
@@ -64,6 +66,7 @@ class TextClassification:
             texts["unlabeled"] = splits.unlabeled
         self._inputs = {name: self._tokenized(split) for name, split in texts.items()}
         self._labels = {name: _label_tensor(split.labels) for name, split in texts.items()}
+        self._tests = splits.test
 
     def build_model(self) -> nn.Module:
         return classifier(self._model.name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
@@ -114,11 +117,22 @@ class TextClassification:
             batch = self._batch(split, rows.tolist())
             outputs.append(self.logits(model, {name: value.to(device) for name, value in batch.items()}).float().cpu())
         logits, labels = torch.cat(outputs), self._labels[split][order]
+        if split == "test":
+            self.predictions = self._predictions(logits[np.argsort(order)].numpy())
         names, targets = self._scores, labels if self.classes else labels[:, 0]
         return {
             "loss": self.task_loss(logits, labels).mean().item(),
             **score_texts(names, logits.numpy(), targets.numpy()),
         }
+
+    def _predictions(self, outputs: NDArray[Any]) -> Predictions:
+        examples = map(" / ".join, zip(self._tests.first, *filter(None, (self._tests.second,)), strict=True))
+        if not self.classes:
+            return number_predictions(examples, outputs[:, 0], self._tests.labels)
+        return Predictions("classes", class_rows(examples, outputs, self._tests.labels), self.classes)
+
+    def constant_scores(self) -> dict[str, float]:
+        return constant_scores(self._scores, self._tests.labels)
 
     # ----------------------------------------------------------------------------------------------------- the tokens
 

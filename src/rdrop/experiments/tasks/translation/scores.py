@@ -57,6 +57,21 @@ class BleuScorer:
             self.signatures[name] = str(bleu.get_signature())
         return scores
 
+    def counts_of_each(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Counts for each sentence and form what BLEU adds up over a corpus.
+
+        They are the length of the hypothesis and of the reference, then how many n-grams of 1 to 4 words match, then
+        how many there are.
+        """
+        counted = []
+        for hypothesis, reference in zip(hypotheses, references, strict=True):
+            found = {}
+            for name, (bleu, prepared) in self._forms.items():
+                score = bleu.corpus_score([prepared(hypothesis)], [[prepared(reference)]])
+                found[name] = [score.sys_len, score.ref_len, *score.counts, *score.totals]
+            counted.append(found)
+        return counted
+
 
 def has_words(language: str, references: Sequence[str]) -> bool:
     """Whether a `BleuScorer` finds words in them: not in text without spaces, unless it knows that of the language."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
 from rdrop import cross_entropy, symmetric_kl
+from rdrop.experiments.predictions import Predictions, text_predictions
 from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
@@ -70,10 +71,12 @@ class Translation:
             raise DataError(f"{pairs['train'].where}: data.max_length and data.max_ratio skip every pair; raise them")
         for split in ("valid", "test"):
             self._require_scorable(pairs[split].where, self._splits[split])
+        self._sources = [source for source, _ in pairs["test"]]
         self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
         for split, references in self._references.items():
             self._require_words(pairs[split].where, references)
         self._bleu = BleuScorer(data.target, tokenized=data.tokenized, lowercase=data.lowercase)
+        self.predictions: Predictions | None = None
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
 
@@ -114,6 +117,10 @@ class Translation:
         rest, rest_loss = self._translate(model, split, range(size)[len(hypotheses) :], beams=None)
         assert not rest
         scores = self._bleu(hypotheses, self._references[split][: len(hypotheses)])
+        if split == "test":
+            counts = self._bleu.counts_of_each(hypotheses, self._references[split])
+            references = [[reference] for reference in self._references[split]]
+            self.predictions = text_predictions(self._sources, hypotheses, references, bleu=counts)
         self.notes |= {f"signature of {name}": signature for name, signature in self._bleu.signatures.items()}
         total, tokens = loss[0] + rest_loss[0], loss[1] + rest_loss[1]
         return {"loss": total / tokens} | scores
