@@ -5,30 +5,30 @@ Of files in folders and on the hub only the names and labels are read at once, a
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from rdrop.experiments.tasks.files import DataError, load_hub
+from rdrop.experiments.tasks.image_classification.labels import require_labels, require_one_spelling, spelling
+from rdrop.experiments.tasks.image_classification.npz import read_arrays, require_memory
+from rdrop.experiments.tasks.image_classification.pixels import (
+    read_image_bytes,
+    read_image_file,
+    require_regular_file,
+)
 
-Pixels = NDArray[np.uint8]
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
 CIFAR_100_CLASSES, CIFAR_EDGE = 100, 32
 CIFAR_100_RECORD = 2 + 3 * CIFAR_EDGE**2  # coarse label, fine label, red, green, blue
-
-# All that Pillow raises for a file that is no image, or a damaged one.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-# All that zipfile and NumPy raise for a file that is no .npz, or a damaged one.
-DAMAGED_NPZ = (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,16 @@ class ImageSet:
     """The image at an index, in RGB. Raises `DataError`; safe in several threads at once."""
     name: Callable[[int], str] = "image {}".format
     """What a reader finds the image at an index by."""
+    declares_classes: bool = True
+    """Whether the classes are listed apart from the labels; else they are the numbers from 0 to the highest label."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def with_classes(self, classes: tuple[str, ...]) -> ImageSet:
-        """The same images, labeled by the places in another list, which must have all classes that are in use."""
-        places = {name: place for place, name in enumerate(classes)}
-        table = np.array([places.get(name, -1) for name in self.classes], dtype=np.int64)
+        """Returns the same images, labeled by the places in another list, which must have all classes in use."""
+        places = {spelling(name): place for place, name in enumerate(classes)}
+        table = np.array([places.get(spelling(name), -1) for name in self.classes], dtype=np.int64)
         labels = table[self.labels]
         if len(labels) and labels.min() < 0:
             name = self.classes[self.labels[np.argmin(labels)]]
@@ -60,11 +62,11 @@ class ImageSet:
 
 
 def read_images(path: Path) -> ImageSet:
-    """A folder with a sub-folder for each class, or a file: `.npz`, or `.bin` as in CIFAR-100."""
-    if path.is_dir():
+    """Reads a folder with a sub-folder for each class, or a file: `.npz`, or `.bin` as in CIFAR-100."""
+    if os.path.isdir(path):  # as methods of Path these may raise
         return read_class_folders(path)
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder; check the path")
+    if not os.path.exists(path):
+        raise DataError(f"{path}: there is no such file or folder; check the path, and that it may be read")
     match path.suffix:
         case ".npz":
             return read_npz(path)
@@ -74,70 +76,65 @@ def read_images(path: Path) -> ImageSet:
 
 
 def read_class_folders(root: Path) -> ImageSet:
-    """`root/CLASS/IMAGE`: the classes in the order of their names, and so the images of each."""
-    entries = _entries(root)
+    """Reads `root/CLASS/IMAGE`: the classes in the order of their names, and so the images of each."""
+    entries = entries_of(root)
     for entry in entries:
-        if not entry.is_dir():
+        if not os.path.isdir(entry.path):
             raise DataError(
-                f"{entry}: is no folder; a folder of images has one sub-folder for each class, nothing else"
+                f"{entry.path}: is no folder; a folder of images has one sub-folder for each class, nothing else"
             )
     if len(entries) < 2:
         raise DataError(f"{root}: has {len(entries)} sub-folders; it needs one for each class, two or more")
-    names = [[file.name for file in _images_of(entry)] for entry in entries]
+    classes = tuple(entry.name for entry in entries)
+    require_one_spelling(classes, str(root))
+    names = [_images_of(Path(entry.path)) for entry in entries]
     files = [name for of_class in names for name in of_class]
     labels = np.repeat(np.arange(len(entries)), [len(of_class) for of_class in names])
 
     def read(index: int) -> Image.Image:
-        path = entries[labels[index]] / files[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except DAMAGED as error:
-            raise DataError(f"{path}: cannot be read as an image ({error}); replace or delete it") from error
+        return read_image_file(root / classes[labels[index]] / files[index])
 
     def name(index: int) -> str:
-        return f"{entries[labels[index]].name}/{files[index]}"
+        return f"{classes[labels[index]]}/{files[index]}"
 
-    return ImageSet(str(root), tuple(entry.name for entry in entries), labels, read, name)
+    return ImageSet(str(root), classes, labels, read, name)
 
 
 def read_npz(path: Path) -> ImageSet:
-    """An .npz file with `images` (uint8, `(N, H, W, 3)` or, gray, `(N, H, W)`) and `labels` (integers from 0, `(N,)`).
+    """Reads an .npz file with `images` (uint8, `(N, H, W, 3)` or, gray, `(N, H, W)`) and `labels` (from 0, `(N,)`).
 
-    There are as many classes as the highest label plus one. Nothing in the file is executed: no pickles are read.
+    There are as many classes as the highest label plus one.
     """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the file") from error
-    with file, _archive(file, path) as archive:
-        images, labels = (_member(archive, name, path) for name in ("images", "labels"))
-    _require_images(images, f"{path}:images")
-    _require_labels(labels, len(images), f"{path}:labels")
+    images, labels = read_arrays(path)
     names = tuple(map(str, range(int(labels.max()) + 1)))
-    return _of_arrays(str(path), names, images, labels)
+    return _of_arrays(str(path), names, images, labels, declares_classes=False)
 
 
 def read_cifar_100(path: Path) -> ImageSet:
-    """`train.bin` or `test.bin` of CIFAR-100's binary version; the labels are the fine ones."""
+    """Reads `train.bin` or `test.bin` of CIFAR-100's binary version; the labels are the fine ones."""
+    require_regular_file(path)
     try:
+        size = path.stat().st_size
+        if not size or size % CIFAR_100_RECORD:
+            raise DataError(
+                f"{path}: has {size} bytes, which is not a whole number of CIFAR-100's records of {CIFAR_100_RECORD}; "
+                "get it again"
+            )
+        require_memory(size, str(path))
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the file") from error
-    if not content.size or content.size % CIFAR_100_RECORD:
-        raise DataError(
-            f"{path}: has {content.size} bytes, which is not a whole number of CIFAR-100's records of "
-            f"{CIFAR_100_RECORD}; get it again"
-        )
     records = content.reshape(-1, CIFAR_100_RECORD)
     labels = records[:, 1]
-    _require_labels(labels, len(labels), str(path), classes=CIFAR_100_CLASSES)
+    require_labels(labels, len(labels), str(path), classes=CIFAR_100_CLASSES)
     pixels = records[:, 2:].reshape(-1, 3, CIFAR_EDGE, CIFAR_EDGE).transpose(0, 2, 3, 1)
     return _of_arrays(str(path), tuple(map(str, range(CIFAR_100_CLASSES))), np.ascontiguousarray(pixels), labels)
 
 
 def read_hub(hub: str, config: str | None, split: str, image_column: str, label_column: str) -> ImageSet:
-    """A split of a data set on the hub, with a column of images and one of labels, integers from 0."""
+    """Reads a split of a data set on the hub, with a column of images and one of labels, integers from 0."""
+    import datasets  # seconds to import
+
     rows = load_hub(hub, config, split)
     where = f"{hub} ({split})"
     for key, column in (("image_column", image_column), ("label_column", label_column)):
@@ -146,85 +143,72 @@ def read_hub(hub: str, config: str | None, split: str, image_column: str, label_
             raise DataError(f"{where}: has no column {column!r}; set data.{key} to one of {columns}")
     labels = np.asarray(rows.select_columns([label_column])[:][label_column])
     names = getattr(rows.features[label_column], "names", None)
-    _require_labels(labels, len(rows), f"{where}:{label_column}", classes=len(names) if names else None)
+    require_labels(labels, len(rows), f"{where}:{label_column}", classes=len(names) if names else None)
+    classes = tuple(names) if names else tuple(map(str, range(int(labels.max()) + 1)))
+    require_one_spelling(classes, f"{where}:{label_column}")
+    try:
+        # The files themselves: the library would open them in any format that Pillow knows.
+        stored = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's, or the library's own
+        kind = rows.features[image_column]
+        raise DataError(f"{where}: {image_column} has no images, but {kind}; set data.image_column") from error
 
     def read(index: int) -> Image.Image:
+        at = f"{where}:{index + 1}:{image_column}"
         try:
-            image: Any = rows[index][image_column]
-            return image.convert("RGB")  # type: ignore[no-any-return]
-        except (*DAMAGED, AttributeError) as error:
-            raise DataError(f"{where}:{index}: {image_column} cannot be read as an image ({error})") from error
+            image = stored[index][image_column]
+            content, path = image["bytes"], image["path"]
+        except Exception as error:  # a cache that was deleted, a row that is null
+            raise DataError(f"{at}: cannot be read ({' '.join(str(error).split())}); download it again") from error
+        if content is not None:
+            return read_image_bytes(content, at)
+        if path is None:
+            raise DataError(f"{at}: there is no image; choose another column or split")
+        return read_image_file(Path(path))
 
-    classes = tuple(names) if names else tuple(map(str, range(int(labels.max()) + 1)))
-    return ImageSet(where, classes, labels.astype(np.int64), read)
+    return ImageSet(where, classes, labels.astype(np.int64), read, declares_classes=names is not None)
 
 
-def _of_arrays(where: str, classes: tuple[str, ...], images: Pixels, labels: NDArray[Any]) -> ImageSet:
+def _of_arrays(
+    where: str,
+    classes: tuple[str, ...],
+    images: NDArray[np.uint8],
+    labels: NDArray[Any],
+    *,
+    declares_classes: bool = True,
+) -> ImageSet:
     def read(index: int) -> Image.Image:
         return Image.fromarray(images[index]).convert("RGB")
 
-    return ImageSet(where, classes, labels.astype(np.int64), read)
+    return ImageSet(where, classes, labels.astype(np.int64), read, declares_classes=declares_classes)
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What is in the folder, by name, without hidden files."""
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """Returns what is in the folder, by name, without hidden files."""
     try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror or error}; check the folder") from error
 
 
-def _images_of(folder: Path) -> list[Path]:
-    entries = _entries(folder)
+def _images_of(folder: Path) -> list[str]:
+    """Returns the names of the images of a class."""
+    entries = entries_of(folder)
     if not entries:
         raise DataError(f"{folder}: the class has no images; add some, or delete the folder")
     for entry in entries:
-        if entry.suffix.lower() not in SUFFIXES:
+        if Path(entry.name).suffix.lower() not in SUFFIXES:
             shown = " ".join(sorted(SUFFIXES))
-            raise DataError(f"{entry}: is no image by its name ({shown}); move it away")
-    return entries
+            raise DataError(f"{entry.path}: is no image by its name ({shown}); move it away")
+        if not _is_regular_file(entry):
+            require_regular_file(Path(entry.path))
+            raise DataError(f"{entry.path}: is a link to nothing; delete it")
+    return [entry.name for entry in entries]
 
 
-def _archive(file: BinaryIO, path: Path) -> Any:
+def _is_regular_file(entry: os.DirEntry[str]) -> bool:
     try:
-        archive = np.load(file, allow_pickle=False)  # given a path, it would leave a broken file open
-    except DAMAGED_NPZ as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); get it again, or write it with savez") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: is no .npz file; write it with numpy.savez(path, images=..., labels=...)")
-    return archive
-
-
-def _member(archive: Any, name: str, path: Path) -> NDArray[Any]:
-    if name not in archive.files:
-        members = ", ".join(map(repr, archive.files)) or "nothing"
-        raise DataError(f"{path}: has no member {name!r}, only {members}; write it with savez(path, images=, labels=)")
-    try:
-        member: NDArray[Any] = archive[name]
-    except DAMAGED_NPZ as error:
-        raise DataError(f"{path}:{name}: cannot be read ({error}); get the file again") from error
-    return member
-
-
-def _require_images(images: NDArray[Any], where: str) -> None:
-    gray, color = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (gray or color) or not images.size:
-        raise DataError(
-            f"{where}: must be uint8 of shape (N, height, width, 3) or (N, height, width), not {images.dtype} of shape "
-            f"{images.shape}; convert it"
-        )
-
-
-def _require_labels(labels: NDArray[Any], images: int, where: str, *, classes: int | None = None) -> None:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: must be integers of shape (N,), not {labels.dtype} of shape {labels.shape}; convert it"
-        )
-    if len(labels) != images:
-        raise DataError(f"{where}: has {len(labels)} labels for {images} images; each image needs its own")
-    limit = classes or len(labels)  # more classes than images is a slip
-    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
-    if len(wrong):
-        raise DataError(
-            f"{where}: label {wrong[0]} is {labels[wrong[0]]}; labels are from 0 to {limit - 1}, so correct it"
-        )
+        return entry.is_file()  # from the listing: nothing more is asked of the disk, except of a link
+    except OSError:  # a link that ends nowhere
+        return False

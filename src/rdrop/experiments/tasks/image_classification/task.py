@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,8 @@ class ImageClassification:
     def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
         self.notes: dict[str, str] = {}
         self.predictions: Predictions | None = None
+        # Of what Pillow warns of on the side, an image is read all the same, or refused in one line.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         self._seed, self._model = recipe.seed, recipe.model
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)

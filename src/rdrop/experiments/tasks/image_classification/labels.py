@@ -1,0 +1,71 @@
+"""Checks labels and names of classes: what would be learned as a class, and is a slip, is a `DataError`."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdrop.experiments.tasks.files import DataError
+
+
+def require_labels(labels: NDArray[Any], images: int, where: str, *, classes: int | None = None) -> None:
+    """Refuses labels that are not one integer from 0 for each image, below `classes` where these are declared."""
+    require_label_for_each(images, labels.shape, labels.dtype, where)
+    limit = classes or len(labels)  # more classes than images is a slip
+    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+    if len(wrong):
+        raise DataError(
+            f"{where}: label {wrong[0]} is {labels[wrong[0]]}; labels are from 0 to {limit - 1}, so correct it"
+        )
+
+
+def require_label_for_each(images: int, shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:
+    """Refuses an array of labels that is not one integer for each image, before it is read."""
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise DataError(f"{where}: must be integers of shape (N,), not {dtype} of shape {shape}; convert it")
+    if shape[0] != images:
+        raise DataError(f"{where}: has {shape[0]} labels for {images} images; each image needs its own")
+
+
+def require_classes_in_use(labels: NDArray[np.int64], classes: Sequence[str], where: str, *, declared: bool) -> None:
+    """Refuses training labels `(N,)` of fewer than two classes and, where no list declares them, numbers left out."""
+    used = np.unique(labels)
+    if len(used) < 2:
+        name = classes[used[0]]
+        raise DataError(f"{where}: all {len(labels)} images are of the class {name!r}; give two classes or more")
+    if not declared and len(used) < len(classes):
+        missing = np.setdiff1d(np.arange(len(classes)), used)[0]
+        raise DataError(
+            f"{where}: no image has the label {missing}, and the highest is {used[-1]}; number the classes from 0 "
+            "without gaps, e.g. labels = numpy.unique(labels, return_inverse=True)[1]"
+        )
+
+
+def spelling(name: str) -> str:
+    """Returns the name of a class by which it is known: letters composed, nothing that cannot be seen in it."""
+    seen = (c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) not in ("Cc", "Cf"))
+    return " ".join("".join(seen).split())
+
+
+def require_one_spelling(names: Sequence[str], where: str) -> None:
+    """Refuses two names of classes that look the same."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(spelling(name), name)
+        if other != name:
+            raise DataError(
+                f"{where}: {other!a} and {name!a} are one class in two spellings; put their images together"
+            )
+
+
+def note_on_case(names: Sequence[str]) -> dict[str, str]:
+    """Returns a note on classes whose names differ in case alone, as "Cat" and "cat" do; else nothing."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(spelling(name).casefold(), []).append(name)
+    pairs = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    return {"names of classes": f"{', '.join(pairs)} are different classes by case alone"} if pairs else {}
