@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rdrop.experiments import saved
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.paired import mean, sd
 from rdrop.experiments.comparison.wording import ratio, wins_ties_losses
@@ -28,7 +29,10 @@ PART = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results: \2 -->)", 
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()] if RECORDS.exists() else []
+    records = (
+        [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()] if RECORDS.exists() else []
+    )
+    return [record | {"recipe": saved.upgraded(record["recipe"])} for record in records]
 
 
 def add(runs: Path, command: str) -> None:
@@ -36,8 +40,14 @@ def add(runs: Path, command: str) -> None:
     records = {record["digest"]: record for record in read()}
     new = [run.result | {"command": command} for run in find_runs(runs) if run.result is not None]
     records |= {record["digest"]: record for record in new}
-    ordered = sorted(records.values(), key=lambda r: (r["recipe"]["name"], r["recipe"]["seed"], r["recipe"]["alpha"]))
+    ordered = sorted(
+        records.values(), key=lambda r: (r["recipe"]["name"], r["recipe"]["seed"], r["recipe"]["method"]["alpha"])
+    )
     RECORDS.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+
+
+def _place(recipe: dict[str, Any]) -> tuple[object, ...]:
+    return recipe["name"], recipe["seed"], recipe["method"]["alpha"]
 
 
 def recorded_comparisons() -> dict[str, Comparison]:

@@ -1,11 +1,12 @@
 """Run folders as the training loop leaves them, made up: learning curves of a small network that overfits."""
 
-import hashlib
 import json
 import math
 import random
 from pathlib import Path
 from typing import Any
+
+from rdrop.experiments import saved
 
 RECIPE: dict[str, Any] = {
     "name": "digits",
@@ -44,11 +45,10 @@ VERSIONS = {"rdrop": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "transf
 def write_run(runs: Path, score: float, *, unfinished: bool = False, **changes: Any) -> Path:
     """Write the folder of one run with this test score; `changes` go into the recipe or, by name, the result."""
     recipe = {**RECIPE, **{key: value for key, value in changes.items() if key in RECIPE}}
-    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    digest = saved.digest(saved.upgraded(recipe))
     folder = runs / recipe["name"] / digest
     folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "recipe.json").write_text(json.dumps(saved.upgraded(recipe)))
     rows = metrics(recipe, score)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not unfinished:
@@ -62,7 +62,7 @@ def result_of(recipe: dict[str, Any], digest: str, score: float) -> dict[str, An
     work = passes * recipe["batch_size"] / 32
     return {
         "format": 1,
-        "recipe": recipe,
+        "recipe": saved.upgraded(recipe),
         "digest": digest,
         "finished": f"2026-11-22T20:00:{recipe['seed'] % 60:02d}Z",
         "metric": "accuracy",

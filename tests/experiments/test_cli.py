@@ -80,15 +80,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 
 def finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    accuracy = 0.7 + recipe.seed / 100 + (0.05 + recipe.seed / 1000 if recipe.alpha else 0.0)
+    accuracy = 0.7 + recipe.seed / 100 + (0.05 + recipe.seed / 1000 if recipe.method.alpha else 0.0)
     result = {
-        "format": 1, "recipe": recipe.model_dump(mode="json"), "digest": recipe.digest(),
+        "format": 1, "recipe": recipe.saved(), "digest": recipe.digest(),
         "finished": "2026-01-01T00:00:00Z", "metric": "accuracy", "higher_is_better": True, "best_step": recipe.updates,
         "valid": {"accuracy": accuracy, "loss": 0.5}, "test": {"accuracy": accuracy, "loss": 0.5},
         "cost": {"train_seconds": 1.0, "step_milliseconds": 1.0, "peak_extra_bytes": 1000, "parameters": 10},
         "machine": {}, "versions": {}, "resumed": 0,
     }  # fmt: skip
-    RunFolder(folder).write_recipe(recipe.model_dump(mode="json"))
+    RunFolder(folder).write_recipe(recipe.saved())
     RunFolder(folder).write_result(result)
     return result
 
@@ -167,7 +167,9 @@ def test_the_arms_of_a_seed_follow_each_other_and_differ_in_the_method_alone(
     assert cli.run(["compare", "digits", "alpha=0.5", "--seeds", "3,7", "--runs", str(tmp_path)]) == 0
     batch = DIGITS.batch_size
     arms = [(0.0, batch), (0.5, batch), (0.0, 2 * batch)]
-    assert [(r.seed, r.alpha, r.batch_size) for r in trained] == [(seed, *arm) for seed in (3, 7) for arm in arms]
+    assert [(r.seed, r.method.alpha, r.batch_size) for r in trained] == [
+        (seed, *arm) for seed in (3, 7) for arm in arms
+    ]
     assert len({r.replace(seed=0, alpha=1.0, batch_size=batch).digest() for r in trained}) == 1
 
 
@@ -188,8 +190,8 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
     simcut = ["alpha=6", "cutoff=embedding", "cutoff_ratio=0.05", "task_passes=first", "divergence=from-first"]
     for settings in ([], ["cutoff=unknown", "cutoff_ratio=0.05"], simcut, ["every=2"], ["dropout=[0.1,0.3]"]):
         assert cli.run(["compare", "digits", *settings, "--seeds", "1", "--runs", str(tmp_path)]) == 0
-    alpha = DIGITS.alpha
-    assert [recipe.alpha for recipe in trained] == [0, alpha, 0, alpha, 6, alpha, alpha]  # both baselines once
+    alpha = DIGITS.method.alpha
+    assert [recipe.method.alpha for recipe in trained] == [0, alpha, 0, alpha, 6, alpha, alpha]  # both baselines once
     capsys.readouterr()
     assert cli.run(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -203,7 +205,9 @@ def test_a_comparison_shows_table_and_verdict(
 ) -> None:
     assert cli.run(["compare", "digits", "--seeds", "3", "--runs", str(tmp_path)]) == 0
     out, progress = capsys.readouterr()
-    assert "R-Drop is better than the baseline" in " ".join(out.replace(f" (alpha {DIGITS.alpha:g})", "").split())
+    assert "R-Drop is better than the baseline" in " ".join(
+        out.replace(f" (alpha {DIGITS.method.alpha:g})", "").split()
+    )
     assert progress.splitlines()[0] == "1/9  baseline, seed 0: test accuracy 70.0 %, trained in 1 s"
     assert len(progress.splitlines()) == len(trained) == 9
 
@@ -340,7 +344,7 @@ def test_report_shows_the_finished_runs_and_names_the_others(
     assert cli.run(["compare", "digits", "--seeds", "2", "--runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     unfinished = tmp_path / "digits" / "unfinished"
-    RunFolder(unfinished).write_recipe(DIGITS.model_dump(mode="json"))
+    RunFolder(unfinished).write_recipe(DIGITS.saved())
     assert cli.run(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(table)

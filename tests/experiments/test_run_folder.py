@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rdrop.experiments import run_folder as results
+from rdrop.experiments import saved
 from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs
 
 ROW = {"kind": "train", "step": 4, "epoch": 1.0, "seconds": 0.5, "loss": 0.25, "divergence": None}
@@ -111,10 +112,13 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, m
 
 
 def test_results_imports_the_standard_library_only() -> None:
-    tree = ast.parse(Path(results.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
-    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+    for module in (results, saved):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".") for node in imports for alias in node.names
+        }
+        assert {name.split(".")[0] for name in names - {"rdrop.experiments.saved"}} <= sys.stdlib_module_names
 
 
 def _disk_full(_descriptor: int) -> None:

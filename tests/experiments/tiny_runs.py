@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdrop.experiments.recipe import ModelSection, Probability, Recipe, Section, override
+from rdrop.experiments.method import Method
+from rdrop.experiments.recipe import ModelSection, Recipe, override
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import Probability, Section
 from rdrop.experiments.training import checkpoints, trainer
 from rdrop.loss import cross_entropy, symmetric_kl
 
@@ -34,38 +36,18 @@ class TinyRecipe(Recipe):
 RECIPE = TinyRecipe(
     name="tiny",
     task="tiny",
-    alpha=2.0,
-    passes=2,
-    every=1,
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=2.0),
     updates=8,
     batch_size=8,
-    batch_tokens=None,
     accumulation=2,
-    optimizer="adamw",
-    beta1=0.9,
-    beta2=0.999,
-    epsilon=1e-8,
     learning_rate=0.05,
     schedule="linear",
-    warmup_steps=2,
+    warmup_updates=2,
     weight_decay=0.1,
     clip_norm=1.0,
     label_smoothing=0.1,
-    precision="fp32",
-    compile=False,
-    fused=False,
-    encoder_once=False,
     evaluate_every=2,
-    patience=None,
-    average_last=1,
     checkpoint_every=3,
-    keep_checkpoints=2,
-    seed=0,
     data=Section(),
     model=TinyModel(dropout=0.3, fixed=False),
 )

@@ -25,9 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
-from rdrop.experiments.recipe import Recipe, RecipeError, override
+from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 
@@ -137,7 +138,7 @@ def train(
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
-    run = Run.of(_label_of(chosen.model_dump()), chosen, runs)
+    run = Run.of(_label_of(chosen.saved()), chosen, runs)
     train_all([run], _progress_console(), trackers=tracker or ())
     if _is_first_process():
         _show_result(run)
@@ -330,12 +331,12 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 
 def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
-    from rdrop.experiments.comparison.finished_runs import sort_out
+    from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.plan import quiet_transformers, summary
     from rdrop.experiments.training.checkpoints import CheckpointError
     from rdrop.experiments.training.evaluation import rescore
 
-    finished, unusable = sort_out(find_runs(runs))
+    finished, unusable = split_usable(find_runs(runs))
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
@@ -355,7 +356,7 @@ def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
 
 
 def _label_of(recipe: Mapping[str, Any]) -> str:
-    return f"{recipe['name']}, alpha {recipe['alpha']:g}, seed {recipe['seed']}"
+    return f"{recipe['name']}, alpha {recipe['method']['alpha']:g}, seed {recipe['seed']}"
 
 
 def _show_result(run: Run) -> None:
@@ -392,7 +393,7 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
 
 def _show_comparisons(records: list[RunRecord]) -> None:
     from rdrop.experiments.comparison.comparison import comparisons
-    from rdrop.experiments.comparison.finished_runs import sort_out
+    from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.terminal_table import terminal_table
 
     console = Console(highlight=False)
@@ -400,7 +401,7 @@ def _show_comparisons(records: list[RunRecord]) -> None:
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
         console.print()
-    _show_unusable(sort_out(records)[1], console)
+    _show_unusable(split_usable(records)[1], console)
 
 
 def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:

@@ -9,23 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from rdrop.experiments import saved
 from rdrop.experiments.progress import Display, show_progress
-from rdrop.experiments.recipe import Recipe, RecipeError
+from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.training.trackers import require_trackers
-
-PLAIN = {
-    "alpha": 0.0,
-    "every": 1,
-    "dropout": None,
-    "fused": False,
-    "encoder_once": False,
-    "cutoff": None,
-    "cutoff_ratio": 0.0,
-    "task_passes": "all",
-    "divergence": "symmetric",
-}
-"""The baseline, whatever it is compared with: R-Drop, R-Drop + Cutoff and SimCut of one recipe share its runs."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,10 @@ class Run:
 
     @classmethod
     def of(cls, label: str, recipe: Recipe, root: Path) -> Run:
-        return cls(label, recipe, root / recipe.name / recipe.digest())
+        digest = recipe.digest()
+        folder = root / recipe.name / digest
+        earlier = root / saved.first_name(recipe.name) / digest  # where a version before a renaming has begun it
+        return cls(label, recipe, earlier if earlier.exists() else folder)
 
     def result(self) -> dict[str, Any] | None:
         """The content of result.json, or None while the run is not finished."""
@@ -63,9 +55,9 @@ def plan_comparison(recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_
     The arms of one seed follow each other, so that a comparison that is stopped has whole seeds to show. Raises
     `RecipeError` if the recipe asks for no R-Drop.
     """
-    if recipe.alpha == 0:
+    if recipe.method.is_plain:
         raise RecipeError("alpha", "a comparison needs R-Drop, alpha > 0; alpha=0 is its baseline anyway", value=0)
-    arms = [recipe.replace(**PLAIN), recipe]
+    arms = [recipe.replace(method=recipe.method.plain()), recipe]
     if larger_batch:
         arms.append(_with_larger_batch(arms[0]))
     return [
@@ -130,13 +122,18 @@ def summary(result: dict[str, Any], *, cost: bool = True) -> str:
 def _with_larger_batch(baseline: Recipe) -> Recipe:
     unit = "batch_size" if baseline.batch_tokens is None else "batch_tokens"
     try:
-        return baseline.replace(**{unit: getattr(baseline, unit) * baseline.passes})
+        return baseline.replace(**{unit: getattr(baseline, unit) * baseline.method.passes})
     except RecipeError as error:
-        rule = f"{error.rule}; this is the baseline with {baseline.passes} times the batch; --no-double-batch omits it"
+        times = baseline.method.passes
+        rule = f"{error.rule}; this is the baseline with {times} times the batch; --no-double-batch omits it"
         raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None
 
 
 def _label(arm: Recipe, recipe: Recipe) -> str:
-    from rdrop.experiments.comparison.comparison import Method
+    return arm.method.label(_batch(arm) // _batch(recipe))
 
-    return Method.of(arm.model_dump()).label(Method.of(recipe.model_dump()).batch)
+
+def _batch(recipe: Recipe) -> int:
+    size = recipe.batch_size or recipe.batch_tokens
+    assert size is not None  # the recipe has one of the two
+    return size

@@ -113,7 +113,7 @@ def show_progress(console: Console, recipes: list[Recipe], waiting: list[Recipe]
 
 def forward_examples(recipe: Recipe) -> float:
     """The cost of a run, for the time left: examples, or tokens, that go through the network in training."""
-    extra_passes = (recipe.passes - 1) / recipe.every if recipe.alpha > 0 else 0
+    extra_passes = recipe.method.extra_passes()
     return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * (1 + extra_passes)
 
 

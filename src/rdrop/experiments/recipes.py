@@ -1,13 +1,20 @@
-"""The catalog: every recipe by its name, and what is published about it."""
+"""The recipes by name, what is published about each, and how one is found: in this project, in a file, in your code."""
 
+from __future__ import annotations
+
+import json
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from rdrop.experiments import saved
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, nearest_name
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.settings import RecipeError, nearest_name
 
-MODULES = (
+TASKS = (
     "translation",
     "summarization",
     "text_classification",
@@ -15,17 +22,19 @@ MODULES = (
     "image_classification",
     "digits",
 )
-"""One a task, in the order in which they are listed.
+"""The folders of the tasks, in the order in which they are listed.
 
-Each has `RECIPES` and, by the name of the recipe, `PUBLISHED` and the `DATASETS` of which nothing is published.
+The `recipes` of each has `RECIPES` and, by the name of the recipe, `PUBLISHED` and the `DATASETS` of which nothing is
+published.
 """
+LARGEST_FILE_BYTES = 2**20
 
 
 def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]], dict[str, str]]:
     recipes: dict[str, Recipe] = {}
     published: dict[str, tuple[Published, ...]] = {}
     datasets: dict[str, str] = {}
-    for name in MODULES:
+    for name in TASKS:
         module = import_module(f"rdrop.experiments.tasks.{name}.recipes")
         own: tuple[Recipe, ...] = module.RECIPES
         reported: Mapping[str, tuple[Published, ...]] = module.PUBLISHED
@@ -36,32 +45,119 @@ def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]], dic
 
 
 RECIPES, PUBLISHED, DATASETS = _collect()
+_CLASSES = {recipe.task: type(recipe) for recipe in RECIPES.values()}
+"""The class that reads a saved recipe, by its task. One's own joins when its recipe is found by name."""
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name, or the one saved in that file, whose name ends in `.json`."""
+    """Returns the recipe of that name; or one saved in a file, `.../recipe.json`; or your own, `package.module:NAME`.
+
+    Your own module is looked for where Python looks, and in the present folder.
+    """
     if name.endswith(".json"):
         return load_recipe(name)
+    if ":" in name:
+        return _import_recipe(name)
+    name = saved.current_name(name)
     if name not in RECIPES:
         nearest = nearest_name(name, RECIPES)
-        rule = f"no such recipe; the nearest is {nearest} (a saved one is a path that ends in .json)"
+        rule = (
+            f"no such recipe; the nearest is {nearest} (a saved one is a path that ends in .json, one of your own is "
+            "written package.module:NAME)"
+        )
         raise RecipeError("recipe", rule, value=name, nearest=nearest)
     return RECIPES[name]
 
 
-def dataset_of(recipe: Mapping[str, Any]) -> str:
-    """What a run learned from, as a reader names it; `recipe` is what its recipe.json says.
+def load_recipe(path: str | Path) -> Recipe:
+    """Returns the recipe saved at `path`, e.g. `runs/digits/0123456789ab/recipe.json`, by any version of rdrop.
 
-    The data set of the catalog; of data of one's own, the file, the folder or the hub's name; else the recipe's name.
+    A missing key is an error. A recipe of your own task needs its class: find it by `find_recipe` first.
+    """
+    try:
+        return _parse(_read_json(Path(path)))
+    except RecipeError as error:
+        located = RecipeError(error.key, error.rule, value=error.value, nearest=error.nearest)
+        located.args = (f"{path}: {error}",)
+        raise located from None
+
+
+def dataset_of(recipe: Mapping[str, Any]) -> str:
+    """Returns what a run learned from, as a reader names it; `recipe` is what its recipe.json says.
+
+    The data set of the recipe; of data of one's own, the file, the folder or the hub's name; else the recipe's name.
     """
     name, data = str(recipe["name"]), recipe.get("data")
     known = DATASETS.get(name.removesuffix("-tiny"))
     if not isinstance(data, Mapping):
         return known or name
     if data.get("tiny"):
-        return "made-up examples"
-    # A catalogd data set may lie in a folder; files of one's own take its place.
+        return "synthetic examples"
+    # A data set that is known may lie in a folder; files of one's own take its place.
     for key in ("train",) if known else ("train", "folder", "hub"):
         if data.get(key):
             return str(data[key]).rstrip("/").rsplit("/", 1)[-1]
     return known or name
+
+
+def _import_recipe(name: str) -> Recipe:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:
+        rule = f"cannot be imported: {error}; write package.module:NAME, of a module that Python finds from {here}"
+        raise RecipeError("recipe", rule, value=name) from error
+    if not isinstance(found, Recipe):
+        kind = "is not there" if found is None else f"is a {type(found).__name__}"
+        rule = f"{attribute} of {module} {kind}; it must be a Recipe (rdrop.experiments.recipe)"
+        raise RecipeError("recipe", rule, value=name)
+    known = _CLASSES.setdefault(found.task, type(found))
+    if known is not type(found):
+        rule = f"its task {found.task} has another class of recipes, {known.__module__}.{known.__name__}; rename it"
+        raise RecipeError("task", rule, value=found.task)
+    return found
+
+
+def _parse(fields: dict[str, object]) -> Recipe:
+    version = fields.get("format", 1)
+    if not isinstance(version, int) or not 1 <= version <= saved.FORMAT:
+        rule = f"this version of rdrop reads recipes of the formats 1 to {saved.FORMAT}; take the version that saved it"
+        raise RecipeError("format", rule, value=version)
+    fields = saved.upgraded(fields)
+    task = fields.get("task")
+    if not isinstance(task, str) or task not in _CLASSES:
+        rule = f"must be one of {', '.join(_CLASSES)}; for a task of your own, name its recipe as package.module:NAME"
+        raise RecipeError("task", rule, value=task)
+    return _CLASSES[task].parse(fields)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise RecipeError("recipe", f"a recipe has at most {LARGEST_FILE_BYTES} bytes")
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise RecipeError("recipe", error.strerror or str(error)) from None
+    except UnicodeDecodeError:
+        raise RecipeError("recipe", "is not UTF-8 text") from None
+    except ValueError as error:  # an integer of thousands of digits is one too
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError("recipe", f"is not JSON: {error}") from None
+    except RecursionError:
+        raise RecipeError("recipe", "is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise RecipeError("recipe", "must be a JSON object of keys and values")
+    return fields
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise RecipeError(key, "given twice", value=value)
+        fields[key] = value
+    return fields

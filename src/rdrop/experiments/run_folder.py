@@ -22,6 +22,8 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
+from rdrop.experiments import saved
+
 FORMAT = 1
 """The version of the layout; `result.json` carries it."""
 
@@ -48,7 +50,7 @@ class RunFolder:
         write_atomically(self.path / RECIPE, _to_json(recipe, indent=2))
 
     def recipe(self) -> dict[str, Any]:
-        return _read_object(self.path / RECIPE)
+        return saved.upgraded(_read_object(self.path / RECIPE))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`, on the disk when this returns."""
@@ -85,6 +87,8 @@ class RunFolder:
                 f"{path}: format is {result.get('format')!r} and this version of rdrop reads {FORMAT}. "
                 "Read it with the version that wrote it, or run the recipe again."
             )
+        if isinstance(result.get("recipe"), dict):
+            result["recipe"] = saved.upgraded(result["recipe"])
         return result
 
 

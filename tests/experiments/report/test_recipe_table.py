@@ -89,7 +89,7 @@ def test_runs_on_other_data_do_not_stand_beside_the_published_figures(tmp_path: 
     [
         ({"name": "glue-rte", "data": {"folder": "data/rte"}}, "RTE"),
         ({"name": "digits-tiny", "data": {"shift": 1}}, "Digits"),
-        ({"name": "glue-rte-tiny", "data": {"tiny": True}}, "made-up examples"),
+        ({"name": "glue-rte-tiny", "data": {"tiny": True}}, "synthetic examples"),
         ({"name": "glue-rte", "data": {"train": "texts/mine.csv"}}, "mine.csv"),
         ({"name": "summarization", "data": {"train": None, "folder": "data/news/"}}, "news"),
         ({"name": "text-classification", "data": {"hub": "stanfordnlp/imdb"}}, "imdb"),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rdrop.dropout import dropout_sources
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.digits.recipes import DIGITS, DigitsRecipe
 from rdrop.experiments.tasks.digits.task import Digits, stratified_draw
 from rdrop.experiments.tasks.task import load_task
@@ -112,9 +113,13 @@ def test_attention_dropout_alone_makes_two_passes_differ() -> None:
     assert not torch.equal(first, second)
 
 
-def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ValueError, match=r"task \(='digit'\) must be one of digits"):
-        load_task(SMALL.model_copy(update={"task": "digit"}))
+class Nowhere(DigitsRecipe):
+    TASK = "rdrop.experiments.tasks.digits.task:Numbers"
+
+
+def test_a_recipe_whose_task_is_not_there_is_told_so() -> None:
+    with pytest.raises(RecipeError, match=r"Nowhere.TASK .*digits.task:Numbers'\) is not there"):
+        load_task(Nowhere.parse(SMALL.saved()))
 
 
 def test_both_losses_learn_the_labeled_images(tmp_path: Path) -> None:

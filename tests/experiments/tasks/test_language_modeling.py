@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rdrop.dropout import dropout_sources
-from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling import data as texts
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel
@@ -379,7 +379,7 @@ def test_a_model_that_is_not_there_is_an_error_of_its_name(tmp_path: Path) -> No
 def test_every_recipe_trains_in_its_tiny_form_and_the_loss_falls(
     recipe: LanguageModelingRecipe, tmp_path: Path
 ) -> None:
-    assert recipe.alpha == 1
+    assert recipe.method.alpha == 1
     result = train(recipe.tiny(), tmp_path)
     losses = [row["task_loss"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
     assert losses[-1] < 0.9 * losses[0]

@@ -75,5 +75,5 @@ def test_one_command_goes_from_an_own_file_to_the_table(
     assert "One seed shows nothing" in shown
     recipes = [run.recipe for run in find_runs(runs) if run.result is not None and run.recipe is not None]
     assert [recipe["data"]["train"] for recipe in recipes] == [str(file)] * 2
-    assert sorted(recipe["alpha"] > 0 for recipe in recipes) == [False, True]
+    assert sorted(recipe["method"]["alpha"] > 0 for recipe in recipes) == [False, True]
     assert (runs / "report.html").is_file()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rdrop import repeat_batch
 from rdrop.dropout import dropout_sources
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.summarization.data import Examples, load_examples
@@ -489,7 +489,12 @@ def test_every_recipe_says_a_published_row_or_none_of_those_that_are_there() -> 
 
 def test_cnn_dailymail_has_the_papers_settings() -> None:
     recipe = CNN_DAILYMAIL
-    assert (recipe.alpha, recipe.label_smoothing, recipe.learning_rate, recipe.updates) == (0.7, 0.1, 3e-5, 20_000)
+    assert (recipe.method.alpha, recipe.label_smoothing, recipe.learning_rate, recipe.updates) == (
+        0.7,
+        0.1,
+        3e-5,
+        20_000,
+    )
     assert recipe.batch_tokens == 1024 * 16 * 4
     decoding = recipe.decoding
     assert (decoding.beams, decoding.length_penalty, decoding.no_repeat_ngram) == (4, 2.0, 3)

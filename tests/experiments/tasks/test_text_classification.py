@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.dropout import dropout_sources
-from rdrop.experiments.recipe import RecipeError
 from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.task import load_task
@@ -524,8 +524,8 @@ def test_the_eight_tasks_of_glue_have_recipes_for_both_models_of_the_paper() -> 
 
 
 def test_every_epoch_and_warmup_is_as_published() -> None:
-    assert (BY_NAME["glue-mnli"].updates, BY_NAME["glue-mnli"].warmup_steps) == (123_873, 7432)
-    assert (BY_NAME["glue-qqp"].updates, BY_NAME["glue-qqp"].warmup_steps) == (113_272, 28_318)
+    assert (BY_NAME["glue-mnli"].updates, BY_NAME["glue-mnli"].warmup_updates) == (123_873, 7432)
+    assert (BY_NAME["glue-qqp"].updates, BY_NAME["glue-qqp"].warmup_updates) == (113_272, 28_318)
     for recipe in BERT_BASE:
         assert (recipe.learning_rate, recipe.beta2, recipe.epsilon, recipe.weight_decay) == (1e-5, 0.98, 1e-6, 0.01)
 

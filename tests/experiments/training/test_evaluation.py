@@ -13,10 +13,11 @@ import pytest
 from tests.experiments.tasks import test_own_data
 
 from rdrop.experiments import cli
-from rdrop.experiments.comparison.finished_runs import FinishedRun, sort_out
-from rdrop.experiments.recipe import Recipe, RecipeError, load_recipe, override
-from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipes import RECIPES, load_recipe
 from rdrop.experiments.run_folder import ResultsError, find_runs
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.decoding.search import Search
 from rdrop.experiments.tasks.image_classification.data import load_splits
 from rdrop.experiments.tasks.language_modeling.data import load_lines
@@ -33,7 +34,7 @@ WORDS = ["ein", "zwei", "drei", "vier", "acht", "neun", "zehn", "elf", "alle", "
 
 
 def finished(path: Path) -> FinishedRun:
-    (run,), _ = sort_out(find_runs(path))
+    (run,), _ = split_usable(find_runs(path))
     return run
 
 
@@ -193,7 +194,7 @@ def test_what_belongs_to_the_training_is_refused(averaged: FinishedRun, setting:
 def test_other_training_data_are_refused_because_the_weights_would_mean_something_else(
     averaged: FinishedRun, files: dict[str, str], change: Callable[[list[str]], list[str]], tmp_path: Path
 ) -> None:
-    run = FinishedRun(tmp_path, averaged.recipe, averaged.result, [])
+    run = FinishedRun(tmp_path, averaged.recipe, averaged.result, [], averaged.method)
     heading, *lines = Path(files["train"]).read_text(encoding="utf-8").splitlines()
     other = tmp_path / "train.tsv"
     other.write_text("\n".join([heading, *change(lines)]) + "\n", encoding="utf-8")

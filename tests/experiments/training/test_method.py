@@ -15,7 +15,7 @@ from rdrop.dropout import dropout_rate
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
-from rdrop.experiments.training.method import Method, MethodError
+from rdrop.experiments.training.method import MethodError, Objective
 from rdrop.experiments.training.trainer import TrainingError, train
 from rdrop.loss import kl_from_first, squared_difference
 from rdrop.views import perturb_batch, views_of
@@ -89,7 +89,7 @@ def loss_and_gradient(recipe: TinyRecipe, task: TinyTask, loss: Callable[[nn.Mod
 
 def terms_of_loop(recipe: TinyRecipe, task: TinyTask) -> Callable[[nn.Module, dict], Tensor]:
     def loss(model: nn.Module, batch: dict) -> Tensor:
-        method = Method(recipe, task, model, lambda repeated: task.logits(model, repeated))
+        method = Objective(recipe, task, model, lambda repeated: task.logits(model, repeated))
         return method.terms(batch, 0, torch.tensor(7)).loss
 
     return loss

@@ -26,7 +26,7 @@ from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import load, load_newest_good
-from rdrop.experiments.training.method import count_positions, plain_loss, uses_rdrop
+from rdrop.experiments.training.method import count_positions, plain_loss
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder
 from rdrop.experiments.training.preemption import Preempted
@@ -104,7 +104,7 @@ def test_r_drop_is_a_plain_loop_with_rdrop_loss_bit_for_bit(tmp_path: Path, pass
 
 def test_every_second_update_uses_r_drop_and_the_others_are_plain(tmp_path: Path) -> None:
     recipe = RECIPE.replace(every=2, evaluate_every=1)
-    assert [uses_rdrop(step, recipe) for step in range(4)] == [False, True, False, True]
+    assert [recipe.method.acts_at(step) for step in range(4)] == [False, True, False, True]
     train(recipe, tmp_path)
     rows = [row for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
     assert [row["divergence"] is not None for row in rows] == [False, True] * 4
@@ -386,7 +386,7 @@ def test_a_run_is_not_resumed_on_other_training_data(tmp_path: Path, monkeypatch
 
 def test_the_run_of_another_recipe_is_not_overwritten(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "finished")
-    RunFolder(tmp_path / "begun").write_recipe(RECIPE.model_dump(mode="json"))
+    RunFolder(tmp_path / "begun").write_recipe(RECIPE.saved())
     for name in ("finished", "begun"):
         with pytest.raises(TrainingError, match=r"run of another recipe, which differs in alpha, seed"):
             train(RECIPE.replace(seed=7, alpha=1.0), tmp_path / name)
@@ -484,7 +484,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     seen: list[Progress] = []
     result = train(RECIPE, tmp_path, on_progress=seen.append)
     run = RunFolder(tmp_path)
-    assert run.recipe() == RECIPE.model_dump(mode="json")
+    assert run.recipe() == RECIPE.saved()
     assert run.result() == result
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),

@@ -1,10 +1,10 @@
 """Finished runs in, comparisons out: every arm against its baseline over the seeds that both have.
 
-Runs belong together when their recipes agree on everything except the seed and `ARM_KEYS`. An arm is what the runs of
-one column share. Plain training (`alpha=0`) makes one pass whatever the other keys of the method say, so these do not
-tell two baselines apart. For a baseline of batch B (examples or tokens) the comparison also holds plain training with
-`m * B` an update, where m is 2 or the number of passes of an R-Drop arm: what the compute of the extra passes could
-have bought.
+Runs belong together when their recipes agree on everything except the seed, the method and the size of the batch. An
+arm is what the runs of one column share. Plain training (`alpha=0`) makes one pass whatever the other keys of the
+method say, so these do not tell two baselines apart. For a baseline of batch B (examples or tokens) the comparison also
+holds plain training with `m * B` an update, where m is 2 or the number of passes of an R-Drop arm: what the compute of
+the extra passes could have bought.
 """
 
 from __future__ import annotations
@@ -13,78 +13,17 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, sort_out
+from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.wording import LARGE_METRICS, PERCENT_METRICS, NumberStyle, verdict
+from rdrop.experiments.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
-ARM_KEYS = (
-    *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
-    *("fused", "encoder_once", "batch_size", "batch_tokens"),
-)
 _LOWER_IS_BETTER = frozenset(("loss", "perplexity", "ece"))
 _HIGHER_IS_BETTER = (PERCENT_METRICS | LARGE_METRICS) - _LOWER_IS_BETTER
-_MODES = {"fused": "fused", "encoder_once": "encoder once"}
-_BATCH_WORDS = {2: "twice", 3: "three times", 4: "four times"}
-
-
-class Method(NamedTuple):
-    """The part of a recipe that tells the arms of one comparison apart."""
-
-    alpha: float
-    passes: int
-    every: int
-    details: tuple[str, ...]
-    """What else is not as in plain R-Drop, in words."""
-    name: str
-    batch: int
-    """Examples or tokens per update; all runs that are compared count the same."""
-
-    @classmethod
-    def of(cls, recipe: Mapping[str, Any]) -> Method:
-        batch = recipe["batch_size"] or recipe["batch_tokens"]
-        if recipe["alpha"] == 0:
-            return cls(0.0, 1, 1, (), "baseline", batch)
-        return cls(recipe["alpha"], recipe["passes"], recipe["every"], _details(recipe), _name(recipe), batch)
-
-    @property
-    def is_plain(self) -> bool:
-        return self.alpha == 0
-
-    def label(self, baseline_batch: int) -> str:
-        """The arm's name for a reader, e.g. "R-Drop (alpha 1)" or "baseline, twice the batch"."""
-        if self.is_plain:
-            times = self.batch // baseline_batch
-            return "baseline" if times == 1 else f"baseline, {_BATCH_WORDS.get(times, f'{times} times')} the batch"
-        details = [f"alpha {self.alpha:g}"]
-        if self.passes != 2:
-            details.append(f"{self.passes} passes")
-        if self.every != 1:
-            details.append(f"every {self.every} steps")
-        return f"{self.name} ({', '.join([*details, *self.details])})"
-
-
-def _name(recipe: Mapping[str, Any]) -> str:
-    if recipe["cutoff"] is None:
-        return "R-Drop"
-    if recipe["cutoff"] == "embedding" and recipe["task_passes"] == "first":
-        return "SimCut"
-    return f"R-Drop + {recipe['cutoff']} cutoff"
-
-
-def _details(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    details = []
-    if recipe["cutoff"] is not None:
-        details.append(f"cutoff {recipe['cutoff_ratio']:g}")
-    if recipe["task_passes"] == "first" and _name(recipe) != "SimCut":
-        details.append("task loss of the first pass")
-    if recipe["divergence"] != "symmetric":
-        details.append("KL from the first pass")
-    if recipe["dropout"] is not None:
-        details.append(f"dropout {' and '.join(f'{rate:g}' for rate in recipe['dropout'])}")
-    return (*details, *(word for key, word in _MODES.items() if recipe[key]))
+BATCH_KEYS = ("batch_size", "batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -93,6 +32,8 @@ class Arm:
 
     label: str
     method: Method
+    batch: int
+    """Examples or tokens per update; all runs that are compared count the same."""
     runs: tuple[FinishedRun, ...]
 
     @property
@@ -250,46 +191,57 @@ class Comparison:
 def comparisons(records: Iterable[RunRecord]) -> list[Comparison]:
     """Group the finished runs into comparisons, in the order of their recipes' names.
 
-    Unfinished and damaged runs take no part; `rdrop.experiments.comparison.finished_runs.sort_out` names them.
+    Unfinished and damaged runs take no part; `rdrop.experiments.comparison.finished_runs.split_usable` names them.
     """
     families: dict[str, list[FinishedRun]] = {}
-    for run in sort_out(records)[0]:
+    for run in split_usable(records)[0]:
         families.setdefault(_family(run), []).append(run)
     return [found for key in sorted(families) for found in _comparisons_of_family(families[key])]
 
 
 def _family(run: FinishedRun) -> str:
     """What all runs of one comparison share, as text that sorts by the recipe's name."""
-    shared = {key: value for key, value in run.recipe.items() if key not in {"seed", *ARM_KEYS}}
+    shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
     score = [run.result["metric"], run.result["higher_is_better"]]
     return json.dumps([run.recipe["name"], score, shared], sort_keys=True)
 
 
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
-    runs: dict[Method, list[FinishedRun]] = {}
+    runs: dict[_Key, list[FinishedRun]] = {}
     for run in family:
-        runs.setdefault(Method.of(run.recipe), []).append(run)
+        runs.setdefault(_Key(run.method.arm(), run.batch), []).append(run)
 
-    shown: set[Method] = set()
-    for batch in sorted({method.batch for method in runs}):
-        own = [method for method in runs if method.batch == batch]
+    shown: set[_Key] = set()
+    for batch in sorted({key.batch for key in runs}):
+        own = [key for key in runs if key.batch == batch]
         # A larger plain batch that a smaller one already shows as its "twice the batch" is not told twice.
         if shown.issuperset(own):
             continue
-        multiples = {2, *(method.passes for method in own if not method.is_plain)}
-        larger = [m for m in runs if m.is_plain and m.batch in {k * batch for k in multiples}]
-        methods = sorted(own) + sorted(larger)
-        shown.update(methods)
-        yield _comparison(batch, {method: runs[method] for method in methods})
+        multiples = {2, *(key.method.passes for key in own if not key.method.is_plain)}
+        larger = [key for key in runs if key.method.is_plain and key.batch in {k * batch for k in multiples}]
+        keys = [*sorted(own, key=_Key.order), *sorted(larger, key=_Key.order)]
+        shown.update(keys)
+        yield _comparison(batch, {key: runs[key] for key in keys})
 
 
-def _comparison(batch: int, runs: Mapping[Method, list[FinishedRun]]) -> Comparison:
+class _Key(NamedTuple):
+    """What the runs of one arm share."""
+
+    method: Method
+    batch: int
+
+    def order(self) -> tuple[object, ...]:
+        return (*self.method.order(), self.batch)
+
+
+def _comparison(batch: int, runs: Mapping[_Key, list[FinishedRun]]) -> Comparison:
     arms, repeats = [], []
-    for method, of_method in runs.items():
+    for key, of_arm in runs.items():
         # The latest run of a seed counts, whatever order the folders were read in.
-        latest = {run.seed: run for run in sorted(of_method, key=lambda run: (run.result["finished"], str(run.path)))}
-        arms.append(Arm(method.label(batch), method, tuple(latest[seed] for seed in sorted(latest))))
-        repeats += [run for run in of_method if latest[run.seed] is not run]
+        latest = {run.seed: run for run in sorted(of_arm, key=lambda run: (run.result["finished"], str(run.path)))}
+        label = key.method.label(key.batch // batch)
+        arms.append(Arm(label, key.method, key.batch, tuple(latest[seed] for seed in sorted(latest))))
+        repeats += [run for run in of_arm if latest[run.seed] is not run]
     first = arms[0].runs[0]
     return Comparison(
         first.recipe["name"],

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pydantic import ValidationError
+
+from rdrop.experiments.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
-_NUMBER = (int, float)
 _RECIPE_TYPES = {
-    "name": str, "seed": int, "alpha": _NUMBER, "passes": int, "every": int, "dropout": (list, NoneType),
-    "cutoff": (str, NoneType), "cutoff_ratio": _NUMBER, "task_passes": str, "divergence": str, "fused": bool,
-    "encoder_once": bool, "batch_size": (int, NoneType), "batch_tokens": (int, NoneType),
+    "name": str, "seed": int, "method": dict, "batch_size": (int, NoneType), "batch_tokens": (int, NoneType),
 }  # fmt: skip
 _RESULT_TYPES = {
     "metric": str, "higher_is_better": bool, "finished": str, "test": dict, "valid": dict, "cost": dict,
@@ -31,6 +31,12 @@ class FinishedRun:
     recipe: dict[str, Any]
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
+    method: Method
+
+    @property
+    def batch(self) -> int:
+        """Examples or tokens per update."""
+        return int(self.recipe["batch_size"] or self.recipe["batch_tokens"])
 
     @property
     def seed(self) -> int:
@@ -45,7 +51,7 @@ class UnusableRun:
     problem: str
 
 
-def sort_out(records: Iterable[RunRecord]) -> tuple[list[FinishedRun], list[UnusableRun]]:
+def split_usable(records: Iterable[RunRecord]) -> tuple[list[FinishedRun], list[UnusableRun]]:
     """The finished runs, and the folders that are unfinished or damaged, each in the order given."""
     checked = [_check(record) for record in records]
     return (
@@ -71,7 +77,15 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     )
     if mismatch:
         return UnusableRun(record.path, mismatch)
-    return FinishedRun(record.path, record.recipe, record.result, record.metrics)
+    try:
+        method = Method.model_validate(record.recipe["method"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(("method", *map(str, first["loc"])))
+        return UnusableRun(
+            record.path, f"recipe.json: {key}: {first['msg']}. The file is damaged; run the recipe again."
+        )
+    return FinishedRun(record.path, record.recipe, record.result, record.metrics, method)
 
 
 def _wrong_entry(file: str, entries: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:

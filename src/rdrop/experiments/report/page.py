@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
-from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun, sort_out
+from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun, split_usable
 from rdrop.experiments.comparison.wording import counted
 from rdrop.experiments.report import figures as report_figures
 from rdrop.experiments.report import tables as report_tables
@@ -32,7 +32,7 @@ def write_report(runs: Path, out: Path | None = None) -> Path:
     if not records:
         raise ResultsError(f"{runs} holds no run. `rdrop compare digits --runs {runs}` makes some.")
     out = out or runs / "report.html"
-    finished, unusable = sort_out(records)
+    finished, unusable = split_usable(records)
     write_atomically(out, _page(comparisons(records), finished, unusable, runs, out.parent).encode())
     return out
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rdrop.experiments.comparison.comparison import ARM_KEYS, Comparison
+from rdrop.experiments.comparison.comparison import Comparison
 
 _ABSENT = object()
 
@@ -42,7 +42,8 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
         differing = [
             key
             for key in _keys(namesakes)
-            if key not in {"seed", *(set(ARM_KEYS) - {"batch_size", "batch_tokens"})}
+            if key != "seed"
+            and not key.startswith("method.")
             and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
         ]
         settings.append({key: recipe.get(key) for key in differing})

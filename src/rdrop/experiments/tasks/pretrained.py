@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.settings import RecipeError
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Always 0: one forward of a repeated batch would drop the same layers in every pass."""

@@ -1,4 +1,4 @@
-"""What is learned: data, model and metric of each task, behind one small protocol."""
+"""The protocol of a task: all that the training loop asks of its data, model and scores."""
 
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
@@ -8,20 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop.experiments.predictions import Predictions
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.settings import RecipeError
 from rdrop.loss import Divergence, TaskLoss
 
 Batch = dict[str, Any]
 """What `train_batch` gives and `logits` and `labels` read: tensors by name, the examples in the first dimension."""
-
-TASKS = {
-    "digits": "digits.Digits",
-    "translation": "translation.Translation",
-    "summarization": "summarization.Summarization",
-    "text-classification": "text_classification.TextClassification",
-    "language-modeling": "language_modeling.LanguageModeling",
-    "image-classification": "image_classification.ImageClassification",
-}
-"""The module and class of each task, imported when it is asked for: a task brings its own libraries."""
 
 
 class Task(Protocol):
@@ -108,11 +100,18 @@ class KnowsConstant(Protocol):
         """
 
 
-def load_task(recipe: Any, test: str | None = None) -> Task:
-    """The task `recipe.task`, with its data loaded. Raises `ValueError` for an unknown name."""
-    if recipe.task not in TASKS:
-        raise ValueError(f"task (={recipe.task!r}) must be one of {', '.join(TASKS)}")
-    module, name = TASKS[recipe.task].split(".")
-    task_class = getattr(import_module(f"rdrop.experiments.tasks.{module}.task"), name)
-    task: Task = task_class(recipe) if test is None else task_class(recipe, test)
+def load_task(recipe: Recipe, test: str | None = None) -> Task:
+    """Returns the task of the recipe, with its data loaded; `test` is another file to score than the recipe's.
+
+    Raises `DataError` for data that are not what they should be, and `RecipeError` for a recipe that names no task.
+    """
+    place = recipe.TASK
+    if isinstance(place, str):
+        module, _, name = place.partition(":")
+        try:
+            place = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            rule = f"{type(recipe).__name__}.TASK (={recipe.TASK!r}) is not there: {error}"
+            raise RecipeError("task", rule, value=recipe.task) from error
+    task: Task = place(recipe) if test is None else place(recipe, test)
     return task

@@ -10,7 +10,7 @@ All are sums over positions divided by `num_items`, so that an update does not d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -42,21 +42,23 @@ class MethodError(ValueError):
     """What the recipe asks for cannot be done with this task or model: key, value, rule."""
 
 
-class Method:
+class Objective:
     """`terms` is the loss of one microbatch. `forward` runs the model that is trained and returns its logits."""
 
     def __init__(self, recipe: Recipe, task: Task, model: nn.Module, forward: Callable[[Batch], Tensor]) -> None:
-        self._recipe, self._task, self._model, self._forward = recipe, task, model, forward
-        self._views = views_of(recipe.cutoff, recipe.cutoff_ratio, recipe.task_passes, recipe.passes)
-        self._divergence = kl_from_first if recipe.divergence == "from-first" else task.divergence
+        self._recipe, self._method, self._task, self._model = recipe, recipe.method, task, model
+        self._forward = forward
+        method = recipe.method
+        self._views = views_of(method.cutoff, method.cutoff_ratio, method.task_passes, method.passes)
+        self._divergence = kl_from_first if method.divergence == "from-first" else task.divergence
         self._require_fitting_task()
-        self._encoder = EncoderOnce(model.get_encoder(), recipe.passes) if recipe.encoder_once else nullcontext()  # type: ignore[operator]
-        self._without_head = WithoutHead(output_layer(model)) if recipe.fused else None
+        self._encoder = EncoderOnce(model.get_encoder(), method.passes) if method.encoder_once else nullcontext()  # type: ignore[operator]
+        self._without_head = WithoutHead(output_layer(model)) if method.fused else None
         self._fused_is_exact = False  # until the first microbatch has shown it
 
     def terms(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
         """Of the update after `step` updates, in fp32. Only `loss` carries gradient."""
-        if not uses_rdrop(step, self._recipe):
+        if not self._method.acts_at(step):
             return plain_loss(
                 self._forward(batch),
                 self._task.labels(batch),
@@ -74,19 +76,19 @@ class Method:
         return self._divergence_and_task_loss(batch, num_items, task_passes=())
 
     def _from_logits(self, batch: Batch, num_items: Tensor) -> LossTerms:
-        task_passes = None if self._recipe.task_passes == "all" else task_passes_of(self._views)
+        task_passes = None if self._method.task_passes == "all" else task_passes_of(self._views)
         return self._divergence_and_task_loss(batch, num_items, task_passes)
 
     def _divergence_and_task_loss(
         self, batch: Batch, num_items: Tensor, task_passes: tuple[int, ...] | None
     ) -> LossTerms:
-        recipe = self._recipe
-        logits = self._one_forward(batch) if recipe.dropout is None else self._forward_each(batch, recipe.dropout)
+        recipe, method = self._recipe, self._method
+        logits = self._one_forward(batch) if method.dropout is None else self._forward_each(batch, method.dropout)
         try:
             return rdrop_loss(
                 logits,
                 self._task.labels(batch),
-                alpha=recipe.alpha,
+                alpha=method.alpha,
                 label_smoothing=recipe.label_smoothing,
                 num_items=num_items,
                 divergence=self._divergence,
@@ -102,7 +104,7 @@ class Method:
         with perturbed(self._model), self._encoder:
             return self._forward(repeated)
 
-    def _forward_each(self, batch: Batch, rates: list[float]) -> Tensor:
+    def _forward_each(self, batch: Batch, rates: Sequence[float]) -> Tensor:
         passes = []
         for rate in rates:
             with dropout_rate(self._model, rate):
@@ -111,7 +113,7 @@ class Method:
 
     def _fused(self, batch: Batch, num_items: Tensor) -> LossTerms:
         assert self._without_head is not None
-        recipe = self._recipe
+        recipe, method = self._recipe, self._method
         with self._without_head:
             instead_of_logits = self._one_forward(batch)
         hidden, bias = self._without_head.taken(SimpleNamespace(logits=instead_of_logits))
@@ -121,7 +123,7 @@ class Method:
                 self._without_head.layer.weight,
                 self._task.labels(batch),
                 bias,
-                alpha=recipe.alpha,
+                alpha=method.alpha,
                 label_smoothing=recipe.label_smoothing,
                 num_items=num_items,
             )
@@ -147,27 +149,27 @@ class Method:
     # ------------------------------------------------------------------------------------------- does it fit the task
 
     def _require_fitting_task(self) -> None:
-        recipe, task, model = self._recipe, self._task, self._model
+        recipe, method, task, model = self._recipe, self._method, self._task, self._model
         if recipe.label_smoothing and task.task_loss is not cross_entropy:
             raise MethodError(
                 f"label_smoothing (={recipe.label_smoothing}) must be 0: {recipe.task} has no cross-entropy"
             )
-        if recipe.alpha == 0:
+        if method.is_plain:
             return
-        if recipe.divergence == "from-first" and task.divergence is not symmetric_kl:
+        if method.divergence == "from-first" and task.divergence is not symmetric_kl:
             raise MethodError(
                 f'divergence (="from-first") must be "symmetric": {recipe.task} has a divergence of its own'
             )
-        if recipe.cutoff is not None and not task.special_ids():
-            raise MethodError(f"cutoff (={recipe.cutoff!r}) must be null: {recipe.task} has no tokens to cut")
-        if recipe.cutoff == "unknown" and task.unknown_id() is None:
+        if method.cutoff is not None and not task.special_ids():
+            raise MethodError(f"cutoff (={method.cutoff!r}) must be null: {recipe.task} has no tokens to cut")
+        if method.cutoff == "unknown" and task.unknown_id() is None:
             raise MethodError(
                 "cutoff (='unknown') needs an unknown token, and the vocabulary has none; take 'embedding'"
             )
-        if recipe.fused and (task.task_loss is not cross_entropy or task.divergence is not symmetric_kl):
+        if method.fused and (task.task_loss is not cross_entropy or task.divergence is not symmetric_kl):
             raise MethodError(f"fused (=true) must be false: the loss of {recipe.task} is not that of one softmax")
         for key, why in (("fused", why_head_stays), ("encoder_once", why_encoder_stays)):
-            reason = _reason(why, model) if getattr(recipe, key) else None
+            reason = _reason(why, model) if getattr(recipe.method, key) else None
             if reason is not None:
                 raise MethodError(f"{key} (=true) must be false: {reason}")
         self._require_randomness()
@@ -178,22 +180,17 @@ class Method:
         acts = any(source.active and source.kind != "layerdrop" for source in sources)
         if not acts and not any(view.cuts for view in self._views):
             raise MethodError(
-                f"alpha (={self._recipe.alpha}) asks for R-Drop, but the model has no dropout: all passes would be the "
-                "same. Set a dropout rate of the model above 0, or alpha=0 for plain training."
+                f"alpha (={self._method.alpha}) asks for R-Drop, but the model has no dropout: all passes would "
+                "be the same. Set a dropout rate of the model above 0, or alpha=0 for plain training."
             )
         for finding in check_rdrop(self._model).findings:
             if finding.severity == "error" and finding.code != "no-dropout":
-                asked = f"alpha (={self._recipe.alpha}) asks for R-Drop"
+                asked = f"alpha (={self._method.alpha}) asks for R-Drop"
                 raise MethodError(f"{asked}, but {finding.message}. {finding.remedy}")
 
 
 def _reason(why: Callable[[nn.Module], str | None], model: nn.Module) -> str | None:
     return why(model.train()) if isinstance(model, PreTrainedModel) else "the model is none of transformers"
-
-
-def uses_rdrop(step: int, recipe: Recipe) -> bool:
-    """Whether the update after `step` updates is one with several passes (k-step R-Drop: updates k, 2k, ...)."""
-    return recipe.alpha > 0 and (step + 1) % recipe.every == 0
 
 
 def plain_loss(

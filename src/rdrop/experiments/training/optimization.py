@@ -10,11 +10,11 @@ from rdrop.experiments.recipe import Recipe
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
     """The learning rate of the update after `step` updates: linearly to the peak, then the schedule."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if step < recipe.warmup_updates:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_updates
     if recipe.schedule == "inverse-sqrt":
-        return recipe.learning_rate * math.sqrt(recipe.warmup_steps / (step + 1))
-    progress = (step - recipe.warmup_steps) / max(recipe.updates - recipe.warmup_steps, 1)
+        return recipe.learning_rate * math.sqrt(recipe.warmup_updates / (step + 1))
+    progress = (step - recipe.warmup_updates) / max(recipe.updates - recipe.warmup_updates, 1)
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return recipe.learning_rate * factors[recipe.schedule]
 

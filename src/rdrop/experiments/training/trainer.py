@@ -41,7 +41,7 @@ from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
-from rdrop.experiments.training.method import Method, MethodError, count_positions, uses_rdrop
+from rdrop.experiments.training.method import MethodError, Objective, count_positions
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
@@ -153,7 +153,7 @@ class _Training:
             size, lengths = self.task.train_size(), self.task.train_lengths()
             self.order = DataOrder(recipe, size, lengths, parts=self.parts)
             self.unlabeled_order = self.order_unlabeled()
-            self.method = Method(recipe, self.task, self.model, self.logits)
+            self.objective = Objective(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
         self.state = RunState(data=fingerprint(self.task))
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
@@ -195,7 +195,7 @@ class _Training:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
             loss, task_loss, divergence, gradient_norm = [*terms.tolist(), norm.item()]
             measured = dict(zip(TRAIN_KEYS, (loss, task_loss, divergence, learning_rate, gradient_norm), strict=True))
-            if not uses_rdrop(step, self.recipe):
+            if not self.recipe.method.acts_at(step):
                 del measured["divergence"]
             self.require_finite(measured)
             self.optimizer.step()
@@ -238,7 +238,7 @@ class _Training:
         """
         epoch, indices = self.order.at(step)
         parts = [Microbatch(self.task.train_batch(part, epoch), True) for part in self.own_parts(indices)]
-        if self.unlabeled_order is not None and uses_rdrop(step, self.recipe):
+        if self.unlabeled_order is not None and self.recipe.method.acts_at(step):
             assert isinstance(self.task, LearnsFromUnlabeled)
             epoch, indices = self.unlabeled_order.at(step)
             parts += [Microbatch(self.task.unlabeled_batch(part, epoch), False) for part in self.own_parts(indices)]
@@ -259,8 +259,8 @@ class _Training:
         try:
             with _refusals():
                 if not part.is_labeled:
-                    return self.method.unlabeled_terms(part.batch, num_items)
-                return self.method.terms(part.batch, step, num_items)
+                    return self.objective.unlabeled_terms(part.batch, num_items)
+                return self.objective.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
             raise TrainingError(f"step {step + 1}: {error}. {self.advice()}") from error
@@ -343,7 +343,7 @@ class _Training:
         checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
         result = {
             "format": FORMAT,
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.saved(),
             "digest": recipe.digest(),
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "metric": self.task.metric,
@@ -401,14 +401,14 @@ class _Training:
         if checkpoint is not None:
             checkpoint.restore_model(self.model)
             checkpoint.restore_optimizer(self.optimizer)
-            self.state = self.taken_up(_parse_state(checkpoint))
+            self.state = self.resumed_state(_parse_state(checkpoint))
             self.state.resumed += 1
             self.saved_step = self.state.step
         if self.accelerator.is_main_process:
             # If the score of this step is still to come, so are its rows.
             self.folder.truncate_metrics(self.state.step - self.must_evaluate())
 
-    def taken_up(self, found: RunState) -> RunState:
+    def resumed_state(self, found: RunState) -> RunState:
         data = self.state.data
         if found.data not in (data, ""):
             raise TrainingError(
@@ -424,7 +424,7 @@ class _Training:
             return
         if (self.folder.path / "recipe.json").exists():
             _require_same_recipe(self.recipe, self.folder.recipe(), self.folder.path)
-        self.folder.write_recipe(self.recipe.model_dump(mode="json"))
+        self.folder.write_recipe(self.recipe.saved())
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -464,9 +464,8 @@ def _means(state: RunState) -> dict[str, float]:
 
 
 def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> None:
-    wanted = recipe.model_dump(mode="json")
-    if found != wanted:
-        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    differing = saved.differing_keys(recipe.saved(), found)
+    if differing:
         raise TrainingError(
             f"{path} holds a run of another recipe, which differs in {', '.join(differing)}. Choose another folder."
         )

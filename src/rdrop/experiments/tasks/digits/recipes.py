@@ -9,8 +9,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import Count, ModelSection, Probability, Recipe, RecipeError, Section, Seed
+from rdrop.experiments.recipe import ModelSection, Recipe
+from rdrop.experiments.settings import Count, Probability, RecipeError, Section, Seed
 
 IMAGES = 1797
 IMAGE_SIZE = 8
@@ -41,14 +43,13 @@ class DigitsModel(ModelSection):
 class DigitsRecipe(Recipe):
     """Handwritten digits of 8 x 8 pixels from few labels, with a small Vision Transformer."""
 
+    TASK = "rdrop.experiments.tasks.digits.task:Digits"
     task: Literal["digits"] = Field(description=Recipe.model_fields["task"].description)
     data: DigitsData
     model: DigitsModel
 
     def tiny(self) -> Self:
-        return self.replace(
-            name=f"{self.name}-tiny", updates=20, warmup_steps=2, evaluate_every=10, checkpoint_every=10
-        )
+        return self._tiny()
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
@@ -79,44 +80,24 @@ class DigitsRecipe(Recipe):
 DIGITS = DigitsRecipe(
     name="digits",
     task="digits",
-    alpha=1.0,  # the upper end of the paper's range for classification, 0.1 to 1
-    passes=2,  # the paper's method
-    every=1,  # the paper's best of 1, 2, 5 and 10
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=1.0),  # the upper end of the paper's range for classification, 0.1 to 1
     updates=800,  # 133 epochs of 200 labels: it learns to the end, and yet the demonstration ends in minutes
     batch_size=32,
-    batch_tokens=None,
-    accumulation=1,
-    optimizer="adamw",
     beta1=0.9,  # PyTorch's defaults for AdamW, these three
-    beta2=0.999,
-    epsilon=1e-8,
     learning_rate=1e-3,
     schedule="cosine",
-    warmup_steps=80,  # a tenth of the updates
+    warmup_updates=80,  # a tenth of the updates
     weight_decay=0.01,  # PyTorch's default for AdamW
     clip_norm=1.0,
     label_smoothing=0.0,  # off, to leave R-Drop the only regularizer besides dropout
-    precision="fp32",
-    compile=False,
-    fused=False,
-    encoder_once=False,
     evaluate_every=100,
-    patience=None,
-    average_last=1,
     checkpoint_every=200,
-    keep_checkpoints=2,  # a damaged newest one falls back on the one before
-    seed=0,
     data=DigitsData(
         train_labels=200,  # of 1,797: few
         valid_size=500,
         test_size=1000,
-        shift=1,  # without it the labels are learned by heart in the first third, and seeds differ by chance
         split_seed=0,
+        shift=1,  # without it the labels are learned by heart in the first third, and seeds differ by chance
     ),
     model=DigitsModel(
         layers=2,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.recipe import nearest_name
+from rdrop.experiments.settings import nearest_name
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.images import ImageSet, read_hub, read_images
 

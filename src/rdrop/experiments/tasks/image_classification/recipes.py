@@ -10,8 +10,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import MADE_UP, Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
+from rdrop.experiments.settings import Count, Probability, RecipeError
 
 
 class ImageData(DataFiles):
@@ -54,23 +56,21 @@ class ImageModel(NewOrPretrainedModel):
 class ImageClassificationRecipe(Recipe):
     """Which class an image is of, with a pre-trained model or a small ViT."""
 
+    TASK = "rdrop.experiments.tasks.image_classification.task:ImageClassification"
     task: Literal["image-classification"] = Field(description=Recipe.model_fields["task"].description)
     data: ImageData
     model: ImageModel
 
     def tiny(self) -> Self:
-        return self.replace(
-            name=f"{self.name}-tiny",
+        return self._tiny(
             updates=30,
             batch_size=16,
-            accumulation=1,
             optimizer="adamw",  # plain gradient descent learns little in so few updates
             learning_rate=3e-3,
-            warmup_steps=3,
-            precision="fp32",
+            warmup_updates=3,
             evaluate_every=15,
             checkpoint_every=15,
-            **MADE_UP,
+            **SYNTHETIC,
             **{"data.image_size": 16},
             **{"data.valid_split": None, "data.expected_train": None, "data.expected_test": None},
             **{"data.valid_size": 24, "data.test_size": 24, "data.smallest_crop": 0.5},
@@ -94,17 +94,9 @@ class ImageClassificationRecipe(Recipe):
 CIFAR_100_VIT_B16 = ImageClassificationRecipe(
     name="cifar-100-vit-b16",
     task="image-classification",
-    alpha=0.6,  # paper, for ViT
-    passes=2,  # the paper's method
-    every=1,  # the paper's best of 1, 2, 5 and 10
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=0.6),  # paper, for ViT
     updates=20_000,  # official repository, issue 25: what reproduces
     batch_size=512,  # official settings
-    batch_tokens=None,
     accumulation=4,  # our choice: a forward of 128 images, of R-Drop 256; the update is the same
     optimizer="sgd",  # official settings
     beta1=0.9,  # official settings
@@ -112,29 +104,15 @@ CIFAR_100_VIT_B16 = ImageClassificationRecipe(
     epsilon=1e-8,  # unused
     learning_rate=8e-3,  # official repository, issue 25
     schedule="cosine",  # official settings
-    warmup_steps=500,  # official settings
+    warmup_updates=500,  # official settings
     weight_decay=0.0,  # our choice: ViT is fine-tuned without
     clip_norm=1.0,  # official settings
     label_smoothing=0.0,  # our choice: off
     precision="bf16",  # our choice: half the time and memory on today's GPUs
-    compile=False,
-    fused=False,  # few classes: the logits are small
-    encoder_once=False,
     evaluate_every=500,  # our choice: 5 epochs
-    patience=None,
-    average_last=1,
     checkpoint_every=500,
-    keep_checkpoints=2,  # a damaged newest one falls back on the one before
-    seed=0,
     data=ImageData(
         hub="uoft-cs/cifar100",
-        hub_config=None,
-        folder=None,
-        train=None,
-        valid=None,
-        test=None,
-        split_seed=0,
-        tiny=False,
         valid_split=None,  # there is none, and the official code chooses by test, which we do not
         test_split="test",
         valid_size=1000,  # 2 % of train, as ViT's authors hold out, as recalled
@@ -192,7 +170,7 @@ IMAGE_CLASSIFICATION = CIFAR_100_VIT_B16.replace(  # your own images
     accumulation=1,
     optimizer="adamw",
     learning_rate=5e-5,
-    warmup_steps=100,
+    warmup_updates=100,
     weight_decay=0.01,  # PyTorch's default for AdamW
     precision="fp32",  # any machine has it
     evaluate_every=100,
@@ -216,7 +194,7 @@ CIFAR_10_4K = IMAGE_CLASSIFICATION.replace(
     name="cifar-10-4k",
     updates=2000,  # 64 epochs of 2,000 images
     learning_rate=1e-3,  # PyTorch's default for AdamW
-    warmup_steps=200,  # a tenth of the updates
+    warmup_updates=200,  # a tenth of the updates
     evaluate_every=200,
     checkpoint_every=500,
     **{

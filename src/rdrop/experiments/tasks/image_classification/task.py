@@ -29,7 +29,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.predictions import Predictions, class_rows
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.class_scores import (
     calibration_error,
     constant_class_scores,

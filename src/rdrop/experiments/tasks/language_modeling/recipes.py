@@ -13,8 +13,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import MADE_UP, Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
+from rdrop.experiments.settings import Count, Probability, RecipeError
 
 FILES_OF_LAYOUT = {"splits": 3, "valid-test": 2, "one-text": 1}
 """Files, or splits on the hub, that are read."""
@@ -82,6 +84,7 @@ ADAPTIVE = ("adaptive_factor", "adaptive_tied", "softmax_dropout")
 class LanguageModelingRecipe(Recipe):
     """The next token of a text, with a decoder-only Transformer; scored by perplexity."""
 
+    TASK = "rdrop.experiments.tasks.language_modeling.task:LanguageModeling"
     task: Literal["language-modeling"] = Field(description=Recipe.model_fields["task"].description)
     data: LanguageModelingData
     model: LanguageModelingModel
@@ -89,7 +92,7 @@ class LanguageModelingRecipe(Recipe):
     def tiny(self) -> Self:
         words = self.data.tokens == "words" or self.model.adaptive_cutoffs is not None
         changes: dict[str, object] = {
-            **MADE_UP,
+            **SYNTHETIC,
             "data.lines": None,
             "data.train_lines": None,
             "data.tokens": self.data.tokens or "bpe",
@@ -107,19 +110,12 @@ class LanguageModelingRecipe(Recipe):
             "model.embedding_dropout": 0.1,
             "model.attention_dropout": 0.1,
         }
-        return self.replace(
-            name=f"{self.name}-tiny",
-            updates=20,
-            warmup_steps=2,
+        return self._tiny(
             learning_rate=1e-2 if self.optimizer == "adamw" else 0.5,
             beta1=0.9,
             clip_norm=1.0,
             batch_size=8,
             batch_tokens=None,
-            accumulation=1,
-            precision="fp32",
-            evaluate_every=10,
-            checkpoint_every=10,
             **changes,
         )
 
@@ -171,60 +167,39 @@ class LanguageModelingRecipe(Recipe):
             raise RecipeError("model.adaptive_cutoffs", rule, value=cutoffs)
         if not cutoffs or any(low >= high for low, high in pairwise(cutoffs)):
             raise RecipeError("model.adaptive_cutoffs", "must be rising numbers", value=cutoffs)
-        if self.fused:
+        if self.method.fused:
             raise RecipeError("fused", "must be false with model.adaptive_cutoffs: no single softmax", value=True)
         if self.label_smoothing:
             rule = "must be 0 with model.adaptive_cutoffs"
             raise RecipeError("label_smoothing", rule, value=self.label_smoothing)
-        if self.cutoff not in (None, "unknown"):
+        if self.method.cutoff not in (None, "unknown"):
             rule = 'must be null or "unknown" with model.adaptive_cutoffs: no single embedding'
-            raise RecipeError("cutoff", rule, value=self.cutoff)
+            raise RecipeError("cutoff", rule, value=self.method.cutoff)
 
 
 WIKITEXT_103 = LanguageModelingRecipe(
     name="wikitext-103",
     task="language-modeling",
-    alpha=1.0,  # paper, section 3.4: not tuned
-    passes=2,
-    every=1,
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    # alpha: paper, section 3.4, not tuned. Fused is our choice: the logits of 4 blocks in two passes would take 4.4 GB,
+    # and as much again for gradients.
+    method=Method(alpha=1.0, fused=True),
     updates=50_000,  # official settings
     batch_size=64,  # blocks, 32,768 tokens: fairseq's example for this data, as recalled
-    batch_tokens=None,
     accumulation=16,  # our choice: 4 blocks at a time
-    optimizer="adamw",
     beta1=0.9,  # fairseq's example, as recalled; so are beta2, weight_decay and clip_norm
     beta2=0.98,
     epsilon=1e-8,  # PyTorch's default
-    learning_rate=5e-4,  # official settings; so are schedule and warmup_steps
+    learning_rate=5e-4,  # official settings; so are schedule and warmup_updates
     schedule="inverse-sqrt",
-    warmup_steps=4_000,
+    warmup_updates=4_000,
     weight_decay=0.01,
-    clip_norm=None,
     label_smoothing=0.0,  # none, or the loss would be no perplexity
     precision="bf16",  # our choice; the official settings have fp16
-    compile=False,
-    fused=True,  # our choice: the logits of 4 blocks in two passes would take 4.4 GB, and as much again for gradients
-    encoder_once=False,
     evaluate_every=2_500,  # our choice, as what follows
-    patience=None,
-    average_last=1,
     checkpoint_every=2_500,
-    keep_checkpoints=2,
-    seed=0,
     data=LanguageModelingData(
         hub="Salesforce/wikitext",
         hub_config="wikitext-103-v1",  # the one with <unk>: a perplexity by word needs it
-        folder=None,
-        train=None,
-        valid=None,
-        test=None,
-        split_seed=0,
-        tiny=False,
         layout="splits",
         lines=[1_801_350, 3_760, 4_358],  # the data set's card
         train_lines=None,
@@ -254,10 +229,10 @@ WIKITEXT_103_ADAPTIVE = WIKITEXT_103.replace(
     name="wikitext-103-adaptive",
     updates=286_000,  # official settings; so are optimizer, learning_rate and schedule
     optimizer="nag",
-    beta1=0.99,  # fairseq's recipe for this model, as recalled; so are warmup_steps, weight_decay and clip_norm
+    beta1=0.99,  # fairseq's recipe for this model, as recalled; so are warmup_updates, weight_decay and clip_norm
     learning_rate=1.0,
     schedule="cosine",
-    warmup_steps=16_000,
+    warmup_updates=16_000,
     weight_decay=0.0,
     clip_norm=0.1,
     batch_size=144,  # blocks, 73,728 tokens: 8 GPUs of 3 x 3,072 in that recipe
@@ -290,7 +265,7 @@ WIKITEXT_2_VALID = WIKITEXT_103.replace(
     beta2=0.999,
     learning_rate=2e-3,
     schedule="cosine",
-    warmup_steps=100,
+    warmup_updates=100,
     clip_norm=1.0,
     precision="fp32",
     fused=False,
@@ -345,7 +320,7 @@ TINYSHAKESPEARE = WIKITEXT_2_VALID.replace(
 FROM_SCRATCH = WIKITEXT_2_VALID.replace(
     name="language-modeling-from-scratch",
     updates=5_000,
-    warmup_steps=500,
+    warmup_updates=500,
     learning_rate=1e-3,
     evaluate_every=500,
     checkpoint_every=500,
@@ -371,7 +346,7 @@ FROM_SCRATCH = WIKITEXT_2_VALID.replace(
 FINE_TUNING = FROM_SCRATCH.replace(
     name="language-modeling",
     updates=1_000,
-    warmup_steps=100,
+    warmup_updates=100,
     learning_rate=5e-5,
     evaluate_every=100,
     batch_size=8,

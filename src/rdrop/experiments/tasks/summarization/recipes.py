@@ -11,18 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import (
-    LARGEST_COUNT,
-    MADE_UP,
-    Count,
-    DataFiles,
-    DecodingSection,
-    NewOrPretrainedModel,
-    Probability,
-    Recipe,
-    RecipeError,
-)
+from rdrop.experiments.recipe import SYNTHETIC, DataFiles, DecodingSection, NewOrPretrainedModel, Recipe
+from rdrop.experiments.settings import LARGEST_COUNT, Count, Probability, RecipeError
 
 Vocabulary = Annotated[int, Field(ge=260, le=LARGEST_COUNT)]  # 256 bytes and 4 special tokens
 
@@ -77,24 +69,18 @@ class SummarizationDecoding(DecodingSection):
 class SummarizationRecipe(Recipe):
     """A document and its summary: any sequence-to-sequence model, scored by ROUGE."""
 
+    TASK = "rdrop.experiments.tasks.summarization.task:Summarization"
     task: Literal["summarization"] = Field(description=Recipe.model_fields["task"].description)
     data: SummarizationData
     model: SummarizationModel
     decoding: SummarizationDecoding = Field(description="How summaries are written: the task's own keys.")
 
     def tiny(self) -> Self:
-        return self.replace(
-            name=f"{self.name}-tiny",
-            updates=20,
-            warmup_steps=2,
+        return self._tiny(
             learning_rate=3e-3,
             batch_size=8,
             batch_tokens=None,
-            accumulation=1,
-            precision="fp32",
-            evaluate_every=10,
-            checkpoint_every=10,
-            **MADE_UP,
+            **SYNTHETIC,
             **{
                 "data.document_tokens": 32,
                 "data.summary_tokens": 16,
@@ -128,47 +114,23 @@ class SummarizationRecipe(Recipe):
 CNN_DAILYMAIL = SummarizationRecipe(
     name="cnn-dailymail",
     task="summarization",
-    alpha=0.7,  # paper
-    passes=2,  # the paper's method, these two
-    every=1,
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=0.7),  # paper
     updates=20_000,  # official settings, from here on where nothing else is said
-    batch_size=None,
     batch_tokens=65_536,  # 1,024 tokens x 16 accumulation steps x 4 GPUs
     accumulation=16,
-    optimizer="adamw",
     beta1=0.9,  # not stated: AdamW's defaults, these two
-    beta2=0.999,
-    epsilon=1e-8,
     learning_rate=3e-5,
     schedule="linear",  # polynomial of power 1
-    warmup_steps=500,
+    warmup_updates=500,
     weight_decay=0.01,
     clip_norm=0.1,
     label_smoothing=0.1,
     precision="bf16",  # our choice
-    compile=False,
-    fused=False,
-    encoder_once=False,
     evaluate_every=1000,  # our choice: twenty scores
-    patience=None,
-    average_last=1,
     checkpoint_every=1000,  # our choice, these two
-    keep_checkpoints=2,
-    seed=0,
     data=SummarizationData(
         hub="abisee/cnn_dailymail",
         hub_config="3.0.0",
-        folder=None,
-        train=None,
-        valid=None,
-        test=None,
-        split_seed=0,
-        tiny=False,
         document_column="article",
         summary_column="highlights",
         reference_columns=[],
@@ -209,7 +171,7 @@ AESLC = CNN_DAILYMAIL.replace(
     batch_tokens=None,
     accumulation=1,
     learning_rate=2e-3,
-    warmup_steps=400,
+    warmup_updates=400,
     clip_norm=1.0,
     label_smoothing=0.0,  # off: it slows a small model down
     precision="fp32",
@@ -246,7 +208,7 @@ SUMMARIZATION = CNN_DAILYMAIL.replace(
     batch_size=32,
     batch_tokens=None,
     accumulation=4,
-    warmup_steps=300,
+    warmup_updates=300,
     evaluate_every=250,
     checkpoint_every=250,
     **{

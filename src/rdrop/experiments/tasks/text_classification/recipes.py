@@ -11,8 +11,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import MADE_UP, Count, DataFiles, NewOrPretrainedModel, Probability, Recipe, RecipeError
+from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
+from rdrop.experiments.settings import Count, Probability, RecipeError
 
 Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 
@@ -69,25 +71,20 @@ class TextClassificationModel(NewOrPretrainedModel):
 class TextClassificationRecipe(Recipe):
     """A text, or two, and its class or a number: any pre-trained encoder, fine-tuned; GLUE's tasks and scores."""
 
+    TASK = "rdrop.experiments.tasks.text_classification.task:TextClassification"
     task: Literal["text-classification"] = Field(description=Recipe.model_fields["task"].description)
     data: TextClassificationData
     model: TextClassificationModel
 
     def tiny(self) -> Self:
-        return self.replace(
-            name=f"{self.name}-tiny",
-            updates=20,
+        return self._tiny(
             batch_size=16,
             batch_tokens=None,
-            accumulation=1,
             beta2=0.999,
             learning_rate=3e-3,
-            warmup_steps=2,
             clip_norm=1.0,
-            precision="fp32",
-            evaluate_every=10,
             checkpoint_every=20,
-            **MADE_UP,
+            **SYNTHETIC,
             **{"data.max_length": 24, "data.counts": None, "data.unlabeled": None},
             **{"model.name": None, "model.vocabulary": 320, "model.layers": 1, "model.hidden_size": 32},
             **{"model.heads": 2, "model.intermediate_size": 64, "model.attention_dropout": 0.1},
@@ -123,47 +120,24 @@ class TextClassificationRecipe(Recipe):
 GLUE_RTE = TextClassificationRecipe(
     name="glue-rte",
     task="text-classification",
-    alpha=1.0,  # our choice: the paper has one of 0.1, 0.5 and 1 for each task, and does not say which
-    passes=2,  # the paper's method
-    every=1,  # the paper's best of 1, 2, 5 and 10
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=1.0),  # our choice: the paper has one of 0.1, 0.5 and 1 for each task, and does not say which
     updates=2036,  # official settings
     batch_size=8,  # official settings
-    batch_tokens=None,
-    accumulation=1,
     optimizer="adamw",  # official settings, from here to clip_norm
-    beta1=0.9,
     beta2=0.98,
     epsilon=1e-6,
     learning_rate=1e-5,
     schedule="linear",  # there "polynomial", of power 1
-    warmup_steps=122,
+    warmup_updates=122,
     weight_decay=0.01,
     clip_norm=1.0,  # the default of their trainer
     label_smoothing=0.0,  # off, as there
     precision="fp32",  # our choice: runs anywhere; theirs is fp16
-    compile=False,  # texts differ in length: it would compile again and again
-    fused=False,  # few classes: the logits are small
-    encoder_once=False,
     evaluate_every=200,  # our choice, for every task: about ten scores
-    patience=None,
-    average_last=1,
     checkpoint_every=200,  # our choice
-    keep_checkpoints=2,  # a damaged newest one falls back on the one before
-    seed=0,
     data=TextClassificationData(
         hub="nyu-mll/glue",
         hub_config="rte",
-        folder=None,
-        train=None,
-        valid=None,
-        test=None,
-        split_seed=0,
-        tiny=False,
         glue="rte",
         counts=[2490, 277],  # train and dev, for every task as its authors published it
         text_column=None,
@@ -189,14 +163,14 @@ GLUE_RTE = TextClassificationRecipe(
 
 
 def _glue(
-    task: Glue, *, updates: int, warmup_steps: int, batch_size: int, counts: list[int]
+    task: Glue, *, updates: int, warmup_updates: int, batch_size: int, counts: list[int]
 ) -> TextClassificationRecipe:
     """Another task of GLUE: updates, warmup and batch are official settings."""
     every = max(updates // 1000 * 100, 200)
     return GLUE_RTE.replace(
         name=f"glue-{task}",
         updates=updates,
-        warmup_steps=warmup_steps,
+        warmup_updates=warmup_updates,
         batch_size=batch_size,
         evaluate_every=every,
         checkpoint_every=every,
@@ -204,13 +178,13 @@ def _glue(
     )
 
 
-GLUE_COLA = _glue("cola", updates=5336, warmup_steps=320, batch_size=16, counts=[8551, 1043])
-GLUE_SST2 = _glue("sst2", updates=20_935, warmup_steps=1256, batch_size=32, counts=[67_349, 872])
-GLUE_MRPC = _glue("mrpc", updates=2296, warmup_steps=137, batch_size=16, counts=[3668, 408])
-GLUE_STSB = _glue("stsb", updates=3598, warmup_steps=214, batch_size=16, counts=[5749, 1500])
-GLUE_QQP = _glue("qqp", updates=113_272, warmup_steps=28_318, batch_size=32, counts=[363_846, 40_430])
-GLUE_MNLI = _glue("mnli", updates=123_873, warmup_steps=7432, batch_size=32, counts=[392_702, 9815, 9832])
-GLUE_QNLI = _glue("qnli", updates=33_112, warmup_steps=1986, batch_size=32, counts=[104_743, 5463])
+GLUE_COLA = _glue("cola", updates=5336, warmup_updates=320, batch_size=16, counts=[8551, 1043])
+GLUE_SST2 = _glue("sst2", updates=20_935, warmup_updates=1256, batch_size=32, counts=[67_349, 872])
+GLUE_MRPC = _glue("mrpc", updates=2296, warmup_updates=137, batch_size=16, counts=[3668, 408])
+GLUE_STSB = _glue("stsb", updates=3598, warmup_updates=214, batch_size=16, counts=[5749, 1500])
+GLUE_QQP = _glue("qqp", updates=113_272, warmup_updates=28_318, batch_size=32, counts=[363_846, 40_430])
+GLUE_MNLI = _glue("mnli", updates=123_873, warmup_updates=7432, batch_size=32, counts=[392_702, 9815, 9832])
+GLUE_QNLI = _glue("qnli", updates=33_112, warmup_updates=1986, batch_size=32, counts=[104_743, 5463])
 
 BERT_BASE = (GLUE_COLA, GLUE_SST2, GLUE_MRPC, GLUE_STSB, GLUE_QQP, GLUE_MNLI, GLUE_QNLI, GLUE_RTE)
 
@@ -228,7 +202,7 @@ ROBERTA_LARGE = tuple(
 GLUE_RTE_MINILM = GLUE_RTE.replace(
     name="glue-rte-minilm",
     updates=700,  # 5 epochs
-    warmup_steps=70,  # a tenth of the updates
+    warmup_updates=70,  # a tenth of the updates
     batch_size=16,
     learning_rate=5e-5,
     beta2=0.999,  # PyTorch's default; the official 0.98 goes with ten times as many updates
@@ -239,7 +213,7 @@ GLUE_RTE_MINILM = GLUE_RTE.replace(
 GLUE_STSB_MINILM = GLUE_RTE_MINILM.replace(
     name="glue-stsb-minilm",
     updates=805,  # 5 epochs
-    warmup_steps=80,
+    warmup_updates=80,
     batch_size=32,
     learning_rate=1e-4,
     evaluate_every=161,
@@ -249,7 +223,7 @@ GLUE_STSB_MINILM = GLUE_RTE_MINILM.replace(
 GLUE_COLA_MINILM = GLUE_RTE_MINILM.replace(
     name="glue-cola-minilm",
     updates=1200,  # 5 epochs
-    warmup_steps=120,
+    warmup_updates=120,
     batch_size=32,
     learning_rate=1e-4,
     evaluate_every=240,
@@ -261,7 +235,7 @@ GLUE_COLA_MINILM = GLUE_RTE_MINILM.replace(
 TEXT_CLASSIFICATION = GLUE_RTE.replace(
     name="text-classification",
     updates=2000,
-    warmup_steps=200,
+    warmup_updates=200,
     batch_size=16,
     learning_rate=2e-5,  # between the 1e-5 above and BERT's upper 5e-5
     beta2=0.999,  # PyTorch's default

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.predictions import Predictions, class_rows, number_predictions
-from rdrop.experiments.recipe import RecipeError
+from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE

@@ -9,17 +9,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.experiments.method import Method
 from rdrop.experiments.published import Published
-from rdrop.experiments.recipe import (
-    MADE_UP,
-    Count,
-    DataFiles,
-    DecodingSection,
-    ModelSection,
-    Probability,
-    Recipe,
-    RecipeError,
-)
+from rdrop.experiments.recipe import SYNTHETIC, DataFiles, DecodingSection, ModelSection, Recipe
+from rdrop.experiments.settings import Count, Probability, RecipeError
 
 
 class TranslationData(DataFiles):
@@ -75,24 +68,18 @@ class TranslationDecoding(DecodingSection):
 class TranslationRecipe(Recipe):
     """A sentence and its translation: a Transformer from scratch, scored by BLEU."""
 
+    TASK = "rdrop.experiments.tasks.translation.task:Translation"
     task: Literal["translation"] = Field(description=Recipe.model_fields["task"].description)
     data: TranslationData
     model: TranslationModel
     decoding: TranslationDecoding = Field(description="How translations are made: the task's own keys.")
 
     def tiny(self) -> Self:
-        return self.replace(
-            name=f"{self.name}-tiny",
-            updates=20,
-            warmup_steps=2,
+        return self._tiny(
             learning_rate=1e-2,
             batch_size=16,
             batch_tokens=None,
-            accumulation=1,
-            precision="fp32",
-            evaluate_every=10,
-            checkpoint_every=10,
-            **MADE_UP,
+            **SYNTHETIC,
             **{
                 "data.vocabulary": 60,
                 "data.max_length": 63,
@@ -131,48 +118,23 @@ class TranslationRecipe(Recipe):
 IWSLT14_DE_EN = TranslationRecipe(
     name="iwslt14-de-en",
     task="translation",
-    alpha=5.0,  # paper, the best of 1, 3, 5, 7 and 10
-    passes=2,  # the paper's method; 3 gave 37.30 instead of 37.25
-    every=1,  # the paper's best of 1, 2, 5 and 10
-    dropout=None,
-    cutoff=None,
-    cutoff_ratio=0.0,
-    task_passes="all",
-    divergence="symmetric",
+    method=Method(alpha=5.0),  # paper, the best of 1, 3, 5, 7 and 10
     updates=300_000,
-    batch_size=None,
     batch_tokens=4096,  # before they are repeated; with padding, which the official count leaves out
-    accumulation=1,
     optimizer="adamw",  # the official Adam decouples its weight decay too
-    beta1=0.9,
     beta2=0.98,
-    epsilon=1e-8,
     learning_rate=5e-4,
     schedule="inverse-sqrt",
-    warmup_steps=4000,  # from 0, officially from 1e-7
+    warmup_updates=4000,  # from 0, officially from 1e-7
     weight_decay=1e-4,
-    clip_norm=None,
     label_smoothing=0.1,
     precision="bf16",  # our choice: officially fp16, which needs a loss scale
-    compile=False,
-    fused=False,
-    encoder_once=False,
     evaluate_every=1000,  # our choice, about an epoch, as officially
-    patience=None,
-    average_last=1,  # the best checkpoint, not an average
     checkpoint_every=1000,
-    keep_checkpoints=2,
-    seed=0,
     data=TranslationData(
         hub="bbaaaa/iwslt14-de-en-preprocess",
         hub_config="de-en",
         hub_parquet=True,
-        folder=None,
-        train=None,
-        valid=None,
-        test=None,
-        split_seed=0,
-        tiny=False,
         source="de",
         target="en",
         train_name="train",
@@ -285,7 +247,7 @@ WMT14_EN_DE = IWSLT14_DE_EN.replace(
     batch_tokens=65_536,  # 4,096 tokens x 16 accumulation steps
     accumulation=16,
     learning_rate=1e-3,
-    warmup_steps=6000,
+    warmup_updates=6000,
     weight_decay=0.0,  # our choice, not stated
     evaluate_every=2000,  # our choice
     checkpoint_every=2000,
@@ -329,7 +291,7 @@ MULTI30K_EN_DE = IWSLT14_DE_EN.replace(
     name="multi30k-en-de",
     updates=8000,  # our choice: about 60 epochs
     learning_rate=5e-3,
-    warmup_steps=2000,
+    warmup_updates=2000,
     weight_decay=0.0,
     precision="fp32",  # a CPU's own
     evaluate_every=500,
