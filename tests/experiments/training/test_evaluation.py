@@ -13,7 +13,7 @@ import pytest
 from tests.experiments.tasks import test_own_data
 
 from rdrop.experiments import cli
-from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES, load_recipe
 from rdrop.experiments.run_folder import ResultsError, find_runs

@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from rdrop.experiments import saved
 from rdrop.experiments.predictions import write_predictions
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
