@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rdrop import kernels, linear_rdrop_loss, rdrop_loss, symmetric_kl
 from rdrop.linear_loss import linear_forward
-from rdrop.loss import LossTerms
+from rdrop.terms import LossTerms
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float32, torch.bfloat16, torch.float16),

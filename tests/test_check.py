@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import rdrop.check
 from rdrop.check import CheckReport, check_rdrop
 from rdrop.check.watch import differ
-from rdrop.loss import symmetric_kl
 from rdrop.passes import repeat_batch
+from rdrop.terms import symmetric_kl
 
 transformers = pytest.importorskip("transformers")
 

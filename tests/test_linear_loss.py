@@ -540,7 +540,7 @@ P = problem()
         (
             changed(bias=with_entry(P.bias, ((int(P.labels[0]) + 1) % 37,), -INFINITY)),
             {"label_smoothing": 0.1},
-            "the loss at example 0 is not finite, from logits within their conventions: label smoothing",
+            "task loss is inf at example 0, from logits within their conventions: label smoothing",
         ),
     ],
 )
@@ -561,7 +561,7 @@ def test_a_class_masked_in_every_pass_counts_for_nothing(implementation):
 
 
 def test_where_values_are_not_read_a_loss_that_is_not_finite_makes_the_gradients_nan(implementation, monkeypatch):
-    monkeypatch.setattr(linear, "_values_may_be_read", lambda tensor: False)
+    monkeypatch.setattr(linear, "values_may_be_read", lambda tensor: False)
     p = replace(P, hidden=with_entry(P.hidden, (8, 2), INFINITY)).leaves()
     loss = fused(p, implementation=implementation).loss
     loss.backward()

@@ -47,6 +47,11 @@ def dropout_sources(model: nn.Module) -> list[DropoutSource]:
     ]
 
 
+def acting_sources(model: nn.Module) -> list[DropoutSource]:
+    """Returns the sources that drop now and draw for every row; layerdrop has one coin for a whole forward."""
+    return [source for source in dropout_sources(model) if source.active and source.kind != "layerdrop"]
+
+
 @contextmanager
 def dropout_rate(model: nn.Module, p: float) -> Iterator[None]:
     """Within the block, every dropout of the model runs at rate `p`; afterwards each has its own rate back.

@@ -14,19 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import (
+    Implementation,
+    Reduction,
+    bad_logit,
+    check_class_labels,
+    check_label_smoothing,
+    check_reduction,
+    checked_alpha,
+    divide,
+    divisors,
+    kernel_for,
+    not_finite,
+    number_of_passes,
+    place,
+    values_may_be_read,
+)
 from .kernels import operators, reference
 from .kernels.operators import IGNORED
-from .loss import (
-    Implementation,
-    LossTerms,
-    Reduction,
-    _check_labels,
-    _checked_alpha,
-    _counts,
-    _divide,
-    _place,
-    _values_may_be_read,
-)
+from .terms import IGNORE_INDEX, LossTerms, refuse_second_derivative
 
 CHUNK_BYTES = {"cpu": 64 << 20}
 """Default size of a chunk of logits: the processor's matrix products are at full speed, and it is a few rows still."""
@@ -34,6 +40,8 @@ ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 _CLASSES_AT_ONCE = 8192
 """Of the weight gradient, where its products must be widened before they are added up."""
+
+_INSTEAD = "use rdrop_loss of F.linear(...) with a divergence written in plain PyTorch"
 
 _WAITS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 """An accelerator is asked once how many positions are valid: no part of a CUDA graph (tag of torch >= 2.9)."""
@@ -50,16 +58,16 @@ def linear_rdrop_loss(
     *,
     alpha: float,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     class_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
     implementation: Implementation = "auto",
     chunk_positions: int | None = None,
 ) -> LossTerms:
-    """`rdrop_loss` of a linear layer's output, without the output.
+    """Computes `rdrop_loss` of a linear layer's output, without the output.
 
-    This computes ::
+    This is ::
 
         rdrop_loss(F.linear(hidden, weight, bias), labels, alpha=alpha, ..., weight=class_weight)
 
@@ -106,19 +114,22 @@ def linear_rdrop_loss(
 
     Source: as `rdrop_loss`.
     """
-    alpha = _checked_alpha(alpha)
-    _check_options(label_smoothing, reduction, num_items, chunk_positions)
+    alpha = checked_alpha(alpha)
+    check_reduction(reduction, num_items)
+    check_label_smoothing(label_smoothing)
+    if chunk_positions is not None and chunk_positions < 1:
+        raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
     valid = labels != ignore_index
-    _check_labels(labels, valid, num_classes=weight.shape[0], indices=True)
+    check_class_labels(labels, valid, weight.shape[0])
     dtype = _products_dtype(hidden, weight)
-    kernel = _implementation(implementation, weight, dtype, passes, class_weight)
+    kernel = kernel_for(implementation, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes) or "reference"
 
     rows = hidden.reshape(passes, labels.numel(), hidden.shape[-1])
     targets = labels.long().masked_fill(~valid, IGNORED).flatten()
     chunk = chunk_positions or _default_chunk(passes * weight.shape[0], dtype, hidden.device.type)
     problem = (rows, weight, bias, targets, class_weight, label_smoothing, kernel, dtype, chunk)
-    task_count, count = _counts(reduction, num_items, labels, valid, class_weight)
+    task_divisor, divisor = divisors(reduction, num_items, labels, valid, class_weight)
     wanted = [
         tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, weight, bias)
     ]
@@ -127,17 +138,23 @@ def linear_rdrop_loss(
         tasks, divergences = linear_forward(*problem)
     else:
         ones = torch.ones(targets.shape, dtype=_terms_dtype(dtype), device=targets.device)
-        scales = _divide(ones, task_count), alpha / 2 * _divide(ones, count)
+        scales = divide(ones, task_divisor), alpha / 2 * divide(ones, divisor)
         loss, tasks, divergences, *_ = linear_forward_backward(*problem, *scales, *wanted)
 
     tasks, divergences = tasks.view(labels.shape), divergences.view(labels.shape)
-    if _values_may_be_read(tasks) and not (tasks + divergences).isfinite().all():
-        _say_what_is_not_finite(hidden, weight, bias, labels, tasks + divergences, dtype)
+    if values_may_be_read(tasks) and not (tasks + divergences).isfinite().all():
+        _check_position(hidden, weight, bias, labels, tasks + divergences, dtype)
+        raise ValueError(not_finite(tasks, divergences))
     if reduction != "none":
-        tasks, divergences = _divide(tasks.sum(), task_count), _divide(divergences.sum(), count)
+        tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if loss is None:
         loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks
     return LossTerms(loss, tasks.detach(), divergences.detach())
+
+
+def chunk_bytes(device: str) -> int:
+    """Returns how much memory a chunk of logits takes by default, on a type of device."""
+    return CHUNK_BYTES.get(device, ACCELERATOR_CHUNK_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -343,7 +360,7 @@ def _keep_problem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _compute_again(ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    refuse_second_derivative("linear_rdrop_loss", _INSTEAD)
     labels = ctx.saved_tensors[3]
     nothing = labels.new_zeros(labels.shape, dtype=_terms_dtype(ctx.dtype))
     *_, of_hidden, of_weight, of_bias = linear_forward_backward(
@@ -381,7 +398,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _hand_out_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    refuse_second_derivative("linear_rdrop_loss", _INSTEAD)
     if upstream is None:
         return (None,) * 14
     if ctx.spent:
@@ -407,32 +424,11 @@ def _scaled(gradient: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     return gradient.mul_(upstream)
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # backward(create_graph=True)
-        raise RuntimeError(
-            "linear_rdrop_loss can be differentiated once only: its gradient has no graph. For second derivatives "
-            "(create_graph=True) use rdrop_loss of F.linear(...) with a divergence written in plain PyTorch"
-        )
-
-
 linear_forward.register_autograd(_compute_again, setup_context=_keep_problem)
 linear_forward_backward.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
 
 
 # ---------------------------------------------------------------------------------------------- the arguments
-
-
-def _check_options(
-    label_smoothing: float, reduction: Reduction, num_items: int | Tensor | None, chunk_positions: int | None
-) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing (={label_smoothing}) must be in [0, 1)")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction (={reduction!r}) must be 'mean', 'sum' or 'none'")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items divides the mean: it needs reduction='mean', not {reduction!r}")
-    if chunk_positions is not None and chunk_positions < 1:
-        raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
 
 
 def _check_shapes(
@@ -449,22 +445,13 @@ def _check_shapes(
             raise ValueError(
                 f"{name} {tuple(vector.shape)} and weight {tuple(weight.shape)}: expected (V,) and (V, D), with one V"
             )
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight requires a gradient, which linear_rdrop_loss does not compute: detach it")
     shapes = f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}"
     if labels.dim() != hidden.dim() - 1 or hidden.shape[1:-1] != labels.shape[1:]:
         raise ValueError(f"{shapes}: expected (m*N, ..., D) and (N, ...), equal between the first and the last")
-    rows, examples = hidden.shape[0], labels.shape[0]
-    if rows == examples and rows > 0:
-        raise ValueError(
-            f"{shapes}: as many rows as labels is one pass, and R-Drop compares m >= 2. Repeat the inputs, not the "
-            "labels: linear_rdrop_loss(model.body(repeat_batch(x)), weight, labels, ...)"
-        )
-    passes = rows // examples if examples else 2
-    if rows != passes * examples or passes < 2:
-        raise ValueError(
-            f"{shapes}: the first dimension of hidden must be m >= 2 times that of labels: hidden states of "
-            "repeat_batch(x, m), labels of x"
-        )
-    return passes
+    call = "linear_rdrop_loss(model.body(repeat_batch(x)), weight, labels, ...)"
+    return number_of_passes("hidden", hidden, labels, call)
 
 
 def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -487,55 +474,27 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def _default_chunk(logits_per_position: int, dtype: torch.dtype, device: str) -> int:
-    size = CHUNK_BYTES.get(device, ACCELERATOR_CHUNK_BYTES)
-    return max(1, size // max(1, logits_per_position * dtype.itemsize))
+    return max(1, chunk_bytes(device) // max(1, logits_per_position * dtype.itemsize))
 
 
-def _implementation(
-    implementation: Implementation, weight: Tensor, dtype: torch.dtype, passes: int, class_weight: Tensor | None
-) -> str:
-    """The name of what computes these arguments."""
-    if implementation not in ("auto", "reference", "cpu", "triton"):
-        raise ValueError(f"implementation (={implementation!r}) must be 'auto', 'reference', 'cpu' or 'triton'")
-    if class_weight is not None and class_weight.requires_grad:
-        raise ValueError("class_weight requires a gradient, which linear_rdrop_loss does not compute: detach it")
-    kernels = {"cpu": "cpu", "cuda": "triton"}
-    name = kernels.get(weight.device.type, "reference") if implementation == "auto" else implementation
-    if name == "reference":
-        return name
-    why_not = operators.why_not(name, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes)
-    if why_not is None:
-        return name
-    if implementation == "auto":
-        operators.say_if_missing(name)
-        return "reference"
-    raise ValueError(f"implementation={implementation!r} cannot compute this loss: {why_not}")
-
-
-def _say_what_is_not_finite(
+def _check_position(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Tensor, dtype: torch.dtype
 ) -> None:
-    """Raises a ValueError about the first position whose loss is not finite."""
+    """Raises a ValueError about the logits of the first position whose loss is not finite, if they are the reason."""
     row = (~terms.isfinite()).nonzero()[0].tolist()
-    place = _place(row)
+    where = f"hidden at example {place(row)}"
     by_pass = hidden.detach().reshape(-1, *labels.shape, hidden.shape[-1])
     rows = by_pass[(slice(None), *row)].to(dtype)  # (m, D)
     if not rows.isfinite().all():
-        raise ValueError(f"hidden at example {place} holds a NaN or an infinity: the model or its input already does")
+        raise ValueError(f"{where} holds a NaN or an infinity: the model or its input already does")
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(rows, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-    label = labels[tuple(row)].item()
-    masked = logits == -torch.inf
-    for found, what in (
-        (logits.isnan(), "is NaN: weight or bias holds one, or infinities that meet"),
-        (logits == torch.inf, "is +inf: weight or bias holds one, or the product overflows"),
-        (masked & ~masked.all(0), "is -inf in some passes only, where the KL divergence is infinite"),
-        (masked & (torch.arange(len(weight)) == label), "is -inf and the label: its cross-entropy is infinite"),
-    ):
-        if found.any():
-            column = int(found.any(0).nonzero()[0])
-            raise ValueError(f"the logit of hidden at example {place}, class {column} {what}")
-    raise ValueError(
-        f"the loss at example {place} is not finite, from logits within their conventions: label smoothing gives "
-        "probability to a class masked with -inf"
+    bad = bad_logit(
+        logits,
+        torch.tensor(True),
+        labels[tuple(row)].long(),
+        nan="weight or bias holds one, or infinities that meet",
+        infinite="weight or bias holds one, or the product overflows",
     )
+    if bad is not None:
+        raise ValueError(f"the logit of {where}, class {bad.column} {bad.what}")

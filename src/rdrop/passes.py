@@ -1,7 +1,7 @@
 """One batch, several passes: repeat it for one forward, split what comes back; or one forward for each pass.
 
 A *pass* is one forward with one dropout mask. Rows are ordered pass by pass: two passes of `x` are `[x; x]`, so row `i`
-of pass `k` is row `k * N + i`. Passes whose input differs too, by a cutoff, are in `cutoff.py`.
+of pass `k` is row `k * N + i`. Passes whose input differs too, by a cutoff, are in `views.py`.
 """
 
 import copy
@@ -86,6 +86,13 @@ def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
         return rows
 
     return tuple(map_tensors(rows_of(index), output) for index in range(passes))
+
+
+def agree(passes: Sequence[Tensor], roundings: int = 100) -> bool:
+    """Whether passes are equal up to rounding: a product may round the same row differently elsewhere in a batch."""
+    first = passes[0].float()
+    tolerance = roundings * torch.finfo(passes[0].dtype).eps * first.abs().max()
+    return all(bool((other.float() - first).abs().max() <= tolerance) for other in passes[1:])
 
 
 def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:

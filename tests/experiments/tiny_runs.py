@@ -18,7 +18,7 @@ from rdrop.experiments.recipe import ModelSection, Recipe, override
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.settings import Probability, Section
 from rdrop.experiments.training import checkpoints, trainer
-from rdrop.loss import cross_entropy, symmetric_kl
+from rdrop.terms import cross_entropy, symmetric_kl
 
 VOCABULARY, WIDTH, POSITIONS = 11, 8, 5
 

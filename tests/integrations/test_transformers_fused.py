@@ -31,7 +31,6 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2LMHeadMod
 
 from rdrop import linear_loss as linear
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer, Target
-from rdrop.integrations.transformers import trainer as transformers_module
 
 ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration")
 CLASSIFY = CASES["sequence classification"]
@@ -351,7 +350,7 @@ class WithOutputs(RDropTrainer):
 
 
 def test_a_subclass_that_asks_for_the_outputs_gets_them(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_module, "CHUNK_BYTES", {"cpu": 0})  # all logits are large
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})  # all logits are large
     train(WithOutputs, build(LLAMA), LLAMA.batches[:1], folder, alpha=ALPHA)
     with pytest.raises(ValueError, match="compute_loss is asked for the outputs too"):
         train(WithOutputs, build(LLAMA), LLAMA.batches[:1], folder, alpha=ALPHA, fused=True)
@@ -373,7 +372,7 @@ def test_large_logits_are_left_out_unless_forbidden_and_small_ones_are_not(
         return min(rows)
 
     assert fewest() == 2 * 2 * 5
-    monkeypatch.setattr(transformers_module, "CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
     assert fewest() == 1
     assert fewest(fused=False) == 2 * 2 * 5
 
@@ -381,7 +380,7 @@ def test_large_logits_are_left_out_unless_forbidden_and_small_ones_are_not(
 def test_automatic_training_goes_on_from_logits_where_fused_cannot(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers_module, "CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
     model: Any = build(LLAMA)
     model.lm_head.__class__ = LinearWithLora
     found = trained(LLAMA, folder, model=model)

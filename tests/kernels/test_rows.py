@@ -591,7 +591,7 @@ def test_auto_is_the_kernel_where_it_can_run_and_the_reference_elsewhere(kernel,
 
 def test_without_the_library_the_reference_runs_and_one_line_says_so(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "rows.so")
-    caches = (cpu.why_not, operators._say_once)
+    caches = (cpu.why_not, operators._warn_once)
     for cache in caches:
         cache.cache_clear()
     try:

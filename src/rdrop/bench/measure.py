@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import torch
 
 from rdrop import __version__, kernels
+from rdrop.arguments import Implementation
 from rdrop.bench.records import Record
 from rdrop.kernels import cpu
-from rdrop.loss import Implementation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

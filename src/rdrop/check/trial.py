@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..dropout import DropoutSource, config_rates, dropout_sources, single_layer_rnns
-from ..loss import symmetric_kl
 from ..passes import call_model, find_batch_size, map_tensors, repeat_batch
+from ..terms import symmetric_kl
 from .watch import Watch, differ, unchanged
 
 Severity = Literal["error", "warning", "note"]

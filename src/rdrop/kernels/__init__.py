@@ -24,7 +24,7 @@ The operators, in torch.ops.rdrop:
         of (grad_task * task + grad_divergence * divergence).sum() in the logits, in their dtype. The label's entry is
         rounded once, from float32. With grad_divergence 0 it is exactly the gradient of the cross-entropy alone.
     rows_forward_backward_(..., grad_task, grad_divergence) -> task, divergence
-        both in one visit of each position, for coefficients known in advance: afterwards `logits` holds the gradient.
+        both in a single pass over the rows, for coefficients known in advance: afterwards `logits` holds the gradient.
         Positions whose terms are not finite are left as they were, so that the caller can say what is wrong with them.
 
 The result does not depend on the number of threads, to the bit.
@@ -37,5 +37,5 @@ from .operators import IGNORED as IGNORED
 from .operators import available as available
 from .operators import overwriting_loss as overwriting_loss
 from .operators import row_terms as row_terms
-from .operators import say_if_missing as say_if_missing
+from .operators import warn_if_missing as warn_if_missing
 from .operators import why_not as why_not

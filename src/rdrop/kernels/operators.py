@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import refuse_second_derivative
+from ..terms import refuse_second_derivative
 from . import cpu, triton
 
 IGNORED = -1
@@ -42,15 +42,15 @@ def _why_not_here(implementation: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def say_if_missing(implementation: str) -> None:
+def warn_if_missing(implementation: str) -> None:
     """One line in the log, once, where `implementation` was not built or does not load."""
     reason = _why_not_here(implementation)
     if reason is not None:
-        _say_once(reason)
+        _warn_once(reason)
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logging.getLogger("rdrop").warning(
         "rdrop_loss runs on its PyTorch reference, several times slower than its compiled kernel: %s", reason
     )
@@ -134,7 +134,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _rows_gradient(
     ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative()
+    refuse_second_derivative("symmetric_kl")
     logits, labels, weight, statistics = ctx.saved_tensors
     nothing = labels.new_zeros(labels.shape, dtype=torch.float32)
     gradient = rows_backward(
@@ -233,7 +233,7 @@ class _OverwritingLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative("symmetric_kl")
         if others[2] is not None:
             raise RuntimeError(
                 "logits overwritten by rdrop_loss were used in another differentiable computation, which saw the "

@@ -1,4 +1,4 @@
-"""The row operators in plain PyTorch: what `linear.py` calls, chunk by chunk, where no kernel can run.
+"""The row operators in plain PyTorch: what `linear_rdrop_loss` calls, chunk by chunk, where no kernel can run.
 
 The signatures of the package's docstring. The body of an operator is below autograd, so the gradient is written down;
 that of the divergence is the one `symmetric_kl` keeps for its backward.
@@ -6,12 +6,10 @@ that of the divergence is the one `symmetric_kl` keeps for its backward.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from ..loss import _SymmetricKL, cross_entropy, symmetric_kl
+from ..terms import cross_entropy, symmetric_kl, symmetric_kl_and_gradient
 
 
 def forward(
@@ -19,8 +17,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Task loss and divergence `(N, T)` of `(m*N, T, V)` logits, in float32 at least."""
     rows = _as_passes(logits, passes)
-    task = cross_entropy(rows, labels.expand(rows.shape[:-1]), label_smoothing=label_smoothing, weight=weight).mean(0)
-    return task, symmetric_kl(rows)
+    return _mean_cross_entropy(rows, labels, weight, label_smoothing), symmetric_kl(rows)
 
 
 def forward_backward_(
@@ -33,12 +30,12 @@ def forward_backward_(
     grad_divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same terms; afterwards `logits` holds the gradient of `(grad_task * task + grad_divergence * divergence)`."""
-    task, _ = forward(logits, labels, weight, label_smoothing, passes)
     rows = _as_passes(logits, passes)
-    kept: list[Tensor] = []
-    divergence = _SymmetricKL.forward(SimpleNamespace(save_for_backward=kept.append), rows, True)
+    task = _mean_cross_entropy(rows, labels, weight, label_smoothing)
+    divergence, of_divergence = symmetric_kl_and_gradient(rows)
+    assert of_divergence is not None
     gradient = _cross_entropy_gradient(rows, labels, weight, label_smoothing).mul_(grad_task[..., None] / passes)
-    gradient.addcmul_(kept.pop(), grad_divergence[..., None].to(rows.dtype))
+    gradient.addcmul_(of_divergence, grad_divergence[..., None].to(rows.dtype))
     logits.view_as(gradient).copy_(gradient)
     return task, divergence
 
@@ -46,6 +43,11 @@ def forward_backward_(
 def _as_passes(logits: Tensor, passes: int) -> Tensor:
     rows = logits.view(passes, -1, *logits.shape[1:])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _mean_cross_entropy(rows: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    repeated = labels.expand(rows.shape[:-1])
+    return cross_entropy(rows, repeated, label_smoothing=label_smoothing, weight=weight).mean(0)
 
 
 def _cross_entropy_gradient(rows: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:

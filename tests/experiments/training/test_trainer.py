@@ -26,11 +26,11 @@ from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import load, load_newest_good
-from rdrop.experiments.training.method import count_positions, plain_loss
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder
 from rdrop.experiments.training.preemption import Preempted
 from rdrop.experiments.training.trainer import Progress, TrainingError, train
+from rdrop.integrations.targets import Target, count_positions
 from rdrop.passes import repeat_batch
 
 WITHOUT_CHANCE = {"plain": {"alpha": 0.0, "model.dropout": 0.0}, "r-drop": {"alpha": 2.0, "model.fixed": True}}
@@ -181,10 +181,10 @@ def test_weight_decay_spares_biases_and_norms() -> None:
 def test_positions_without_labels_do_not_count_and_their_logits_do_not_matter() -> None:
     labels = torch.tensor([1, -100, 2])
     logits = torch.zeros(3, 4).index_fill(0, torch.tensor([1]), math.nan).requires_grad_()
-    terms = plain_loss(logits, labels, TinyTask(RECIPE), label_smoothing=0.0, num_items=2)
-    terms.loss.backward()
+    loss = Target(labels).plain_loss(logits) / 2
+    loss.backward()
     assert count_positions(labels) == 2
-    assert terms.loss.item() == pytest.approx(math.log(4))
+    assert loss.item() == pytest.approx(math.log(4))
     assert logits.grad is not None
     assert logits.grad[1].tolist() == [0, 0, 0, 0]
 

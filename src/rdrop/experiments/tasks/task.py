@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rdrop.experiments.predictions import Predictions
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.settings import RecipeError
-from rdrop.loss import Divergence, TaskLoss
+from rdrop.terms import Divergence, TaskLoss
 
 Batch = dict[str, Any]
 """What `train_batch` gives and `logits` and `labels` read: tensors by name, the examples in the first dimension."""

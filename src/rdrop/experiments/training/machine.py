@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rdrop import __version__, kernels
-from rdrop.loss import KERNEL_OF_DEVICE
+from rdrop.arguments import KERNEL_OF_DEVICE
 
 LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
 

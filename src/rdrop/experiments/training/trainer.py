@@ -42,13 +42,14 @@ from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
-from rdrop.experiments.training.method import MethodError, Objective, count_positions
+from rdrop.experiments.training.method import MethodError, Objective
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.training.prefetch import Prefetched
 from rdrop.experiments.training.trackers import require_trackers
-from rdrop.loss import LossTerms
+from rdrop.integrations.targets import count_positions
+from rdrop.terms import LossTerms
 
 TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
 

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from rdrop import cross_entropy, kl_from_first, symmetric_kl
-from rdrop.loss import refuse_second_derivative
+from rdrop.terms import refuse_second_derivative
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from rdrop.experiments.tasks.pretrained import (
     set_rates,
 )
 from rdrop.experiments.tasks.task import Batch
-from rdrop.loss import Divergence, TaskLoss
+from rdrop.terms import Divergence, TaskLoss
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.language_modeling.recipes import LanguageModelingRecipe

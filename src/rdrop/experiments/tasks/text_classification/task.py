@@ -23,7 +23,7 @@ from rdrop.experiments.tasks.text_classification.models import (
 )
 from rdrop.experiments.tasks.text_classification.scores import constant_scores, score_texts
 from rdrop.experiments.tasks.token_sequences import padded
-from rdrop.loss import Divergence, TaskLoss
+from rdrop.terms import Divergence, TaskLoss
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.text_classification.recipes import TextClassificationRecipe

@@ -1,0 +1,200 @@
+"""The arguments of both losses: what they must be, and the one message for each that is not.
+
+Whatever depends on values is checked on CPU, outside `torch.compile`: an accelerator is never waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+
+Implementation = Literal["auto", "reference", "cpu", "triton"]
+KERNEL_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+"""What "auto" takes where it can, by the type of the device; elsewhere the reference."""
+
+
+def checked_alpha(alpha: Any) -> float:
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha (={alpha!r}) must be a number >= 0") from None
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"alpha (={value}) must be a finite number >= 0")
+    return value
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing (={label_smoothing}) must be in [0, 1)")
+
+
+def check_reduction(reduction: Reduction, num_items: int | Tensor | None) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction (={reduction!r}) must be 'mean', 'sum' or 'none'")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items divides the mean: it needs reduction='mean', not {reduction!r}")
+
+
+def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
+    """Returns m of the argument `name`, `(m*N, ...)`, and labels `(N, ...)`; `call` shows how both are made."""
+    shapes = f"{name} {tuple(rows.shape)} and labels {tuple(labels.shape)}"
+    if rows.shape[0] == labels.shape[0] > 0:
+        raise ValueError(
+            f"{shapes}: as many rows as labels is one pass, and R-Drop compares m >= 2. Repeat the inputs, not the "
+            f"labels: {call}"
+        )
+    passes = rows.shape[0] // labels.shape[0] if labels.shape[0] else 2
+    if rows.shape[0] != passes * labels.shape[0] or passes < 2:
+        raise ValueError(
+            f"{shapes}: the first dimension of {name} must be m >= 2 times that of labels: {name} of "
+            "repeat_batch(x, m), labels of x"
+        )
+    return passes
+
+
+def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels {tuple(labels.shape)} of {labels.dtype} cannot be class indices; for numbers pass "
+            "task_loss=squared_error, divergence=squared_difference"
+        )
+    if not values_may_be_read(labels):
+        return
+    outside = valid & ((labels < 0) | (labels >= classes))
+    if outside.any():
+        row = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"label {labels[tuple(row)].item()} at example {place(row)} is outside [0, {classes}), the classes of "
+            "the logits, and is not ignore_index"
+        )
+
+
+def kernel_for(implementation: Implementation, logits: Tensor, passes: int, why_not: str | None = None) -> str | None:
+    """Returns the name of the kernel that computes these logits, None for the reference.
+
+    `why_not` is a reason that is known before: why no kernel computes what is asked for.
+    """
+    if implementation not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(f"implementation (={implementation!r}) must be 'auto', 'reference', 'cpu' or 'triton'")
+    name = KERNEL_OF_DEVICE.get(logits.device.type, "reference") if implementation == "auto" else implementation
+    if name == "reference" or (implementation == "auto" and why_not):
+        return None
+    from . import kernels  # here, so that who never needs a kernel loads none
+
+    why_not = why_not or kernels.why_not(name, logits, passes)
+    if why_not is None:
+        return name
+    if implementation == "auto":
+        kernels.warn_if_missing(name)
+        return None
+    raise ValueError(f"implementation={implementation!r} cannot compute this loss: {why_not}")
+
+
+# ---------------------------------------------------------------------------------------------- the reduction
+
+
+def divisors(
+    reduction: Reduction, num_items: int | Tensor | None, labels: Tensor, valid: Tensor, weight: Tensor | None
+) -> tuple[int | Tensor, int | Tensor]:
+    """Returns what the sums over positions are divided by: that of the task loss, that of the divergence.
+
+    With class weights the task loss is the weighted mean of `F.cross_entropy`: divided by the weights of its labels.
+    """
+    if reduction != "mean":
+        return 1, 1
+    if num_items is not None:
+        _check_num_items(num_items, valid)
+        total = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+        return total, total
+    count = valid.sum()
+    if weight is None:
+        return count, count
+    return weight[labels.masked_fill(~valid, 0)].masked_fill(~valid, 0.0).sum(), count
+
+
+def divide(total: Tensor, count: int | Tensor) -> Tensor:
+    """Returns `total / count`; nothing divided by no valid position is 0."""
+    if isinstance(count, Tensor):
+        return total / torch.where(count == 0, 1, count)
+    return total / max(count, 1)
+
+
+def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(f"num_items, of shape {tuple(num_items.shape)}, must be one number")
+    if torch.compiler.is_compiling() or (isinstance(num_items, Tensor) and num_items.device.type != "cpu"):
+        return
+    value = float(num_items)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"num_items (={value:g}) must be >= 0 and finite")
+    if value == 0 and values_may_be_read(valid) and valid.any():
+        raise ValueError(
+            f"num_items (=0) must be the number of valid positions in the whole update; this batch alone has "
+            f"{int(valid.sum())}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- what is not finite
+
+
+def values_may_be_read(tensor: Tensor) -> bool:
+    """Whether reading a value neither stops an accelerator's queue nor breaks the graph of `torch.compile`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def place(row: list[int]) -> str:
+    return str(row[0]) if len(row) == 1 else f"{row[0]}, position {', '.join(map(str, row[1:]))}"
+
+
+class BadLogit(NamedTuple):
+    """The first logit that makes a loss infinite or NaN: where it is, what it is, and how many are like it."""
+
+    row: list[int]
+    column: int
+    what: str
+    alike: int
+
+
+def bad_logit(
+    passes: Tensor,
+    valid: Tensor,
+    labels: Tensor | None,
+    *,
+    nan: str = "the model or its input already is",
+    infinite: str = "the model overflowed",
+) -> BadLogit | None:
+    """Returns the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`, if there is one."""
+    masked = passes == -torch.inf
+    bad_label = torch.zeros_like(masked[0])
+    if labels is not None:
+        at_label = bad_label.scatter(-1, labels.masked_fill(~valid, 0)[..., None], True)
+        bad_label = at_label & masked.any(0)
+    for found, what in (
+        (passes.isnan().any(0), f"is NaN: {nan}"),
+        ((passes == torch.inf).any(0), f"is +inf: {infinite}"),
+        (
+            masked.any(0) & ~masked.all(0),
+            "is -inf in some passes only, where the KL divergence is infinite: mask the same classes in every pass",
+        ),
+        (bad_label, "is -inf and the label: its cross-entropy is infinite"),
+    ):
+        places = (found & valid[..., None]).nonzero()
+        if len(places):
+            *row, column = places[0].tolist()
+            return BadLogit(row, column, what, len(places))
+    return None
+
+
+def not_finite(tasks: Tensor, divergences: Tensor) -> str:
+    """Returns the message for terms that are not finite although every logit is within its conventions."""
+    name, values = ("task loss", tasks) if not tasks.isfinite().all() else ("divergence", divergences)
+    row = (~values.isfinite()).nonzero()[0].tolist()
+    return (
+        f"{name} is {values[tuple(row)].item()} at example {place(row)}, from logits within their conventions: label "
+        "smoothing or soft labels give probability to a class masked with -inf, or a callable returned it"
+    )

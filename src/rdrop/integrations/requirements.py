@@ -1,0 +1,78 @@
+"""What R-Drop needs of a model that trains: passes that differ, masks that backward sees again, a loss that is known.
+
+Each is looked at as training begins, whichever trainer or loop it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdrop.check import check_rdrop
+from rdrop.dropout import acting_sources, dropout_sources
+from rdrop.integrations.targets import SAY_WHAT, Target
+from rdrop.passes import agree, split_passes
+
+
+def why_gradient_is_wrong(model: nn.Module) -> str | None:
+    """Returns why backward would see other dropout masks than the forward, with the remedy; nothing else shows it."""
+    for finding in check_rdrop(model).findings:
+        if finding.severity == "error" and finding.code not in ("no-dropout", "eval-mode"):
+            return f"{finding.message} {finding.remedy}"
+    return None
+
+
+def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int) -> None:
+    """Raises a ValueError if nothing is random in the model, by its modules or by the `outputs` of a repeated batch.
+
+    By the modules first: dropout inside LoRA acts, although at the first step its outputs are still equal.
+    """
+    sources = dropout_sources(model)
+    layerdrop = [source for source in sources if source.active and source.kind == "layerdrop"]
+    if layerdrop:
+        warnings.warn(
+            f"layerdrop ({layerdrop[0]}) drops the same layers in every pass, because the passes share one forward: it "
+            "adds nothing to the divergence, dropout inside the layers does",
+            stacklevel=2,
+        )
+    if acting_sources(model):
+        return
+    if all(agree(split_passes(output.detach(), passes)) for output in outputs):
+        off = ", ".join(str(source) for source in sources[:4]) or "no dropout at all"
+        raise ValueError(
+            f"nothing is random in {type(model).__name__} while it trains ({off}), so all passes agree and R-Drop does "
+            "nothing. Set dropout in the config before the model is built, e.g. from_pretrained(name, "
+            "hidden_dropout_prob=0.1, attention_dropout=0.1; the names differ by model), or add LoRA with "
+            "lora_dropout, or train with alpha=0"
+        )
+
+
+def own_loss_is_known(model: nn.Module, outputs: Any, targets: Sequence[Target]) -> bool:
+    """Whether the model's own loss is shown to be the mean of the losses per position that its targets predict.
+
+    Class weights, an auxiliary loss, labels aligned otherwise: all show as another number, which is a ValueError,
+    unless all positions have the same loss, as a fresh head often gives. Then this batch cannot tell but the next can.
+    """
+    if outputs.get("loss") is None:
+        raise ValueError(f"{type(model).__name__} returned no loss of its own. Say what it is trained with: {SAY_WHAT}")
+    own = outputs["loss"].detach()
+    expected, spread = torch.zeros_like(own), torch.zeros_like(own)
+    for target in targets:
+        values = target.task_losses(target.logits(outputs).detach())
+        passes = len(values) // len(target.labels)
+        expected = expected + target.share * values.sum() / (passes * target.count()[1])
+        counted = values[values > 0]
+        if len(counted):
+            spread = torch.maximum(spread, counted.max() - counted.min())
+    tolerance = max(2e-5, 8 * torch.finfo(own.dtype).eps) * float(expected.abs() + 1e-3)
+    if not torch.isclose(own, expected.to(own.dtype), rtol=0, atol=tolerance):
+        raise ValueError(
+            f"{type(model).__name__} reports a loss of {own.item():.6g}, where the loss known for its class is "
+            f"{expected.item():.6g} for the same logits: it is trained with something else (class weights, an "
+            f"auxiliary loss, labels aligned otherwise). Say with what: {SAY_WHAT}"
+        )
+    return bool(spread > 4 * tolerance)

@@ -1,0 +1,255 @@
+"""What a model is trained with: a `Target` for each of its outputs, whichever trainer or loop turns it into a loss.
+
+Needs torch alone; which classes of transformers have which targets is looked up when a model of theirs is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdrop.linear_loss import linear_rdrop_loss
+from rdrop.loss import rdrop_loss
+from rdrop.passes import repeat_batch
+from rdrop.terms import (
+    IGNORE_INDEX,
+    Divergence,
+    LossTerms,
+    TaskLoss,
+    at_least_float32,
+    bernoulli_kl,
+    binary_cross_entropy,
+    cross_entropy,
+    squared_difference,
+    squared_error,
+    symmetric_kl,
+)
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output of a model and what it is trained with: what `rdrop_loss` needs besides the logits themselves.
+
+    Args:
+        labels: class indices `(N, ...)`, aligned with the logits, -100 where nothing is to be learned; or floating
+            `(N, ..., K)`, for regression and multi-label classification, where every position counts.
+        output: name of the logits `(N, ..., V)` in the model's output.
+        task_loss, divergence: as in `rdrop_loss`.
+        share: of this target in the loss; the shares of a model's targets add up to 1.
+        class_weight: `(V,)`, as `weight` in `F.cross_entropy`: the task loss is the weighted mean.
+    """
+
+    labels: Tensor
+    output: str = "logits"
+    task_loss: TaskLoss = cross_entropy
+    divergence: Divergence = symmetric_kl
+    share: float = 1.0
+    class_weight: Tensor | None = None
+
+    def count(self) -> Tensor:
+        """Returns the positions that count, and the sum of their class weights: `(2,)`, what divides the two terms."""
+        positions = weights = count_positions(self.labels)
+        if self.class_weight is not None and not self.labels.is_floating_point():
+            ignored = self.labels == IGNORE_INDEX
+            per_label = self.class_weight.to(ignored.device)[self.labels.masked_fill(ignored, 0)]
+            weights = per_label.masked_fill(ignored, 0.0).sum()
+        return torch.stack([positions.float(), weights.float()])
+
+    def weighed_by(self, count: Tensor) -> Target:
+        """Returns the target for losses that divide both terms by the positions `count[0]` of a whole update.
+
+        A weighted mean is divided by the sum of the weights, `count[1]`, instead: the class weights make up for it.
+        """
+        if self.class_weight is None:
+            return self
+        positions, weights = count
+        return replace(self, class_weight=self.class_weight.to(count.device) * positions / weights)
+
+    def logits(self, outputs: Any) -> Tensor:
+        """Returns this target's logits of a model's output; `ValueError` where R-Drop could not act on them."""
+        logits = outputs.get(self.output) if isinstance(outputs, Mapping) else None
+        if logits is None:
+            found = list(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}, not a mapping"
+            raise ValueError(
+                f"R-Drop compares `{self.output}`, and the model's output has none (it has {found}). Switch off what "
+                "hides the logits: use_liger_kernel, a fused loss, return_dict=False"
+            )
+        if not logits.requires_grad:
+            raise ValueError(
+                f"`{self.output}` carries no gradient in training, so neither would the divergence: the loss was "
+                "computed elsewhere (a fused head and loss), or every parameter is frozen"
+            )
+        return logits  # type: ignore[no-any-return]
+
+    def rdrop_loss(self, logits: Tensor, **options: Any) -> LossTerms:
+        """Computes `rdrop_loss` of this target; `options` are its `alpha`, `num_items`, `label_smoothing`, ..."""
+        own: Any = {"task_loss": self.task_loss, "divergence": self.divergence, "weight": self.class_weight}
+        return rdrop_loss(logits, self.labels, **own, **options)
+
+    def linear_rdrop_loss(self, hidden: Tensor, layer: nn.Linear, bias: Tensor | None, **options: Any) -> LossTerms:
+        """Computes the same from what the output layer gets, where `is_one_softmax`."""
+        return linear_rdrop_loss(hidden, layer.weight, self.labels, bias, class_weight=self.class_weight, **options)
+
+    @property
+    def is_one_softmax(self) -> bool:
+        """Whether its loss is `cross_entropy` with `symmetric_kl` of `logits`, as that of a language model."""
+        return (self.output, self.task_loss, self.divergence) == ("logits", cross_entropy, symmetric_kl)
+
+    def plain_loss(self, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Computes the task loss of one pass, without R-Drop, summed over the positions that count.
+
+        For class labels `F.cross_entropy(logits.float(), labels, weight, label_smoothing=..., reduction="sum")`. A
+        logit at a position without a label never matters, not even a NaN.
+        """
+        logits = at_least_float32(logits)
+        if self.task_loss is not cross_entropy or self.labels.is_floating_point():
+            return self.task_losses(logits, label_smoothing).sum()
+        labels = self.labels.long()
+        logits = logits.masked_fill((labels == IGNORE_INDEX)[..., None], 0.0)
+        options: Any = {"weight": self._weight_for(logits), "label_smoothing": label_smoothing, "reduction": "sum"}
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, **options)
+
+    def task_losses(self, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Computes the task loss of every position, 0 where ignored; of all passes, if `logits` holds several."""
+        labels = repeat_batch(self.labels, len(logits) // len(self.labels), batch_size=len(self.labels))
+        task_loss = self.task_loss
+        if self.task_loss is cross_entropy:
+            task_loss = partial(cross_entropy, label_smoothing=label_smoothing, weight=self._weight_for(logits))
+        if labels.is_floating_point():
+            return task_loss(logits, labels)
+        ignored = labels == IGNORE_INDEX
+        logits = logits.masked_fill(ignored[..., None], 0.0)  # what stands there, NaN included, must not matter
+        return task_loss(logits, labels.masked_fill(ignored, 0)).masked_fill(ignored, 0.0)
+
+    def _weight_for(self, logits: Tensor) -> Tensor | None:
+        return None if self.class_weight is None else self.class_weight.to(logits)
+
+
+def count_positions(labels: Tensor) -> Tensor:
+    """Returns how many positions have something to learn: those without label -100; of numbers `(N, ..., K)` all."""
+    if labels.is_floating_point():
+        return torch.tensor(len(labels) if labels.dim() == 1 else labels.shape[:-1].numel(), device=labels.device)
+    return (labels != IGNORE_INDEX).sum()
+
+
+# ------------------------------------------------------------------------------------------------ of transformers
+
+
+def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
+    """Returns one prediction per example: a class, a yes or no for each of K labels, or K numbers."""
+    labels = _required(inputs, "labels")
+    kind = config.problem_type
+    if kind is None:  # the rule by which the models themselves decide
+        indices = labels.dtype in (torch.long, torch.int)
+        single = "single_label_classification" if indices else "multi_label_classification"
+        kind = "regression" if config.num_labels == 1 else single
+    if kind == "single_label_classification":
+        return [Target(labels.reshape(-1))]
+    rows = labels.reshape(-1, config.num_labels)
+    rows = rows if rows.is_floating_point() else rows.float()
+    if kind == "regression":
+        return [Target(rows, task_loss=squared_error, divergence=squared_difference)]
+    return [Target(rows, task_loss=binary_cross_entropy, divergence=bernoulli_kl)]
+
+
+def aligned(config: Any, inputs: Batch) -> list[Target]:
+    """Returns one class per position, aligned with the logits: token classification, masked LM, encoder-decoders."""
+    return [Target(_required(inputs, "labels"))]
+
+
+def next_token(config: Any, inputs: Batch) -> list[Target]:
+    """Returns the next token's class per position, for a causal LM: the logits at t predict the label at t + 1."""
+    if "shift_labels" in inputs:
+        return [Target(inputs["shift_labels"])]
+    return [Target(F.pad(_required(inputs, "labels")[..., 1:], (0, 1), value=IGNORE_INDEX))]
+
+
+def sequence_to_sequence(config: Any, inputs: Batch) -> list[Target]:
+    """Returns `aligned` for encoder-decoders; speech and vision models whose text half is a causal LM shift labels."""
+    return (aligned if config.is_encoder_decoder else next_token)(config, inputs)
+
+
+def question_answering(config: Any, inputs: Batch) -> list[Target]:
+    """Returns two softmaxes over the T positions of the sequence: where the answer starts and where it ends."""
+
+    def position(name: str, length: int) -> Tensor:
+        """As the models: below 0 means 0, beyond the sequence means ignored."""
+        found = _required(inputs, name).reshape(-1).clamp(0, length)
+        return found.masked_fill(found == length, IGNORE_INDEX)
+
+    length = inputs["inputs_embeds" if inputs.get("input_ids") is None else "input_ids"].shape[1]
+    return [
+        Target(position("start_positions", length), output="start_logits", share=0.5),
+        Target(position("end_positions", length), output="end_logits", share=0.5),
+    ]
+
+
+def _required(inputs: Batch, name: str) -> Tensor:
+    if not isinstance(inputs.get(name), Tensor):
+        raise ValueError(f"R-Drop trains on {name!r}, which this batch lacks; it has {sorted(inputs)}")
+    tensor: Tensor = inputs[name]
+    return tensor
+
+
+CLASSIFIERS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+LANGUAGE_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
+
+HEADS: Mapping[str, Callable[[Any, Batch], list[Target]]] = {
+    **dict.fromkeys(CLASSIFIERS, sequence_classification),
+    "TOKEN_CLASSIFICATION": aligned,
+    "QUESTION_ANSWERING": question_answering,
+    **dict(zip(LANGUAGE_MODELS, (sequence_to_sequence, aligned, next_token), strict=True)),
+}
+"""The targets of the model classes in transformers' list `MODEL_FOR_..._MAPPING_NAMES`, a subclass counting as its
+parent; the first list that has the class counts.
+
+That a class is in a list is not taken on trust: `own_loss_is_known` compares the model's own loss with the predicted.
+"""
+
+SAY_WHAT = (
+    "one Target(labels, ...) per output, e.g. [Target(inputs['labels'])] for one class per example or per position; in "
+    "a trainer, override rdrop_targets(self, inputs) to return them"
+)
+
+
+def targets_of(model: nn.Module, inputs: Batch) -> list[Target]:
+    """Returns the targets of a model of a class in `HEADS`; `ValueError` for any other."""
+    head = head_of(model)
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} is none of the model classes whose loss R-Drop knows. Say what it is trained "
+            f"with: {SAY_WHAT}"
+        )
+    return HEADS[head](model.config, inputs)
+
+
+def head_of(model: nn.Module) -> str | None:
+    """Returns which of `HEADS` a model has, None if it is none of transformers, or of another head."""
+    if not is_of_transformers(model):
+        return None
+    for cls in type(model).__mro__:
+        for head in HEADS:
+            if cls.__name__ in _class_names(head):
+                return head
+    return None
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
+
+
+@cache
+def _class_names(head: str) -> frozenset[str]:
+    """The model classes of a list of transformers, whose entries are a name or several."""
+    from transformers.models.auto import modeling_auto
+
+    entries = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values()
+    return frozenset(name for entry in entries for name in ([entry] if isinstance(entry, str) else entry))

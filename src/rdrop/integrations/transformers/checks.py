@@ -1,0 +1,91 @@
+"""What `RDropMixin` refuses: settings, trainers and batches with which R-Drop would act wrongly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from rdrop.arguments import checked_alpha
+from rdrop.integrations.targets import Batch, Target
+from rdrop.terms import cross_entropy
+
+
+def check_settings(alpha: float, passes: int, every: int, micro_batches: int) -> None:
+    checked_alpha(alpha)
+    if not (isinstance(passes, int) and passes >= 2):
+        raise ValueError(f"passes (={passes}) must be an integer >= 2; for plain training set alpha=0")
+    for name, value in (("every", every), ("micro_batches", micro_batches)):
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name} (={value}) must be an integer >= 1")
+
+
+def check_compute_loss(trainer: type, mixin: type) -> None:
+    """Refuses a class behind the mixin with a loss of its own, which would be replaced silently."""
+    classes = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
+    owner = next(cls for cls in classes if "compute_loss" in vars(cls))
+    if owner is not Trainer:
+        raise TypeError(
+            f"{owner.__name__}.compute_loss computes a loss of its own, which R-Drop would replace. Put RDropMixin "
+            "before a trainer without one, and override rdrop_targets to say what the model is trained with"
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func would be ignored: R-Drop needs the loss per label, not one number. Override "
+            "rdrop_targets and give it as Target(labels, task_loss=...)"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) average the loss per GPU, not per label; start "
+            "one process per GPU: torchrun --nproc-per-node=gpu ..."
+        )
+    if trainer.is_deepspeed_enabled and trainer.micro_batches > 1:
+        raise ValueError(
+            f"micro_batches (={trainer.micro_batches}) must be 1 with DeepSpeed, whose every backward is a step; "
+            "raise gradient_accumulation_steps instead"
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError("tensor, context and sequence parallelism are not supported: labels would be counted twice")
+
+
+def check_not_packed(model: nn.Module, inputs: Batch) -> None:
+    """Refuses a packed row: flash attention finds its sequences only if that row is the whole batch."""
+    flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    by_position = "position_ids" in inputs and "attention_mask" not in inputs
+    if "cu_seq_lens_q" in inputs or (flash and by_position):
+        raise ValueError(
+            "this batch is packed (padding-free), and repeated it would attend across its sequences; use a collator "
+            "that pads, e.g. DataCollatorForLanguageModeling or DataCollatorWithPadding"
+        )
+
+
+def check_label_smoothing(epsilon: float, model: Any, inputs: Batch, targets: Sequence[Target]) -> None:
+    if "labels" not in inputs or any(target.task_loss is not cross_entropy for target in targets):
+        raise ValueError(
+            f"label_smoothing_factor (={epsilon}) is for class labels named 'labels'; "
+            f"{type(model).__name__} is trained with something else here: set it to 0"
+        )
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        raise ValueError(
+            "with label_smoothing_factor the Trainer keeps the labels from the model, which then cannot derive its "
+            "decoder_input_ids: put them into the batch, as DataCollatorForSeq2Seq(tokenizer, model=model) does"
+        )
+
+
+def why_not_fused(trainer: Any, model: nn.Module, targets: Sequence[Target], outputs_wanted: bool) -> str | None:
+    """Returns why a loss needs the logits whatever the model is, None if it does not."""
+    if len(targets) > 1 or not targets[0].is_one_softmax:
+        return "rdrop_targets asks for more than cross_entropy and symmetric_kl of `logits`"
+    if outputs_wanted:
+        return "compute_loss is asked for the outputs too (return_outputs=True), and they would have no logits"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "DeepSpeed and FSDP have the whole output layer at hand only while it runs"
+    if getattr(model, "static_graph", False):
+        return "DDP with static_graph must see the whole loss inside the model's outputs"
+    return None

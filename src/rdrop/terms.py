@@ -1,0 +1,255 @@
+"""The terms of the R-Drop loss, one value per position: how far passes disagree, and what a model is trained with.
+
+One alphabet throughout: m passes, N examples, V classes; `...` are the positions inside an example (none for a
+classifier, T for a sequence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Divergence = Callable[[Tensor], Tensor]
+"""`(m, N, ..., V)`, the logits of m passes, to `(N, ...)`: how far they disagree, one value per position."""
+
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+"""`(M, ..., V)` logits and `(M, ...)` labels to `(M, ...)`: what the model is trained with, one value per position."""
+
+IGNORE_INDEX = -100
+"""The class label of a position that counts for nothing, as in `F.cross_entropy`."""
+
+
+class LossTerms(NamedTuple):
+    """What both losses return: `loss = task_loss + alpha / 2 * divergence`. Only `loss` carries gradient."""
+
+    loss: Tensor
+    task_loss: Tensor
+    divergence: Tensor
+
+
+# ---------------------------------------------------------------------------------------------- divergences
+
+
+def symmetric_kl(passes: Tensor) -> Tensor:
+    """`(KL(p||q) + KL(q||p)) / 2` of the softmax distributions, mean over pairs of passes: `(m, ..., V)` to `(...)`.
+
+    For two passes this computes ::
+
+        p, q = passes.log_softmax(-1)
+        ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
+
+    with its own backward, in O(m) work per class for m passes, and keeps five digits in float32 where that line loses
+    them all: rows that nearly agree, logits of 1e4, vocabularies masked with -inf. Never negative.
+
+    A class at -inf in every pass contributes 0; a class at -inf in some passes only makes the value non-finite.
+    Differentiable once.
+
+    With `e_a = log p_a - mean_b log p_b`, the mean over pairs is `sum_a (p_a - pbar) . e_a / (m - 1)`, and its gradient
+    in the logits of pass a is `(p_a * (e_a - p_a . e_a) + p_a - pbar) / (m - 1)`.
+    """
+    return _by_formula("symmetric_kl", passes)
+
+
+def bernoulli_kl(passes: Tensor) -> Tensor:
+    """`symmetric_kl` of K independent yes/no predictions, averaged over them: `(m, ..., K)` logits to `(...)`.
+
+    For multi-label classification, beside `binary_cross_entropy`. For two passes this computes ::
+
+        p, q = passes.sigmoid()
+        ((p - q) * (passes[0] - passes[1])).mean(-1) / 2
+
+    The mean over the K labels is that of the binary cross-entropy, so alpha does not depend on K.
+    """
+    return symmetric_kl(torch.stack([passes, torch.zeros_like(passes)], -1)).mean(-1)
+
+
+def squared_difference(passes: Tensor) -> Tensor:
+    """Mean over pairs of passes of their squared difference, averaged over the K outputs: `(m, ..., K)` to `(...)`.
+
+    For regression, beside `squared_error`, as the paper does for STS-B. For two passes this computes
+    `(passes[0] - passes[1]).square().mean(-1)`; for m, twice the unbiased variance over the passes.
+    """
+    if passes.shape[0] < 2:
+        raise ValueError(f"passes {tuple(passes.shape)} must have m >= 2 passes in the first dimension")
+    return 2 * (passes - passes[0]).var(0).mean(-1)
+
+
+def kl_from_first(passes: Tensor) -> Tensor:
+    """`KL(p||q)` from pass 1 to each other pass, mean over those: `(m, ..., V)` logits to `(...)`.
+
+    For SimCut, whose first pass is the clean one. For two passes this computes ::
+
+        p, q = passes.log_softmax(-1)
+        (p.exp() * (p - q)).sum(-1)
+
+    with gradients into both, accurate where the passes nearly agree; classes at -inf as in `symmetric_kl`, which it
+    equals to second order. Differentiable once. No kernel computes it: `symmetric_kl` is faster.
+
+    With `r_a = log p_a - log p_1`, the gradient in the logits of pass a is `(p_a - p_1) / (m - 1)`, and in those of
+    pass 1 `-p_1 * (rbar - p_1 . rbar)`, where rbar is the mean of the r_a over the other passes.
+    """
+    return _by_formula("kl_from_first", passes)
+
+
+def _kl_from_first_and_gradient(logits: Tensor, *, gradient_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
+    p = _softmax(logits)
+    log_ratio = _log_ratio_to_first(logits, p)[1:]
+    surplus = torch.where(log_ratio.abs() < 1, p[0] * torch.expm1(log_ratio.clamp(-1, 1)), p[1:] - p[0])
+    mean_log_ratio = log_ratio.mean(0)
+    gradient = None
+    if gradient_wanted:
+        expected = (p[0] * mean_log_ratio).sum(-1, keepdim=True)
+        of_first = -p[0] * (mean_log_ratio - expected)
+        gradient = torch.cat([of_first[None], surplus / len(log_ratio)])
+    # p_a - p_1 sums to 0 over the classes: with it a term is p_1 (exp(r) - 1 - r) >= 0, which cancels for small r.
+    terms = torch.where(log_ratio.abs() < 0.05, p[0] * _exp_beyond_tangent(log_ratio), surplus - p[0] * log_ratio)
+    return terms.clamp_min(0).sum(-1).mean(0), gradient
+
+
+def _exp_beyond_tangent(r: Tensor) -> Tensor:
+    """`exp(r) - 1 - r` for |r| < 0.05, to rounding in float64."""
+    series = torch.ones_like(r)
+    for n in range(8, 2, -1):
+        series = 1 + r / n * series
+    return r.square() / 2 * series
+
+
+def symmetric_kl_and_gradient(logits: Tensor, *, gradient_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Returns `symmetric_kl` of `(m, ..., V)` logits and, if wanted, its gradient in them; neither has a graph."""
+    p = _softmax(logits)
+    log_ratio = _log_ratio_to_first(logits, p)  # log p_a - log p_1
+    excess = log_ratio - log_ratio.mean(0)
+    # p_a - mean_b p_b. Where the passes nearly agree that difference cancels; expm1 against the largest does not.
+    largest, smallest = log_ratio.amax(0), log_ratio.amin(0)
+    below_largest = torch.expm1(log_ratio - largest)
+    surplus = torch.where(
+        largest - smallest < 1,
+        p.amax(0) * (below_largest - below_largest.mean(0)),
+        p - p.mean(0),
+    )
+    pairs = logits.shape[0] - 1
+    gradient = None
+    if gradient_wanted:
+        expected = (p * excess).sum(-1, keepdim=True)
+        gradient = (p * (excess - expected) + surplus) / pairs
+    # The sum over passes is >= 0 at every class; rounding can miss that by an ulp of a vanishing term.
+    return (surplus * excess).sum(0).clamp_min(0).sum(-1) / pairs, gradient
+
+
+_FORMULAS = {"symmetric_kl": symmetric_kl_and_gradient, "kl_from_first": _kl_from_first_and_gradient}
+
+
+class _ByFormula(torch.autograd.Function):
+    """A divergence, by its name, whose gradient is computed with its value."""
+
+    @staticmethod
+    def forward(ctx: Any, passes: Tensor, name: str, gradient_wanted: bool) -> Tensor:
+        value, gradient = _FORMULAS[name](passes, gradient_wanted=gradient_wanted)
+        ctx.name = name
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative(ctx.name)
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[None, ..., None], None, None
+
+
+def _by_formula(name: str, passes: Tensor) -> Tensor:
+    if passes.dim() < 2 or passes.shape[0] < 2:
+        raise ValueError(f"passes {tuple(passes.shape)} must be (m, ..., V) with m >= 2 passes in the first dimension")
+    value: Tensor = _ByFormula.apply(at_least_float32(passes), name, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return value
+
+
+def refuse_second_derivative(name: str, instead: str = "pass a divergence written in plain PyTorch") -> None:
+    """Raises a RuntimeError in the backward of `name`, whose gradient has no graph, if one of it is asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # backward(create_graph=True)
+        raise RuntimeError(
+            f"{name} can be differentiated once only: its gradient is a formula of its own, without a graph. "
+            f"For second derivatives (create_graph=True) {instead}"
+        )
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32 if it is float16 or bfloat16, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Not torch's: on CPU its running sum is off by 2e-5 at V = 250,000."""
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    return p / p.sum(-1, keepdim=True)
+
+
+def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
+    """`log p_a - log p_1`, accurate also where the passes nearly agree: `(m, ..., V)`, 0 for pass 1.
+
+    The difference of the logits is taken before anything else, with its rounding error, and relative to its value at a
+    class that is likely: what is left is as small as the disagreement itself, and rounds no worse.
+    """
+    outside = (logits == -torch.inf).all(0)
+    anchor = p.sum(0).argmax(-1, keepdim=True).expand(*logits.shape[:-1], 1)
+    high = logits - logits[0]
+    taken = high - logits
+    low = (logits - (high - taken)) - (logits[0] + taken)  # logits - logits[0] == high + low, exactly (Knuth's TwoSum)
+    difference = (high - high.gather(-1, anchor)) + (low - low.gather(-1, anchor))
+    difference = difference.masked_fill(outside, 0.0)
+    # log of the ratio of the normalizers: by log1p of a small sum where the passes are close, else as it stands.
+    growth = p[0] * torch.expm1(difference.clamp(max=60.0))
+    close = (difference.amax(-1, keepdim=True) < 60) & (growth.abs().sum(-1, keepdim=True) < 0.5)
+    near = torch.log1p(growth.sum(-1, keepdim=True).clamp(-0.5, 0.5))
+    log_normalizer = (logits - logits.gather(-1, anchor)).logsumexp(-1, keepdim=True)
+    return difference - torch.where(close, near, log_normalizer - log_normalizer[0])
+
+
+# ---------------------------------------------------------------------------------------------- task losses
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
+    """`F.cross_entropy(..., reduction="none")` with the classes last: `(M, ..., V)` and `(M, ...)` to `(M, ...)`.
+
+    Labels are class indices `(M, ...)`, or probabilities `(M, ..., V)`. For indices it is written with logsumexp:
+    on CPU the running sum inside `F.cross_entropy` puts its gradient off by 2e-5 at V = 250,000.
+    """
+    if labels.dim() == logits.dim():
+        rows, targets = logits.flatten(0, -2), labels.flatten(0, -2).to(logits.dtype)
+        values = F.cross_entropy(rows, targets, weight=weight, label_smoothing=label_smoothing, reduction="none")
+        return values.view(logits.shape[:-1])
+    logits = logits - logits.detach().amax(-1, keepdim=True)  # for the gradient, whose rounding grows with the logits
+    log_normalizer = logits.logsumexp(-1)
+    values = log_normalizer - logits.gather(-1, labels[..., None]).squeeze(-1)
+    if weight is not None:
+        weight = weight.to(logits.dtype)
+        values = values * weight[labels]
+    if label_smoothing:
+        uniform = log_normalizer - logits.mean(-1)
+        if weight is not None:
+            uniform = log_normalizer * weight.mean() - (logits * weight).mean(-1)
+        values = (1 - label_smoothing) * values + label_smoothing * uniform
+    return values
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`F.binary_cross_entropy_with_logits`, averaged over the K labels: twice `(M, ..., K)` to `(M, ...)`."""
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """`F.mse_loss`, averaged over the K outputs: twice `(M, ..., K)` (labels `(M, ...)` if K = 1) to `(M, ...)`."""
+    if labels.dim() == logits.dim() - 1 and logits.shape[-1] == 1:
+        labels = labels[..., None]
+    if labels.shape != logits.shape:  # mse_loss would broadcast them
+        raise ValueError(
+            f"squared_error compares numbers one by one: labels {tuple(labels.shape)} must be of the shape of the "
+            f"logits, {tuple(logits.shape)}"
+        )
+    return F.mse_loss(logits, labels.to(logits.dtype), reduction="none").mean(-1)
