@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import rdrop
+
 LOADED_BY_RDROP = """
 import sys, torch
 before = set(sys.modules)
@@ -45,3 +47,27 @@ def test_the_integration_says_what_to_install(program, message):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert message in run.stderr.splitlines()[-1]
+
+
+def test_the_package_lists_what_it_offers_and_nothing_else():
+    transformers = pytest.importorskip("rdrop.integrations.transformers")
+    for package in (rdrop, transformers):
+        assert [name for name in package.__all__ if not hasattr(package, name)] == []
+    assert dir(rdrop) == sorted(rdrop.__all__)
+    assert "linear_rdrop_loss" in dir(rdrop)
+    assert "Any" not in dir(rdrop)
+
+
+MODULES_OF_THE_FORWARD = """
+import sys
+import rdrop.integrations.targets
+assert "transformers" not in sys.modules
+import rdrop.integrations.transformers.forward
+assert "transformers.trainer" not in sys.modules
+from rdrop.integrations.transformers import RDropTrainer
+"""
+
+
+def test_targets_need_no_transformers_and_the_forward_no_trainer():
+    pytest.importorskip("transformers")
+    subprocess.run([sys.executable, "-c", MODULES_OF_THE_FORWARD], check=True)
