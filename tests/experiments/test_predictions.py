@@ -61,6 +61,10 @@ def packed(*lines: object) -> bytes:
 
 HEAD = {"format": 1, "kind": "numbers", "classes": []}
 ROW = {"example": "a", "label": 1.0, "predicted": 2.0}
+CLASS_HEAD = {"format": 1, "kind": "classes", "classes": ["no", "yes"]}
+CLASS_ROW = {"example": "a", "label": 0, "predicted": 1, "confidence": 0.9, "loss": 2.3}
+TEXT_HEAD = {"format": 1, "kind": "texts", "classes": []}
+TEXT_ROW = {"example": "a", "references": ["b"], "predicted": "c"}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,13 @@ ROW = {"example": "a", "label": 1.0, "predicted": 2.0}
         packed(HEAD, {"example": "a"}),
         packed(HEAD, 3),
         packed(HEAD | {"kind": "texts"}, ROW),
+        gzip.compress(b'{"format": 1, "kind": "numbers", "classes": []}\nNaN\n'),
+        packed(CLASS_HEAD, CLASS_ROW | {"label": 2}),
+        packed(CLASS_HEAD, CLASS_ROW | {"predicted": -1}),
+        packed(TEXT_HEAD, TEXT_ROW | {"references": []}),
+        packed(TEXT_HEAD, TEXT_ROW | {"scores": {"rouge1": "1"}}),
+        packed(TEXT_HEAD, TEXT_ROW | {"scores": 3}),
+        packed(TEXT_HEAD, TEXT_ROW | {"bleu": {"bleu": [1, 2]}}),
     ],
 )
 def test_a_damaged_file_is_an_error_that_says_what_to_do(content: bytes, tmp_path: Path) -> None:

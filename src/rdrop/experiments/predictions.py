@@ -40,6 +40,8 @@ _ROW_TYPES: Mapping[str, Mapping[str, Any]] = {
     "numbers": {"example": str, "label": _NUMBER, "predicted": _NUMBER},
     "texts": {"example": str, "references": list, "predicted": str},
 }
+BLEU_COUNTS = 10
+"""Numbers that BLEU adds up: two lengths, then the matching and all n-grams of 1 to 4 words."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,10 @@ def read_predictions(folder: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        head, *rows = map(json.loads, _unpacked(path).split(b"\n")[:-1])
-        predictions = Predictions(head["kind"], rows, tuple(head["classes"]))
-        types = _ROW_TYPES[predictions.kind]
-        is_whole = head["format"] == FORMAT and all(_has(row, types) for row in rows)
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, RecursionError) as error:
+        head, *rows = (json.loads(line, parse_constant=_refuse) for line in _unpacked(path).split(b"\n")[:-1])
+        predictions = Predictions(head["kind"], rows, tuple(map(str, head["classes"])))
+        is_whole = head["format"] == FORMAT and all(_is_whole(row, predictions) for row in rows)
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ResultsError(f"{path}: cannot be read ({type(error).__name__}: {error}). {_REMEDY}") from error
     if not is_whole:
         raise ResultsError(f"{path}: is of another version of rdrop, or damaged. {_REMEDY}")
@@ -139,8 +140,24 @@ def _unpacked(path: Path) -> bytes:
     return content
 
 
-def _has(row: Any, types: Mapping[str, Any]) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in types.items())
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_whole(row: Any, predictions: Predictions) -> bool:
+    types = _ROW_TYPES[predictions.kind]
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in types.items()):
+        return False
+    if predictions.kind == "classes":
+        return all(0 <= row[key] < len(predictions.classes) for key in ("label", "predicted"))
+    if predictions.kind == "numbers":
+        return True
+    numbers = [*row.get("scores", {}).values(), *(count for counts in row.get("bleu", {}).values() for count in counts)]
+    return (
+        bool(row["references"])
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(len(counts) == BLEU_COUNTS for counts in row.get("bleu", {}).values())
+    )
 
 
 def _rounded(value: Any) -> float:
