@@ -66,7 +66,6 @@ def result_of(recipe: dict[str, Any], digest: str, score: float) -> dict[str, An
         "digest": digest,
         "finished": f"2026-11-22T20:00:{recipe['seed'] % 60:02d}Z",
         "metric": "accuracy",
-        "higher_is_better": True,
         "best_step": 280,
         "valid": {"accuracy": round(score + 0.01, 4), "loss": round(1.6 - score, 4)},
         "test": {"accuracy": score, "loss": round(1.62 - score, 4)},

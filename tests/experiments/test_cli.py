@@ -83,7 +83,7 @@ def finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     accuracy = 0.7 + recipe.seed / 100 + (0.05 + recipe.seed / 1000 if recipe.method.alpha else 0.0)
     result = {
         "format": 1, "recipe": recipe.saved(), "digest": recipe.digest(),
-        "finished": "2026-01-01T00:00:00Z", "metric": "accuracy", "higher_is_better": True, "best_step": recipe.updates,
+        "finished": "2026-01-01T00:00:00Z", "metric": "accuracy", "best_step": recipe.updates,
         "valid": {"accuracy": accuracy, "loss": 0.5}, "test": {"accuracy": accuracy, "loss": 0.5},
         "cost": {"train_seconds": 1.0, "step_milliseconds": 1.0, "peak_extra_bytes": 1000, "parameters": 10},
         "machine": {}, "versions": {}, "resumed": 0,

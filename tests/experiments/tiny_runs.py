@@ -57,7 +57,6 @@ class TinyTask:
     """From a token, predict the next; some positions have no label. `on_event` hears of every forward and score."""
 
     metric = "loss"
-    higher_is_better = False
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
     on_event: Callable[[str], None] = staticmethod(lambda event: None)

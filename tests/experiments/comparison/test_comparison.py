@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import suppress
 from itertools import product
 
@@ -428,19 +429,46 @@ def test_table_names_the_seeds_left_out(tmp_path):
 
 
 def test_table_does_not_obey_markup_in_names(tmp_path):
-    write_run(tmp_path, 0.7, name="[red]digits[/red]", metric="[bold]x", test={"[bold]x": 1}, valid={})
+    rows = own_metric("[bold]x")
+    write_run(tmp_path, 0.7, name="[red]digits[/red]", metric="[bold]x", metrics=rows, test={"[bold]x": 1}, valid={})
     text = printed(only(tmp_path))
     assert "[red]digits[/red]" in text
     assert "[bold]x" in text
 
 
-def test_a_metric_of_unknown_direction_has_no_wins(tmp_path):
+def own_metric(name, **row):
+    """The row of a metric of somebody's own task, as its results carry it."""
+    usual = {"name": name, "label": name, "higher_is_better": True, "percent": False, "decimals": 3}
+    return {name: usual | row}
+
+
+@pytest.mark.parametrize(("higher_is_better", "wins"), [(True, (2, 0, 0)), (False, (0, 0, 2))])
+def test_the_results_of_an_own_task_say_which_direction_of_its_metric_is_better(tmp_path, higher_is_better, wins):
+    name = f"own_{higher_is_better}"
+    rows = own_metric(name, higher_is_better=higher_is_better, label="our score")
     for seed in (0, 1):
         for alpha in (0.0, 1.0):
-            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, test={"accuracy": 0.7 + alpha / 10, "length": 3 + seed})
-    comparison = only(tmp_path)
-    (section,) = [section for section in comparison.results() if section.metric == "length"]
-    assert section.differences[0].wins_ties_losses is None
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, metric=name, metrics=rows, test={name: alpha + seed / 9})
+    section = only(tmp_path).results()[0]
+    assert section.differences[0].wins_ties_losses == wins
+    assert "our score" in printed(only(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"metric": "length", "test": {"length": 3}}, "metric 'length' is not in the table"),
+        ({"test": {"accuracy": 0.7, "length": 3}}, "metric 'length' is not in the table"),
+        ({"metrics": {"length": {"name": "length"}}}, "metric 'length': .*missing"),
+        ({"metrics": {"x": {"name": "y", "label": "y"}}}, "metric 'x': not a row of the table"),
+        ({"metrics": {"loss": {"name": "loss", "label": "gain"}}}, "metric 'loss' is in the table as"),
+    ],
+)
+def test_a_run_whose_metric_nobody_defined_is_left_out(tmp_path, entries, problem):
+    write_run(tmp_path, 0.7, **entries)
+    found, unusable = split_usable(find_runs(tmp_path))
+    assert not found
+    assert re.search(problem, unusable[0].problem)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +490,7 @@ def test_a_metric_beside_the_main_one_has_wins_in_its_own_direction(tmp_path, me
 
 @pytest.mark.parametrize(
     ("metric", "spelled"),
-    [("exact_match", "exact match"), ("rougeL", "ROUGE-L"), ("bleu_tokenized_split", "BLEU tokenized split")],
+    [("f1_macro", "F1 macro"), ("rougeL", "ROUGE-L"), ("bleu_tokenized_split", "BLEU tokenized split")],
 )
 def test_a_metric_is_spelled_as_the_field_spells_it(metric: str, spelled: str) -> None:
     assert words(metric) == spelled

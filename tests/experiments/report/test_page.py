@@ -196,6 +196,9 @@ def test_hostile_text_in_the_files_stays_text(tmp_path):
                 task=evil,
                 data={evil: evil},
                 metric=evil,
+                metrics={
+                    evil: {"name": evil, "label": evil, "higher_is_better": True, "percent": False, "decimals": 3}
+                },
                 test={evil: 0.7 + 0.1 * alpha + 0.01 * seed, "loss": 1.0},
                 valid={evil: 0.7},
                 finished=evil,

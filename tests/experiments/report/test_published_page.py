@@ -98,12 +98,12 @@ def test_runs_of_a_task_that_the_catalog_lacks_have_a_table_too(tmp_path: Path) 
 
 
 def test_every_metric_of_the_test_split_has_a_row_and_the_loss_has_none(tmp_path: Path) -> None:
-    scores = {"perplexity": 9.0, "bleu": 30.0, "length": 7.0, "loss": 1.0}
-    write_run(tmp_path, 9.0, metric="perplexity", higher_is_better=False, test=scores)
+    scores = {"perplexity": 9.0, "bleu": 30.0, "ece": 0.07, "loss": 1.0}
+    write_run(tmp_path, 9.0, metric="perplexity", test=scores)
     assert [row[1:3] for row in rows(tmp_path)[3:]] == [
         ("perplexity (lower is better)", "9.00"),
         ("BLEU", "30.00"),
-        ("length", "7.000"),
+        ("ECE % (lower is better)", "7.0"),
     ]
 
 

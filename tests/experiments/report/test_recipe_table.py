@@ -44,7 +44,7 @@ def test_every_recipe_has_all_its_columns(width: int, with_runs: bool, tmp_path:
             scores = {"perplexity": 105.32 - alpha, "loss": 1.0}
             write_run(
                 tmp_path, 105.32, name="wikitext-103", task="language-modeling", alpha=alpha,
-                metric="perplexity", higher_is_better=False, test=scores, valid=scores,
+                metric="perplexity", test=scores, valid=scores,
             )  # fmt: skip
     lines = listed(tmp_path, width)
     assert max(map(len, lines)) <= width

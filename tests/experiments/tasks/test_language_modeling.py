@@ -383,7 +383,7 @@ def test_every_recipe_trains_in_its_tiny_form_and_the_loss_falls(
     result = train(recipe.tiny(), tmp_path)
     losses = [row["task_loss"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
     assert losses[-1] < 0.9 * losses[0]
-    assert (result["metric"], result["higher_is_better"]) == ("perplexity", False)
+    assert (result["metric"], result["metrics"]["perplexity"]["higher_is_better"]) == ("perplexity", False)
     assert set(result["valid"]) == {"loss", "perplexity"}
 
 

@@ -22,6 +22,7 @@ from tests.experiments.tiny_runs import RECIPE, TinyNetwork, TinyTask, final_sta
 from torch import Tensor, nn
 
 from rdrop import rdrop_loss, squared_difference, squared_error
+from rdrop.experiments import metrics
 from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
@@ -480,6 +481,26 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- what it leaves behind
 
 
+class WithScore(TinyTask):
+    """A task with a score of its own."""
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        return super().evaluate(model, split) | {"own_score": 1.0}
+
+
+def test_a_score_that_nobody_defined_is_refused_where_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", WithScore)
+    with pytest.raises(
+        TrainingError, match=r"metric 'own_score' is not in the table.*metrics\.add\(Metric\('own_score'"
+    ):
+        train(RECIPE, tmp_path / "undefined")
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+    metrics.add(metrics.Metric("own_score", "our score", higher_is_better=False))
+    assert train(RECIPE, tmp_path / "defined")["metrics"]["own_score"]["higher_is_better"] is False
+
+
 def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     seen: list[Progress] = []
     result = train(RECIPE, tmp_path, on_progress=seen.append)
@@ -487,7 +508,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert run.recipe() == RECIPE.saved()
     assert run.result() == result
     assert set(result) == {
-        *("format", "recipe", "digest", "finished", "metric", "higher_is_better", "best_step", "valid", "test"),
+        *("format", "recipe", "digest", "finished", "metric", "metrics", "best_step", "valid", "test"),
         *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "constant", "notes", "data"),
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}

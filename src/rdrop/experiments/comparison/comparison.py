@@ -15,14 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rdrop.experiments import metrics
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
-from rdrop.experiments.comparison.wording import LARGE_METRICS, PERCENT_METRICS, NumberStyle, verdict
+from rdrop.experiments.comparison.wording import NumberStyle, verdict
 from rdrop.experiments.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
-_LOWER_IS_BETTER = frozenset(("loss", "perplexity", "ece"))
-_HIGHER_IS_BETTER = (PERCENT_METRICS | LARGE_METRICS) - _LOWER_IS_BETTER
 BATCH_KEYS = ("batch_size", "batch_tokens")
 
 
@@ -94,9 +93,12 @@ class Comparison:
 
     name: str
     metric: str
-    higher_is_better: bool
     arms: tuple[Arm, ...]
     repeats: tuple[FinishedRun, ...] = ()
+
+    @property
+    def higher_is_better(self) -> bool:
+        return metrics.find(self.metric).higher_is_better
 
     @property
     def baseline(self) -> Arm | None:
@@ -112,18 +114,6 @@ class Comparison:
     def seeds(self) -> tuple[int, ...]:
         """The seeds that at least one arm has."""
         return tuple(sorted({seed for arm in self.arms for seed in arm.seeds}))
-
-    def direction(self, metric: str) -> bool | None:
-        """Whether higher is better in this metric; None where that is not known.
-
-        A word of its name tells: "bleu_tokenized" is BLEU, "task_loss" is a loss.
-        """
-        if metric == self.metric:
-            return self.higher_is_better
-        words = metric.split("_")
-        if not _LOWER_IS_BETTER.isdisjoint(words):
-            return False
-        return None if _HIGHER_IS_BETTER.isdisjoint(words) else True
 
     def results(self) -> tuple[MetricSection, ...]:
         """The result table: the compared metric on test, then on valid, then the other metrics on test."""
@@ -142,7 +132,9 @@ class Comparison:
     def difference(self, arm: Arm, reference: Arm, metric: str | None = None, split: str = "test") -> PairedDifference:
         """`arm` minus `reference`, paired over the seeds for which both have a finite score."""
         metric = metric or self.metric
-        return paired_difference(arm.scores(metric, split), reference.scores(metric, split), self.direction(metric))
+        return paired_difference(
+            arm.scores(metric, split), reference.scores(metric, split), metrics.find(metric).higher_is_better
+        )
 
     def cost_ratio(self, arm: Arm, key: str) -> float | None:
         """The arm's median cost over the baseline's; None where either was not measured."""
@@ -202,8 +194,7 @@ def comparisons(records: Iterable[RunRecord]) -> list[Comparison]:
 def _family(run: FinishedRun) -> str:
     """What all runs of one comparison share, as text that sorts by the recipe's name."""
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
-    score = [run.result["metric"], run.result["higher_is_better"]]
-    return json.dumps([run.recipe["name"], score, shared], sort_keys=True)
+    return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
 
 
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
@@ -246,7 +237,6 @@ def _comparison(batch: int, runs: Mapping[_Key, list[FinishedRun]]) -> Compariso
     return Comparison(
         first.recipe["name"],
         first.result["metric"],
-        first.result["higher_is_better"],
         tuple(arms),
         tuple(sorted(repeats, key=lambda run: str(run.path))),
     )

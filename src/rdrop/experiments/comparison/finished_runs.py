@@ -11,14 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rdrop.experiments import metrics
 from rdrop.experiments.method import Method
+from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.run_folder import RunRecord
 
 _RECIPE_TYPES = {
     "name": str, "seed": int, "method": dict, "batch_size": (int, NoneType), "batch_tokens": (int, NoneType),
 }  # fmt: skip
 _RESULT_TYPES = {
-    "metric": str, "higher_is_better": bool, "finished": str, "test": dict, "valid": dict, "cost": dict,
+    "metric": str, "finished": str, "test": dict, "valid": dict, "cost": dict,
     "machine": dict, "versions": dict,
 }  # fmt: skip
 
@@ -74,6 +76,7 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
         or _wrong_entry("result.json", record.result, _RESULT_TYPES)
         or _no_batch(record.recipe)
         or _other_recipe(record.recipe, record.result)
+        or _unknown_metric(record.result)
     )
     if mismatch:
         return UnusableRun(record.path, mismatch)
@@ -94,6 +97,16 @@ def _wrong_entry(file: str, entries: Mapping[str, Any], types: Mapping[str, Any]
             return f"{file}: {key!r} is missing. It is damaged, or of another version of rdrop; run the recipe again."
         if not isinstance(entries[key], kind):
             return f"{file}: {key!r} is not what it should be. The file is damaged; run the recipe again."
+    return None
+
+
+def _unknown_metric(result: Mapping[str, Any]) -> str | None:
+    try:
+        metrics.add_rows(result.get("metrics", {}))
+        for name in (result["metric"], *result["test"]):
+            metrics.find(name)
+    except MetricError as error:
+        return f"result.json: {error}"
     return None
 
 

@@ -6,21 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rdrop.experiments import metrics
 from rdrop.experiments.comparison.paired import Outcome, PairedDifference
 
-# Metrics that are fractions of 1 in the files and percent for a reader; their differences are points.
-PERCENT_METRICS = frozenset({"accuracy", "f1", "precision", "recall", "match", "mcc", "pearson", "spearman", "ece"})
-# Metrics that are printed as they are, some tens in size: no more than two decimals without an interval that says so.
-LARGE_METRICS = frozenset({"bleu", "rouge1", "rouge2", "rougeL", "perplexity"})
-SPELLED = {
-    "bleu": "BLEU",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "f1": "F1",
-    "mcc": "MCC",
-    "ece": "ECE",
-}
 NOT_KNOWN = "—"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
@@ -35,14 +23,13 @@ class NumberStyle:
     @classmethod
     def of(cls, metric: str, differences: Iterable[PairedDifference]) -> NumberStyle:
         """As many decimals as the narrowest interval supports: one or two digits of its half width."""
-        percent = not PERCENT_METRICS.isdisjoint(metric.split("_"))
-        half_widths = [d.half_width * (100 if percent else 1) for d in differences if d.half_width]
+        row = metrics.find(metric)
+        half_widths = [d.half_width * (100 if row.percent else 1) for d in differences if d.half_width]
         if not half_widths:
-            is_large = not LARGE_METRICS.isdisjoint(metric.split("_"))
-            return cls(percent, 1 if percent else 2 if is_large else 3)
+            return cls(row.percent, row.decimals)
         # The Particle Data Group's rule: two digits of an uncertainty up to 3.54, one of a larger one.
         needed = math.ceil(math.log10(3.55 / min(half_widths)))
-        return cls(percent, min(max(needed, 1), 6))
+        return cls(row.percent, min(max(needed, 1), 6))
 
     @property
     def factor(self) -> float:
@@ -75,8 +62,8 @@ class NumberStyle:
 
 
 def words(metric: str) -> str:
-    """`exact_match` as "exact match", `rougeL` as "ROUGE-L"."""
-    return " ".join(SPELLED.get(word, word) for word in metric.split("_"))
+    """Returns what a reader calls the metric: `rougeL` is "ROUGE-L"."""
+    return metrics.find(metric).label
 
 
 def counted(count: int, noun: str) -> str:

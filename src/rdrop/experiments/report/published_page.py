@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from rdrop.experiments import metrics
 from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection, comparisons
 from rdrop.experiments.comparison.paired import mean, sd
 from rdrop.experiments.comparison.wording import counted
@@ -136,7 +137,7 @@ def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Row]:
         if section.split == "test" and (section.metric == comparison.metric or not section.metric.endswith("loss")):
             for arm in comparison.arms:
                 yield from _own_row(
-                    arm, section, dataset, _direction(comparison.direction(section.metric)), title, link
+                    arm, section, dataset, _direction(metrics.find(section.metric).higher_is_better), title, link
                 )
 
 

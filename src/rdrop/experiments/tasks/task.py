@@ -20,8 +20,7 @@ class Task(Protocol):
     """All the training loop knows of a task. A task knows nothing of optimizer, schedule and alpha."""
 
     metric: str
-    """The score that selects the checkpoint and is compared."""
-    higher_is_better: bool
+    """The score that selects the checkpoint and is compared: a name of `rdrop.experiments.metrics`."""
     task_loss: TaskLoss
     divergence: Divergence
     notes: dict[str, str]

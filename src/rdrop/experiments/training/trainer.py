@@ -32,7 +32,8 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from rdrop.experiments import saved
+from rdrop.experiments import metrics, saved
+from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.predictions import write_predictions
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
@@ -152,6 +153,7 @@ class _Training:
         seed_all(recipe.seed, "model")
         self.model = self.task.build_model().to(self.accelerator.device)  # what is evaluated and saved
         with _refusals():
+            metrics.find(self.task.metric)
             size, lengths = self.task.train_size(), self.task.train_lengths()
             self.order = DataOrder(recipe, size, lengths, parts=self.parts)
             self.unlabeled_order = self.order_unlabeled()
@@ -314,14 +316,11 @@ class _Training:
         state.sums, state.counts, state.evaluated_step = {}, {}, state.step
         score = self.valid[self.task.metric]
         state.scores_since_best += 1
-        if state.best_score is None or self.is_better(score, state.best_score):
+        if state.best_score is None or metrics.find(self.task.metric).is_better(score, state.best_score):
             state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
         if self.recipe.average_last > 1:
             state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
         self.report_progress(means["loss"])
-
-    def is_better(self, score: float, other: float) -> bool:
-        return score > other if self.task.higher_is_better else score < other
 
     def score(self, split: Literal["valid", "test"]) -> dict[str, float]:
         """The task's scores of the model as it is. Every process computes them all: they need no exchange."""
@@ -331,6 +330,8 @@ class _Training:
             scores = self.task.evaluate(self.model.eval(), split)
         finally:
             hook.remove()
+        with _refusals():
+            metrics.rows(scores)
         wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
         if wrong:
             raise TrainingError(f"step {self.state.step}, {split} split: {' and '.join(wrong)}. {self.advice()}")
@@ -343,19 +344,20 @@ class _Training:
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
         checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
+        valid, test = self.score("valid"), self.score("test")
         result = {
             "format": FORMAT,
             "recipe": recipe.saved(),
             "digest": recipe.digest(),
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "metric": self.task.metric,
-            "higher_is_better": self.task.higher_is_better,
             "updates": state.step,
             "best_step": state.best_step,
             "averaged_steps": state.averaged_steps,
-            "valid": self.score("valid"),
-            "test": self.score("test"),
+            "valid": valid,
+            "test": test,
             "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
+            "metrics": metrics.rows(test),
             "notes": self.task.notes,
             "data": state.data,
             "cost": self.cost.report(self.model),
@@ -475,8 +477,8 @@ def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> N
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What data order and method refuse, as a `TrainingError`."""
+    """Turns what data order, method and metrics refuse into a `TrainingError`."""
     try:
         yield
-    except (OrderError, MethodError) as error:
+    except (OrderError, MethodError, MetricError) as error:
         raise TrainingError(str(error)) from error

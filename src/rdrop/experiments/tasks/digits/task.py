@@ -39,7 +39,6 @@ class Digits:
     """
 
     metric = "accuracy"
-    higher_is_better = True
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 

@@ -68,7 +68,6 @@ class ImageClassification:
     """
 
     metric = "accuracy"
-    higher_is_better = True
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 

@@ -67,7 +67,6 @@ class LanguageModeling:
     """
 
     metric = "perplexity"
-    higher_is_better = False
     task_loss: TaskLoss
     divergence: Divergence
 

@@ -42,7 +42,6 @@ class Summarization:
     """
 
     metric = "rougeL"
-    higher_is_better = True
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 

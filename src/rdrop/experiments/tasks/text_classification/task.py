@@ -39,7 +39,6 @@ class TextClassification:
     `mismatched` is scored with the test split, as `accuracy_mismatched`: it is MNLI's second dev set.
     """
 
-    higher_is_better = True
     task_loss: TaskLoss
     divergence: Divergence
 

@@ -53,7 +53,6 @@ class Translation:
     What a reader should know of the data and the scores beside their numbers is in `notes`.
     """
 
-    higher_is_better = True
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
 
