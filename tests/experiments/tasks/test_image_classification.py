@@ -29,7 +29,7 @@ from rdrop.experiments.tasks.image_classification.augmentation import (
     resized_crop_box,
     to_pixel_values,
 )
-from rdrop.experiments.tasks.image_classification.data import load_splits
+from rdrop.experiments.tasks.image_classification.data import load_splits, notes_on
 from rdrop.experiments.tasks.image_classification.images import (
     CIFAR_100_RECORD,
     read_cifar_100,
@@ -416,6 +416,137 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------- classes, and in which split
+
+
+@pytest.mark.parametrize(
+    ("labels", "rule"),
+    [
+        (np.zeros(30, dtype=int), "all 30 images are of the class '0'; give two classes or more"),
+        (np.full(30, 3), "all 30 images are of the class '3'"),
+        (np.array([0, 2] * 15), "no image has the label 1, and the highest is 2; number the classes from 0"),
+    ],
+)
+def test_two_classes_or_more_are_learned_and_each_number_is_one(labels: np.ndarray, rule: str, tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz", labels=labels)
+    assert rule in refusal(splits, IMAGE_CLASSIFICATION, train=str(path))
+
+
+def test_0_and_70_are_refused_and_the_remedy_works(tmp_path: Path) -> None:
+    labels = np.array([0, 70] * 50)
+    path = write_npz(tmp_path / "x.npz", 100, labels=labels)
+    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(path))
+    assert "numpy.unique(labels, return_inverse=True)[1]" in message
+    write_npz(path, 100, labels=np.unique(labels, return_inverse=True)[1])
+    assert splits(IMAGE_CLASSIFICATION, train=str(path))["train"].images.classes == ("0", "1")
+
+
+def test_a_test_file_may_lack_classes_and_it_is_noted(tmp_path: Path) -> None:
+    write_npz(tmp_path / "test.npz", 4, labels=np.full(4, 2), images=np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8))
+    recipe = SMALL.replace(
+        **{"data.train": str(write_npz(tmp_path / "x.npz")), "data.test": str(tmp_path / "test.npz")}
+    )
+    notes = ImageClassification(recipe).notes
+    assert notes["classes of test"] == "all 4 examples are '2': scores of it say nothing"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("cat", "c\u200bat"), ("a b", "a  b")]
+)
+def test_two_folders_whose_names_look_the_same_are_refused(first: str, second: str, tmp_path: Path) -> None:
+    message = refusal(read_class_folders, write_classes(tmp_path, {first: 2, second: 2}))
+    assert "are one class in two spellings" in message
+    assert all(ascii(name) in message for name in (first, second))
+
+
+def test_classes_that_differ_by_case_alone_are_noted(tmp_path: Path) -> None:
+    task = ImageClassification(SMALL.replace(**{"data.train": str(write_classes(tmp_path, {"Cat": 15, "cat": 15}))}))
+    assert task.notes["names of classes"] == "'Cat' and 'cat' are different classes by case alone"
+
+
+def test_a_class_is_found_in_test_by_what_its_name_looks_like(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"caf\u00e9": 10, "tea": 10})
+    write_classes(tmp_path / "test", {"cafe\u0301": 2, "tea ": 2})
+    found = splits(IMAGE_CLASSIFICATION, folder=str(tmp_path))
+    assert found["test"].images.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_rare_class_is_in_each_split_that_it_can_be_in(tmp_path: Path) -> None:
+    """5 of 200 images: at random most splits of 20 have none."""
+    labels = np.zeros(200, dtype=int)
+    labels[[3, 50, 90, 91, 199]] = 1
+    path = write_npz(tmp_path / "x.npz", 200, labels=labels)
+    for seed in range(20):
+        found = splits(IMAGE_CLASSIFICATION, train=str(path), split_seed=seed)
+        assert [len(found[name].rows) for name in ("train", "valid", "test")] == [160, 20, 20]
+        assert len({row for split in found.values() for row in split.rows.tolist()}) == 200
+        assert all(labels[found[name].rows].any() for name in found)
+
+
+def test_a_class_that_cannot_be_in_each_split_is_noted(tmp_path: Path) -> None:
+    labels = np.zeros(60, dtype=int)
+    labels[[7, 9]] = 1
+    path = write_npz(tmp_path / "x.npz", 60, labels=labels)
+    notes = ImageClassification(SMALL.replace(**{"data.train": str(path)})).notes
+    assert any(value == "all 6 examples are '0': scores of it say nothing" for value in notes.values())
+
+
+def test_splits_with_every_class_are_those_that_were_drawn_before(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz", 60)
+    order = np.random.default_rng(0).permutation(60)
+    found = splits(IMAGE_CLASSIFICATION, train=str(path))
+    for name, rows in (("valid", order[:6]), ("test", order[6:12]), ("train", order[12:])):
+        assert found[name].rows.tolist() == sorted(rows.tolist())
+
+
+# ------------------------------------------------------------------------------------------------- images in two splits
+
+
+@pytest.mark.parametrize("kind", ["folders", "npz"])
+def test_images_that_stand_in_two_splits_are_counted(kind: str, tmp_path: Path) -> None:
+    """Of the test images, 3 are in train, of which one stands there twice."""
+    noise = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), dtype=np.uint8)
+    train_images, test = [*range(30), 7], [4, 7, 29, 31, 32, 33]
+    paths = {}
+    for name, rows in (("train", train_images), ("valid", [40, 41, 42]), ("test", test)):
+        labels = np.arange(len(rows)) % 2
+        if kind == "npz":
+            paths[name] = tmp_path / f"{name}.npz"
+            np.savez(paths[name], images=noise[rows], labels=labels)
+            continue
+        paths[name] = tmp_path / name
+        for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            (paths[name] / f"{label}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise[row]).save(paths[name] / f"{label}" / f"{name}-{place}.png")
+    task = ImageClassification(SMALL.replace(**{f"data.{name}": str(path) for name, path in paths.items()}))
+    assert task.notes == {
+        "test images that are in train": "3 of 6, byte for byte: they do not tell how the model does on new images"
+    }
+
+
+def test_images_of_the_hub_that_stand_in_two_splits_are_counted(hub: list[tuple[Any, ...]]) -> None:
+    assert notes_on(splits(HUB))["test images that are in train"].startswith(("5 of 6", "6 of 6"))
+
+
+def test_a_copy_of_the_training_images_scores_nothing(tmp_path: Path) -> None:
+    write_classes(tmp_path / "a", {"cat": 10, "dog": 10})
+    write_classes(tmp_path / "b", {"dog": 10, "cat": 10})
+    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path / "a"), test=str(tmp_path / "b"))
+    assert message.startswith(f"{tmp_path / 'b'}: has the images of {tmp_path / 'a'}, which are train, and is test")
+    write_npz(tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+    assert "and is valid; give others" in refusal(
+        splits, IMAGE_CLASSIFICATION, train=str(tmp_path / "a.npz"), valid=str(tmp_path / "b.npz")
+    )
+
+
+@pytest.mark.parametrize("limit", ["MOST_IMAGES", "MOST_BYTES"])
+def test_too_many_images_to_compare_are_noted(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"rdrop.experiments.tasks.image_classification.repeats.{limit}", 20)
+    task = ImageClassification(SMALL.replace(**{"data.train": str(write_npz(tmp_path / "x.npz"))}))
+    assert task.notes["test images that are in train"].startswith("not counted: above 100,000 images or 1 GiB")
+
+
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 
@@ -427,6 +558,17 @@ def test_a_resized_crop_lies_inside_and_has_its_area_and_proportions() -> None:
         assert 0 <= top < bottom <= 200
         assert 0.24 < (right - left) * (bottom - top) / 60_000 <= 1
         assert 0.74 < (right - left) / (bottom - top) < 1.35
+
+
+def test_a_crop_of_5_percent_and_more_without_flips_mirrors_nothing() -> None:
+    """The official augmentation of ViT. Brightness grows to the right, and does so in every crop."""
+    ramp = Image.fromarray(np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3)).copy())
+    generator = np.random.default_rng(0)
+    crops = [np.asarray(augment(ramp, 32, "resized", False, 0.05, generator))[16, :, 0].astype(int) for _ in range(300)]
+    assert all((np.diff(crop) >= 0).all() for crop in crops)
+    widths = [crop[-1] - crop[0] for crop in crops]
+    assert min(widths) < 0.25 * 256
+    assert max(widths) > 0.9 * 256
 
 
 def test_where_no_crop_fits_it_is_the_largest_one_in_the_middle() -> None:
@@ -581,7 +723,7 @@ def test_accuracy_and_loss_are_those_of_all_images(tmp_path: Path, monkeypatch: 
     assert scores["accuracy"] == 0.3  # 1, 4 and 7 of 0 to 9
     assert scores["loss"] == pytest.approx((7 * np.log(4) + 3 * np.log(2)) / 10)
     assert scores["ece"] == pytest.approx(0.5 - 0.3)
-    assert task.notes == {"predictions on test": "all 10 are '1': the model does not tell the classes apart"}
+    assert task.notes["predictions on test"] == "all 10 are '1': the model does not tell the classes apart"
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

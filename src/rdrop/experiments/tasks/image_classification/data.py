@@ -5,6 +5,7 @@ The split that the literature calls the test set is never the one that chooses.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -14,8 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.settings import nearest_name
+from rdrop.experiments.tasks.class_scores import notes_on_classes
 from rdrop.experiments.tasks.files import DataError
-from rdrop.experiments.tasks.image_classification.images import ImageSet, read_hub, read_images
+from rdrop.experiments.tasks.image_classification.images import ImageSet, entries_of, read_hub, read_images
+from rdrop.experiments.tasks.image_classification.labels import note_on_case, require_classes_in_use
+from rdrop.experiments.tasks.image_classification.repeats import MOST_BYTES, MOST_IMAGES, are_the_same, count_repeated
+from rdrop.experiments.tasks.splits import with_every_class
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.image_classification.recipes import ImageData
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 SUFFIXES = ("", ".npz", ".bin")
 """What is tried after the name of a split: a folder of class folders, or a file."""
 SYNONYMS = (("train",), ("valid", "validation", "val"), ("test",))
+PAIRS = (("train", "valid"), ("train", "test"), ("valid", "test"))
 
 
 class Split(NamedTuple):
@@ -39,7 +45,26 @@ def load_splits(data: ImageData, test: str | None = None) -> dict[str, Split]:
             _require_own_places({"train": Path(data.train), "test": Path(test)})
         images = _read_own(Path(test)).with_classes(splits["train"].images.classes)
         splits["test"] = Split(images, np.arange(len(images)))
+    _require_own_images(splits)
     return splits
+
+
+def notes_on(splits: Mapping[str, Split]) -> dict[str, str]:
+    """Returns what a reader of the scores should know of the images: classes without any, images in two splits."""
+    classes = splits["train"].images.classes
+    labels = {name: images.labels[rows] for name, (images, rows) in splits.items()}
+    notes = note_on_case(classes) | notes_on_classes(classes, labels)
+    for first, second in PAIRS:
+        (known, known_rows), (images, rows) = splits[first], splits[second]
+        count, size = count_repeated(known.source, known_rows, images.source, rows), len(rows)
+        if count is None:
+            said = f"not counted: above {MOST_IMAGES:,} images or {MOST_BYTES >> 30} GiB nothing is compared"
+        elif count:
+            said = f"{count} of {size}, byte for byte: they do not tell how the model does on new images"
+        else:
+            continue
+        notes[f"{second} images that are in {first}"] = said
+    return notes
 
 
 def _load(data: ImageData) -> dict[str, Split]:
@@ -72,10 +97,11 @@ def _read_own(path: Path) -> ImageSet:
 
 def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
     """A folder of splits; or one split, from which the others are held out: class folders, or one file."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: there is no such folder; set data.folder to the one with the images")
     if not _is_cut_into_splits(folder):
-        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES[1:])
+        paths = [Path(entry.path) for entry in entries_of(folder)]
+        files = [path for path in paths if path.suffix in SUFFIXES[1:]]
         return {"train": read_images(files[0] if len(files) == 1 else folder)}
     _require_known_names(folder)
     wanted = {"train": "train", "valid": data.valid_split, "test": data.test_split}
@@ -97,13 +123,13 @@ def _read_hub(hub: str, data: ImageData) -> dict[str, ImageSet]:
 def _is_cut_into_splits(folder: Path) -> bool:
     """Whether it has train images of its own. A class may be called "train" too: its folder holds no folders."""
     found = _find_split(folder, "train")
-    return found is not None and (found.is_file() or any(entry.is_dir() for entry in found.iterdir()))
+    return found is not None and (found.is_file() or any(os.path.isdir(entry.path) for entry in entries_of(found)))
 
 
 def _find_split(folder: Path, split: str) -> Path | None:
     names = next((names for names in SYNONYMS if split in names), (split,))
     paths = [folder / f"{name}{suffix}" for name in (split, *names) for suffix in SUFFIXES]
-    return next((path for path in paths if path.is_dir() or (path.suffix and path.is_file())), None)
+    return next((path for path in paths if os.path.isdir(path) or (path.suffix and os.path.isfile(path))), None)
 
 
 def _require_own_places(places: Mapping[str, Path]) -> None:
@@ -150,13 +176,26 @@ def _with_held_out(found: Mapping[str, ImageSet], data: ImageData) -> dict[str, 
             f"{train.where}: {len(train)} images are too few to hold out {parts}; give more, or others for valid and "
             "test, or lower data.valid_size and data.test_size"
         )
+    require_classes_in_use(train.labels, train.classes, train.where, declared=train.declares_classes)
     order = np.random.default_rng(data.split_seed).permutation(len(train))
-    splits = {}
+    drawn = {}
+    for name, size in sizes.items():
+        drawn[name], order = np.split(order, [size])
+    rows = with_every_class({"train": order, **drawn}, train.labels, data.split_seed)
+    splits = {name: Split(train, np.sort(own)) for name, own in rows.items()}
+    for name in sorted(found.keys() - rows.keys()):
+        own = found[name].with_classes(train.classes)
+        splits[name] = Split(own, np.arange(len(own)))
+    return splits
+
+
+def _require_own_images(splits: Mapping[str, Split]) -> None:
+    """Refuses a copy of the images to train on in the place of others."""
+    train = splits["train"].images
     for name in ("valid", "test"):
-        if name in found:
-            own = found[name].with_classes(train.classes)
-            splits[name] = Split(own, np.arange(len(own)))
-        else:
-            held_out, order = np.split(order, [sizes[name]])
-            splits[name] = Split(train, np.sort(held_out))
-    return {"train": Split(train, np.sort(order)), **splits}
+        images = splits[name].images
+        if images is not train and len(images) == len(train) and are_the_same(train.source, images.source, len(train)):
+            raise DataError(
+                f"{images.where}: has the images of {train.where}, which are train, and is {name}; give others, or "
+                f"none, so that {name} is held out of train"
+            )

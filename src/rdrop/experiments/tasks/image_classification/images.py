@@ -6,10 +6,8 @@ Of files in folders and on the hub only the names and labels are read at once, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +16,8 @@ from PIL import Image
 from rdrop.experiments.tasks.files import DataError, load_hub
 from rdrop.experiments.tasks.image_classification.labels import require_labels, require_one_spelling, spelling
 from rdrop.experiments.tasks.image_classification.npz import read_arrays, require_memory
-from rdrop.experiments.tasks.image_classification.pixels import (
-    read_image_bytes,
-    read_image_file,
-    require_regular_file,
-)
+from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
+from rdrop.experiments.tasks.image_classification.sources import Files, HubImages, Pixels, Source
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -38,15 +33,20 @@ class ImageSet:
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     """Of each image, its place in `classes`."""
-    read: Callable[[int], Image.Image]
-    """The image at an index, in RGB. Raises `DataError`; safe in several threads at once."""
-    name: Callable[[int], str] = "image {}".format
-    """What a reader finds the image at an index by."""
+    source: Source
     declares_classes: bool = True
     """Whether the classes are listed apart from the labels; else they are the numbers from 0 to the highest label."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        """Returns the image at an index, in RGB. Raises `DataError`; safe in several threads at once."""
+        return self.source.read(index)
+
+    def name(self, index: int) -> str:
+        """Returns what a reader finds the image at an index by."""
+        return self.source.name(index)
 
     def with_classes(self, classes: tuple[str, ...]) -> ImageSet:
         """Returns the same images, labeled by the places in another list, which must have all classes in use."""
@@ -87,17 +87,10 @@ def read_class_folders(root: Path) -> ImageSet:
         raise DataError(f"{root}: has {len(entries)} sub-folders; it needs one for each class, two or more")
     classes = tuple(entry.name for entry in entries)
     require_one_spelling(classes, str(root))
-    names = [_images_of(Path(entry.path)) for entry in entries]
-    files = [name for of_class in names for name in of_class]
-    labels = np.repeat(np.arange(len(entries)), [len(of_class) for of_class in names])
-
-    def read(index: int) -> Image.Image:
-        return read_image_file(root / classes[labels[index]] / files[index])
-
-    def name(index: int) -> str:
-        return f"{classes[labels[index]]}/{files[index]}"
-
-    return ImageSet(str(root), classes, labels, read, name)
+    files = [_images_of(Path(entry.path)) for entry in entries]
+    names = [f"{label}/{file}" for label, of_class in zip(classes, files, strict=True) for file in of_class]
+    labels = np.repeat(np.arange(len(entries)), [len(of_class) for of_class in files])
+    return ImageSet(str(root), classes, labels, Files(root, names))
 
 
 def read_npz(path: Path) -> ImageSet:
@@ -106,8 +99,7 @@ def read_npz(path: Path) -> ImageSet:
     There are as many classes as the highest label plus one.
     """
     images, labels = read_arrays(path)
-    names = tuple(map(str, range(int(labels.max()) + 1)))
-    return _of_arrays(str(path), names, images, labels, declares_classes=False)
+    return ImageSet(str(path), _numbers(labels.max() + 1), labels, Pixels(images), declares_classes=False)
 
 
 def read_cifar_100(path: Path) -> ImageSet:
@@ -128,13 +120,12 @@ def read_cifar_100(path: Path) -> ImageSet:
     labels = records[:, 1]
     require_labels(labels, len(labels), str(path), classes=CIFAR_100_CLASSES)
     pixels = records[:, 2:].reshape(-1, 3, CIFAR_EDGE, CIFAR_EDGE).transpose(0, 2, 3, 1)
-    return _of_arrays(str(path), tuple(map(str, range(CIFAR_100_CLASSES))), np.ascontiguousarray(pixels), labels)
+    images = Pixels(np.ascontiguousarray(pixels))
+    return ImageSet(str(path), _numbers(CIFAR_100_CLASSES), labels.astype(np.int64), images)
 
 
 def read_hub(hub: str, config: str | None, split: str, image_column: str, label_column: str) -> ImageSet:
     """Reads a split of a data set on the hub, with a column of images and one of labels, integers from 0."""
-    import datasets  # seconds to import
-
     rows = load_hub(hub, config, split)
     where = f"{hub} ({split})"
     for key, column in (("image_column", image_column), ("label_column", label_column)):
@@ -144,43 +135,14 @@ def read_hub(hub: str, config: str | None, split: str, image_column: str, label_
     labels = np.asarray(rows.select_columns([label_column])[:][label_column])
     names = getattr(rows.features[label_column], "names", None)
     require_labels(labels, len(rows), f"{where}:{label_column}", classes=len(names) if names else None)
-    classes = tuple(names) if names else tuple(map(str, range(int(labels.max()) + 1)))
+    classes = tuple(names) if names else _numbers(labels.max() + 1)
     require_one_spelling(classes, f"{where}:{label_column}")
-    try:
-        # The files themselves: the library would open them in any format that Pillow knows.
-        stored = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow's, or the library's own
-        kind = rows.features[image_column]
-        raise DataError(f"{where}: {image_column} has no images, but {kind}; set data.image_column") from error
-
-    def read(index: int) -> Image.Image:
-        at = f"{where}:{index + 1}:{image_column}"
-        try:
-            image = stored[index][image_column]
-            content, path = image["bytes"], image["path"]
-        except Exception as error:  # a cache that was deleted, a row that is null
-            raise DataError(f"{at}: cannot be read ({' '.join(str(error).split())}); download it again") from error
-        if content is not None:
-            return read_image_bytes(content, at)
-        if path is None:
-            raise DataError(f"{at}: there is no image; choose another column or split")
-        return read_image_file(Path(path))
-
-    return ImageSet(where, classes, labels.astype(np.int64), read, declares_classes=names is not None)
+    images = HubImages(rows, image_column, where)
+    return ImageSet(where, classes, labels.astype(np.int64), images, declares_classes=bool(names))
 
 
-def _of_arrays(
-    where: str,
-    classes: tuple[str, ...],
-    images: NDArray[np.uint8],
-    labels: NDArray[Any],
-    *,
-    declares_classes: bool = True,
-) -> ImageSet:
-    def read(index: int) -> Image.Image:
-        return Image.fromarray(images[index]).convert("RGB")
-
-    return ImageSet(where, classes, labels.astype(np.int64), read, declares_classes=declares_classes)
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:

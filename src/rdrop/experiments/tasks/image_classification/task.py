@@ -37,7 +37,7 @@ from rdrop.experiments.tasks.class_scores import (
     top_class_confidence,
 )
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
-from rdrop.experiments.tasks.image_classification.data import Split, load_splits
+from rdrop.experiments.tasks.image_classification.data import Split, load_splits, notes_on
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
 from rdrop.experiments.tasks.pretrained import loading
 from rdrop.experiments.tasks.task import Batch
@@ -72,13 +72,13 @@ class ImageClassification:
     divergence = staticmethod(symmetric_kl)
 
     def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
-        self.notes: dict[str, str] = {}
         self.predictions: Predictions | None = None
         # Of what Pillow warns of on the side, an image is read all the same, or refused in one line.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._seed, self._model = recipe.seed, recipe.model
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)
+        self.notes: dict[str, str] = notes_on(self.splits)
         self.classes = self.splits["train"].images.classes
         self._config = _configuration(self._model, self._data.image_size, self.classes)
         self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalization(self._model.name)
