@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 RUNS ?= runs
 
-.PHONY: help demo demo-short test test-long bench docs lint types check clean
+.PHONY: help demo demo-short test test-long bench docs notebook lint types check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,12 @@ bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and pl
 
 docs: $(VENV)/installed  ## the documentation site, build/site: the pages and the reference from the docstrings
 	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees . build/site
+
+# Apart from the environment of the tests, which needs no kernel.
+notebook: $(VENV)/installed  ## run examples/quickstart.py as a notebook: examples/quickstart.ipynb with table and picture
+	$(BIN)/pip install -q -c constraints.txt ipykernel nbclient
+	$(BIN)/jupytext --to ipynb examples/quickstart.py
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace examples/quickstart.ipynb
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .

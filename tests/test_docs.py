@@ -120,7 +120,8 @@ def test_the_readme_has_the_papers_headline_results():
 
 def test_nothing_names_a_path_of_one_machine():
     pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
-    for path in [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "Makefile"]:
+    places = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*PAGES, *places, *(ROOT / "examples").iterdir(), ROOT / "docs/conf.py", ROOT / "Makefile"]:
         found = pattern.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path.name}: {found}"
 
