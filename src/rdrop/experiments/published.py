@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One published comparison: a metric of a data set without and with R-Drop, and where it is stated.
-
-    `recalled` marks figures that were written down from memory: the difference is confirmed, or not even that. They are
-    shown as such, and never as a fact.
-    """
+    """One published comparison: a metric of a data set without and with R-Drop, and where it is stated."""
 
     dataset: str
     """As the paper names it, without the split: "IWSLT14 De-En"."""
@@ -23,7 +19,6 @@ class Published:
     """Where the figures stand: "Liang et al. 2021, table 1"."""
     method: str = "R-Drop"
     """What `rdrop` was made with: "R-Drop + Cutoff", "SimCut"."""
-    recalled: bool = False
     higher_is_better: bool = True
     split: str = "test"
     """What was scored, as the literature calls it: "test", "dev", "valid"."""

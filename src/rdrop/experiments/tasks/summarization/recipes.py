@@ -118,7 +118,7 @@ CNN_DAILYMAIL = SummarizationRecipe(
     updates=20_000,  # official settings, from here on where nothing else is said
     batch_tokens=65_536,  # 1,024 tokens x 16 accumulation steps x 4 GPUs
     accumulation=16,
-    beta1=0.9,  # not stated: AdamW's defaults, these two
+    beta1=0.9,  # official settings, with beta2=0.999
     learning_rate=3e-5,
     schedule="linear",  # polynomial of power 1
     warmup_updates=500,
@@ -235,7 +235,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
             model="BART",
             baseline=baseline,
             rdrop=rdrop,
-            source="Liang et al. 2021",
+            source="Liang et al. 2021, table 4",
             headline=True,
         )
         for metric, baseline, rdrop in (

@@ -150,7 +150,7 @@ GLUE_RTE = TextClassificationRecipe(
         max_length=128,  # the default of the example that the official code changes
     ),
     model=TextClassificationModel(
-        name="google-bert/bert-base-uncased",
+        name="google-bert/bert-base-cased",
         vocabulary=None,
         layers=None,
         hidden_size=None,
@@ -244,6 +244,7 @@ TEXT_CLASSIFICATION = GLUE_RTE.replace(
     **{"data.hub": None, "data.hub_config": None, "data.glue": None, "data.counts": None},
     **{"data.text_column": "text", "data.text2_column": "text2", "data.label_column": "label"},
     **{"data.hub_splits": ["train", "validation", "test"], "data.max_length": 256},
+    **{"model.name": "google-bert/bert-base-uncased"},
 )
 
 RECIPES = (
@@ -255,22 +256,23 @@ RECIPES = (
     TEXT_CLASSIFICATION,
 )
 
+# The average that the paper prints fits 89.0 for STS-B, where its table has 89.3.
 # Task, the score that the paper's table has, and there BERT-base without and with R-Drop, RoBERTa-large likewise.
 _TABLE = (
     ("cola", "CoLA", "MCC", 62.3, 62.6, 68.0, 70.0),
     ("sst2", "SST-2", "accuracy", 92.4, 93.0, 96.4, 96.9),
     ("mrpc", "MRPC", "accuracy", 85.3, 87.3, 90.9, 91.4),
-    ("stsb", "STS-B", "pearson", 89.0, 89.6, 92.4, 92.5),
+    ("stsb", "STS-B", "pearson", 89.3, 89.6, 92.4, 92.5),
     ("qqp", "QQP", "accuracy", 91.0, 91.4, 92.2, 92.5),
     ("mnli", "MNLI", "accuracy", 83.8, 85.5, 90.2, 90.9),
     ("qnli", "QNLI", "accuracy", 90.8, 92.0, 94.7, 95.2),
     ("rte", "RTE", "accuracy", 68.2, 71.1, 86.6, 88.4),
 )
-_SOURCE = "Liang et al. 2021, GLUE development sets"
+_SOURCE = "Liang et al. 2021, table 3"
 
 
 def _published(dataset: str, metric: str, model: str, baseline: float, rdrop: float) -> tuple[Published, ...]:
-    return (Published(dataset, metric, model, baseline, rdrop, _SOURCE, recalled=True, split="dev"),)
+    return (Published(dataset, metric, model, baseline, rdrop, _SOURCE, split="dev"),)
 
 
 PUBLISHED: dict[str, tuple[Published, ...]] = {
