@@ -204,9 +204,9 @@ def _header(found: list[Comparison]) -> Markup:
             "p",
             "Published rows say where they stand; “headline result” marks those that the paper is known by. Our rows "
             "are means over all seeds that were run, with the standard deviation, on the test split. For GLUE and "
-            "ImageNet, whose test labels are not public, that is the dev or valid split of the literature. A smaller model or data set than the "
-            "paper's can be compared with its own baseline only. Each of our rows links to its comparison in the "
-            "report, with settings, curves, cost and the folder of every run.",
+            "ImageNet, whose test labels are not public, that is the dev or valid split of the literature. A smaller "
+            "model or data set than the paper's can be compared with its own baseline only. Each of our rows links to "
+            "its comparison in the report, with settings, curves, cost and the folder of every run.",
             class_="note",
         ),
     )
