@@ -396,8 +396,8 @@ class Constant(nn.Module):
 def test_mnli_reports_both_dev_sets_and_is_selected_by_a_held_out_part_of_train() -> None:
     task = TextClassification(BY_NAME["glue-mnli"].tiny())
     model = Constant([1.0, 0.0, 0.0])
-    assert set(task.evaluate(model, "test")) == {"loss", "accuracy", "accuracy_mismatched"}
-    assert set(task.evaluate(model, "valid")) == {"loss", "accuracy"}
+    assert set(task.evaluate(model, "test")) == {"loss", "accuracy", "ece", "accuracy_mismatched"}
+    assert set(task.evaluate(model, "valid")) == {"loss", "accuracy", "ece"}
     assert task.metric == "accuracy"
 
 
@@ -422,6 +422,7 @@ def test_scores_are_those_worked_out_by_hand() -> None:
     logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # 1 1 0 1 0: TP 2, FP 1, FN 1, TN 1
     scores = score_texts(["accuracy", "f1", "f1_macro", "mcc"], logits, labels)
     assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert score_texts(["ece"], logits, labels)["ece"] == pytest.approx(np.e / (1 + np.e) - 3 / 5)
     assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert scores["f1_macro"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert scores["mcc"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)

@@ -7,13 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from rdrop.experiments.settings import RecipeError
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Always 0: one forward of a repeated batch would drop the same layers in every pass."""
+
+IMPLEMENTATIONS = {
+    "attn_implementation": (None, "eager", "sdpa"),
+    "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
+    "attn_implementation_internal": (None,),
+    "experts_implementation_internal": (None,),
+}
+"""What a config.json may ask for, as it is part of transformers. Of other names, some are fetched from the hub."""
 
 
 def set_rates(config: Any, rates: Mapping[str, float | None], names: Mapping[str, Sequence[str]]) -> None:
@@ -38,10 +45,28 @@ def set_rates(config: Any, rates: Mapping[str, float | None], names: Mapping[str
 def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
     """Loads the configuration of a model that `model_class`, such as `AutoModelForCausalLM`, knows to be a `kind`."""
     with loading(name):
+        settings, _ = PreTrainedConfig.get_config_dict(name)
+    _require_no_program(settings, name)
+    with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in model_class._model_mapping:
         raise RecipeError("model.name", f"is a {config.model_type}, and not a {kind}", value=name)
     return config
+
+
+def _require_no_program(settings: Any, name: str) -> None:
+    """Refuses what lets transformers fetch a kernel, which is a program, and run it: at any depth of a config.json."""
+    if isinstance(settings, list):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if str(key).strip("_") in IMPLEMENTATIONS and value not in IMPLEMENTATIONS[str(key).strip("_")]:
+            rule = f"its config.json asks for {key} {str(value)[:80]!r}, which may fetch a program; delete that key"
+            raise RecipeError("model.name", rule, value=name)
+        if key == "quantization_config" and value is not None:
+            raise RecipeError("model.name", "is quantized, and such weights are not trained; give others", value=name)
+        _require_no_program(value, name)
 
 
 def pretrained_tokenizer(name: str) -> Any:
@@ -63,7 +88,11 @@ def loading(name: str) -> Iterator[None]:
     """Turns what transformers raises while it loads the model `name` into a `RecipeError` of model.name."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except RecipeError:
+        raise
+    except (
+        Exception
+    ) as error:  # of the files, the hub, and a value in config.json that any line of the model stumbles on
         reason = " ".join(str(error).split())[:300]
         files = "config.json, safetensors, and its tokenizer or preprocessor_config.json"
         rule = f"cannot be loaded ({reason}); give a hub id, or a folder with {files}"

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
     ViTConfig,
@@ -39,7 +38,7 @@ from rdrop.experiments.tasks.class_scores import (
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
 from rdrop.experiments.tasks.image_classification.data import Split, load_splits, notes_on
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
-from rdrop.experiments.tasks.pretrained import loading
+from rdrop.experiments.tasks.pretrained import loading, pretrained_config, pretrained_model
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -92,25 +91,34 @@ class ImageClassification:
 
     def build_model(self) -> nn.Module:
         name = self._model.name
-        new = ViTForImageClassification
-        model = new(self._config) if name is None else _pretrained(name, self._config)  # type: ignore[arg-type]
-        self._accept_image_size(model)
+        if name is None:
+            model: nn.Module = ViTForImageClassification(self._config)  # type: ignore[arg-type]
+        else:
+            # The output layer is of another set of classes.
+            options = {"ignore_mismatched_sizes": True}
+            model = pretrained_model(name, AutoModelForImageClassification, self._config, **options)
+            self._try_out(model, name)
         if self._model.zero_head:
             _zero(_head(model))
         return model
 
-    def _accept_image_size(self, model: nn.Module) -> None:
-        """A transformer has positions for its own image size; for another one it interpolates between them."""
-        size = self._data.image_size
-        if getattr(self._config, "image_size", size) in (size, [size, size], (size, size)):
-            return
-        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    @torch.no_grad()
+    def _try_out(self, model: nn.Module, name: str) -> None:
+        """Shows the model an image of our size. A transformer interpolates between its positions for another one."""
+        size, own_size = self._data.image_size, getattr(self._config, "image_size", None)
+        is_own_size = own_size in (None, size, [size, size], (size, size))
+        if not is_own_size and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
             self._options = {"interpolate_pos_encoding": True}
+        image = torch.zeros(1, len(self._mean), size, size)
+        if is_own_size:
+            with loading(name):
+                self.logits(model.eval(), {"pixel_values": image})
+            return
         try:
-            self.logits(model.eval(), {"pixel_values": torch.zeros(1, len(self._mean), size, size)})
+            self.logits(model.eval(), {"pixel_values": image})
         except (ValueError, RuntimeError) as error:
-            rule = f"{type(model).__name__} does not take images of this size ({error}); its own is "
-            raise RecipeError("data.image_size", f"{rule}{self._config.image_size}", value=size) from error
+            rule = f"{type(model).__name__} does not take images of this size ({error}); its own is {own_size}"
+            raise RecipeError("data.image_size", rule, value=size) from error
 
     def train_size(self) -> int:
         return len(self.splits["train"].rows)
@@ -194,37 +202,27 @@ def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...])
     if model.name is None:
         shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
         return ViTConfig(image_size=image_size, **shape, **options)
-    with loading(model.name):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model.name, trust_remote_code=False, **options)
+    config: PreTrainedConfig = pretrained_config(model.name, AutoModelForImageClassification, "classifier of images")
     for key, field in DROPOUT_FIELDS.items():
         if options[field] and field not in type(config)().to_dict():
             rule = f"must be 0: a {config.model_type} model has no {field}"
             raise RecipeError(f"model.{key}", rule, value=options[field])
+    for field, value in options.items():
+        setattr(config, field, value)
     return config
-
-
-def _pretrained(name: str, config: PreTrainedConfig) -> nn.Module:
-    with loading(name):
-        model: nn.Module = AutoModelForImageClassification.from_pretrained(
-            name,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # the output layer of another set of classes
-        )
-    return model
 
 
 def _normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation with which the model was trained, of its preprocessor_config.json."""
     with loading(name):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    if not settings.get("do_normalize", True):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    found: list[Any] = [settings.get("image_mean"), settings.get("image_std")]
-    if not all(isinstance(values, list) and len(values) == 3 for values in found):
-        raise RecipeError("model.name", "its preprocessor_config.json has no image_mean and image_std", value=name)
-    return tuple(found[0]), tuple(found[1])
+        if not settings.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        mean, std = (np.array(settings.get(key), dtype=np.float64) for key in ("image_mean", "image_std"))
+    if not (mean.shape == std.shape == (3,) and np.isfinite(mean).all() and (std > 0).all()):
+        rule = "its preprocessor_config.json has no image_mean and image_std, three numbers each"
+        raise RecipeError("model.name", rule, value=name)
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _head(model: nn.Module) -> nn.Linear:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from rdrop.experiments.tasks.class_scores import constant_class_scores
+from rdrop.experiments.tasks.class_scores import calibration_error, constant_class_scores, top_class_confidence
 
 
 def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
@@ -17,12 +17,15 @@ def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any
     accuracy    share of right classes
     f1          F1 of class 1 of two; f1_macro: the mean of the F1 of all classes
     mcc         Matthews correlation coefficient
+    ece         expected calibration error
     pearson     correlation of the numbers; spearman: of their ranks
     """
     found = {}
     for name in names:
         if name in ("pearson", "spearman"):
             found[name] = _correlation(name, outputs[:, 0].astype(np.float64), labels.astype(np.float64))
+        elif name == "ece":
+            found[name] = calibration_error(top_class_confidence(outputs), outputs.argmax(-1) == labels)
         else:
             found[name] = _of_classes(name, outputs.argmax(-1), labels)
     return found

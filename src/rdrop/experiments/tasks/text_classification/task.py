@@ -118,7 +118,7 @@ class TextClassification:
         logits, labels = torch.cat(outputs), self._labels[split][order]
         if split == "test":
             self.predictions = self._predictions(logits[np.argsort(order)].numpy())
-        names, targets = self._scores, labels if self.classes else labels[:, 0]
+        names, targets = ((*self._scores, "ece"), labels) if self.classes else (self._scores, labels[:, 0])
         return {
             "loss": self.task_loss(logits, labels).mean().item(),
             **score_texts(names, logits.numpy(), targets.numpy()),
