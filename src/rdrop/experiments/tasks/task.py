@@ -114,3 +114,17 @@ def load_task(recipe: Recipe, test: str | None = None) -> Task:
             raise RecipeError("task", rule, value=recipe.task) from error
     task: Task = place(recipe) if test is None else place(recipe, test)
     return task
+
+
+def as_trained(task: Task, model: nn.Module) -> nn.Module:
+    """Returns a module that is called with a batch by keywords, `module(**batch)`, and gives the task's logits."""
+    return _AsTrained(task, model)
+
+
+class _AsTrained(nn.Module):
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, **batch: Any) -> Tensor:
+        return self.task.logits(self.model, batch)
