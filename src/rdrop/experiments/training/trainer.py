@@ -43,7 +43,7 @@ from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
-from rdrop.experiments.training.method import MethodError, Objective
+from rdrop.experiments.training.objective import Objective, ObjectiveError
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
@@ -480,5 +480,5 @@ def _refusals() -> Iterator[None]:
     """Turns what data order, method and metrics refuse into a `TrainingError`."""
     try:
         yield
-    except (OrderError, MethodError, MetricError) as error:
+    except (OrderError, ObjectiveError, MetricError) as error:
         raise TrainingError(str(error)) from error

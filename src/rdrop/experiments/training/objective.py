@@ -26,7 +26,7 @@ from rdrop.terms import LossTerms, cross_entropy, kl_from_first, symmetric_kl
 from rdrop.views import perturb_batch, task_passes_of, views_of
 
 
-class MethodError(ValueError):
+class ObjectiveError(ValueError):
     """What the recipe asks for cannot be done with this task or model: key, value, rule."""
 
 
@@ -70,7 +70,7 @@ class Objective:
         try:
             return target.rdrop_loss(logits, task_passes=task_passes, **options)
         except ValueError as error:  # on CPU, rdrop_loss names the logit that is not finite
-            raise (MethodError if logits.isfinite().all() else FloatingPointError)(str(error)) from error
+            raise (ObjectiveError if logits.isfinite().all() else FloatingPointError)(str(error)) from error
 
     def _one_forward(self, batch: Batch) -> Tensor:
         special_ids, unknown_id = self._task.special_ids(), self._task.unknown_id()
@@ -121,23 +121,23 @@ class Objective:
     def _require_fitting_task(self) -> None:
         recipe, method, task, model = self._recipe, self._method, self._task, self._model
         if recipe.label_smoothing and task.task_loss is not cross_entropy:
-            raise MethodError(
+            raise ObjectiveError(
                 f"label_smoothing (={recipe.label_smoothing}) must be 0: {recipe.task} has no cross-entropy"
             )
         if method.is_plain:
             return
         if method.divergence == "from-first" and task.divergence is not symmetric_kl:
-            raise MethodError(
+            raise ObjectiveError(
                 f'divergence (="from-first") must be "symmetric": {recipe.task} has a divergence of its own'
             )
         if method.cutoff is not None and not task.special_ids():
-            raise MethodError(f"cutoff (={method.cutoff!r}) must be null: {recipe.task} has no tokens to cut")
+            raise ObjectiveError(f"cutoff (={method.cutoff!r}) must be null: {recipe.task} has no tokens to cut")
         if method.cutoff == "unknown" and task.unknown_id() is None:
-            raise MethodError(
+            raise ObjectiveError(
                 "cutoff (='unknown') needs an unknown token, and the vocabulary has none; take 'embedding'"
             )
         if method.fused and (task.task_loss is not cross_entropy or task.divergence is not symmetric_kl):
-            raise MethodError(f"fused (=true) must be false: the loss of {recipe.task} is not that of one softmax")
+            raise ObjectiveError(f"fused (=true) must be false: the loss of {recipe.task} is not that of one softmax")
         model.train()
         for key, way in (("fused", self._fused), ("encoder_once", self._encoder_once)):
             _require_exact(key, None if way is None else way.reason())
@@ -146,15 +146,15 @@ class Objective:
     def _require_randomness(self) -> None:
         asked = f"alpha (={self._method.alpha}) asks for R-Drop, but"
         if not acting_sources(self._model) and not any(view.cuts for view in self._views):
-            raise MethodError(
+            raise ObjectiveError(
                 f"{asked} the model has no dropout: all passes would be the same. Set a dropout rate of the model "
                 "above 0, or alpha=0 for plain training."
             )
         why = why_gradient_is_wrong(self._model)
         if why is not None:
-            raise MethodError(f"{asked} {why}")
+            raise ObjectiveError(f"{asked} {why}")
 
 
 def _require_exact(key: str, reason: str | None) -> None:
     if reason is not None:
-        raise MethodError(f"{key} (=true) must be false: {reason}")
+        raise ObjectiveError(f"{key} (=true) must be false: {reason}")

@@ -15,7 +15,7 @@ from rdrop.dropout import dropout_rate
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
-from rdrop.experiments.training.method import MethodError, Objective
+from rdrop.experiments.training.objective import Objective, ObjectiveError
 from rdrop.experiments.training.trainer import TrainingError, train
 from rdrop.terms import kl_from_first, squared_difference
 from rdrop.views import perturb_batch, views_of
@@ -199,18 +199,18 @@ def test_checkpointing_that_loses_the_masks_is_refused_before_the_first_step() -
     task = BartTask(BASE)
     model = task.build_model()
     model.gradient_checkpointing_enable({"preserve_rng_state": False, "use_reentrant": True})
-    with pytest.raises(MethodError, match=r"asks for R-Drop, but .*checkpoint"):
+    with pytest.raises(ObjectiveError, match=r"asks for R-Drop, but .*checkpoint"):
         terms_of_loop(BASE, task)(model, {})
 
 
 def test_an_encoder_with_dropout_is_not_run_once() -> None:
-    with pytest.raises(MethodError, match=r"encoder_once .*dropout is on in the encoder"):
+    with pytest.raises(ObjectiveError, match=r"encoder_once .*dropout is on in the encoder"):
         terms_of_loop(BASE.replace(encoder_once=True), BartTask(BASE))(BartTask(BASE).build_model(), {})
 
 
 def test_a_divergence_of_the_task_s_own_cannot_go_from_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TinyTask, "divergence", staticmethod(squared_difference))
-    with pytest.raises(MethodError, match=r'divergence \(="from-first"\) must be "symmetric"'):
+    with pytest.raises(ObjectiveError, match=r'divergence \(="from-first"\) must be "symmetric"'):
         terms_of_loop(BASE.replace(divergence="from-first"), TinyTask(BASE))(TinyTask(BASE).build_model(), {})
 
 
