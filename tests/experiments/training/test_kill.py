@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.experiments import tiny_runs
+from tests.experiments.signals import send
 from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 
 from rdrop.experiments.run_folder import RunFolder
@@ -48,7 +49,7 @@ def test_sigterm_saves_leaves_and_resumes_to_the_same_bits(tmp_path: Path, monke
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: len(RunFolder(tmp_path / "stopped").metrics()) > 4, process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=250)
     assert Preempted.__name__ in errors
     saved = load_newest_good(tmp_path / "stopped" / "checkpoints")
     assert saved is not None
@@ -76,7 +77,7 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") 
 def stop_at(recipe: tiny_runs.TinyRecipe, folder: Path, step: int) -> None:
     def stop(progress: trainer.Progress) -> None:
         if progress.step == step:
-            signal.raise_signal(signal.SIGTERM)
+            send()
 
     with pytest.raises(Preempted):
         trainer.train(recipe, folder, on_progress=stop)

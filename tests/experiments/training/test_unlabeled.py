@@ -1,11 +1,11 @@
 """Examples without labels: R-Drop learns from them by the divergence alone, plain training does not see them."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.experiments.signals import send
 from tests.experiments.tiny_runs import POSITIONS, RECIPE, VOCABULARY, TinyNetwork, TinyTask, final_state
 from torch import Tensor, nn
 
@@ -132,7 +132,7 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
     def stop(progress: trainer.Progress) -> None:
         if progress.step == 5:
-            signal.raise_signal(signal.SIGTERM)
+            send()
 
     with pytest.raises(Preempted):
         train(RECIPE, tmp_path / "stopped", on_progress=stop)
@@ -142,7 +142,7 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_run_is_not_resumed_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Preempted):
-        train(RECIPE, tmp_path, on_progress=lambda progress: signal.raise_signal(signal.SIGTERM))
+        train(RECIPE, tmp_path, on_progress=lambda progress: send())
     original = SemiSupervised.unlabeled_batch
     monkeypatch.setattr(
         SemiSupervised, "unlabeled_batch", lambda task, indices, epoch: original(task, indices[::-1], epoch)
