@@ -71,3 +71,19 @@ from rdrop.integrations.transformers import RDropTrainer
 def test_targets_need_no_transformers_and_the_forward_no_trainer():
     pytest.importorskip("transformers")
     subprocess.run([sys.executable, "-c", MODULES_OF_THE_FORWARD], check=True)
+
+
+def test_the_import_paths_that_the_first_version_documented_still_work():
+    pytest.importorskip("pydantic")
+    from rdrop.experiments.recipe import Count, ModelSection, Probability, Recipe, Section, load_recipe, override
+    from rdrop.experiments.recipes import RECIPES, find_recipe
+    from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
+
+    assert override(RECIPES["digits"], ["alpha=0"]).method.is_plain
+    assert callable(load_recipe)
+    assert callable(find_recipe)
+    assert issubclass(Recipe, Section)
+    assert issubclass(ModelSection, Section)
+    assert Count != Probability
+    assert issubclass(RDropTrainer, RDropMixin)
+    assert issubclass(RDropSeq2SeqTrainer, RDropMixin)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["dropout", "drop_path", "layerdrop"]
+DropoutKind = Literal["dropout", "drop_path", "layerdrop"]
 
 RATE_OF_A_DROPOUT_MODULE = ("p", "drop_prob")
 
@@ -21,7 +21,7 @@ class DropoutSource:
     """The module's name, as in `model.named_modules()`; empty for the model itself."""
     attribute: str
     """The attribute of the module that holds the rate, e.g. `p` or `attention_dropout`."""
-    kind: Kind
+    kind: DropoutKind
     """`dropout` drops elements, `drop_path` whole residual branches per row, `layerdrop` whole layers per forward."""
     rate: float
     """The probability of dropping."""
@@ -92,7 +92,7 @@ def single_layer_rnns(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_single_layer_rnn(module) and module.dropout > 0]
 
 
-def _rates(module: nn.Module) -> Iterator[tuple[str, Kind, float]]:
+def _rates(module: nn.Module) -> Iterator[tuple[str, DropoutKind, float]]:
     for attribute, value in vars(module).items():
         kind = _kind(module, attribute)
         is_rate = isinstance(value, float) or (attribute in RATE_OF_A_DROPOUT_MODULE and type(value) is int)
@@ -104,7 +104,7 @@ def _rates(module: nn.Module) -> Iterator[tuple[str, Kind, float]]:
         yield "config.layerdrop", "layerdrop", layerdrop
 
 
-def _kind(module: nn.Module, attribute: str) -> Kind | None:
+def _kind(module: nn.Module, attribute: str) -> DropoutKind | None:
     class_name = type(module).__name__
     if attribute in RATE_OF_A_DROPOUT_MODULE:
         if "DropPath" in class_name or "StochasticDepth" in class_name:

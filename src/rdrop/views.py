@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .passes import repeat_batch
 
-Kind = Literal["token", "span", "feature", "unknown", "embedding"]
+CutoffKind = Literal["token", "span", "feature", "unknown", "embedding"]
 
 B = TypeVar("B", bound=Mapping[str, Any])
 
@@ -35,7 +35,7 @@ B = TypeVar("B", bound=Mapping[str, Any])
 class Cutoff:
     """What one pass does not get to see. Drawn anew for each example and each batch."""
 
-    kind: Kind
+    kind: CutoffKind
     """`token`: the embeddings of single tokens are zero, and attention leaves them out;
     `span`: the same for one run of neighboring tokens;
     `feature`: some dimensions of the embedding are zero in the whole example, special tokens included;
@@ -45,8 +45,8 @@ class Cutoff:
     """The expected share of what is cut: of the tokens that may be cut, or of the embedding's dimensions."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"cutoff kind (={self.kind!r}) must be one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(CutoffKind):
+            raise ValueError(f"cutoff kind (={self.kind!r}) must be one of {', '.join(get_args(CutoffKind))}")
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"cutoff ratio (={self.ratio}) must be in [0, 1], the share that is cut, such as 0.05")
 
@@ -74,7 +74,7 @@ SIMCUT = (View(), View(Cutoff("embedding", 0.05), carries_task_loss=False))
 
 
 def views_of(
-    cutoff: Kind | None = None,
+    cutoff: CutoffKind | None = None,
     cutoff_ratio: float = 0.0,
     task_passes: Literal["all", "first"] = "all",
     passes: int = 2,
@@ -156,12 +156,12 @@ def perturb_batch(
     return repeated, Perturbation(zeroings, lacks_decoder_input=bool(kinds & ON_BOTH_SIDES) and len(sides) == 1)
 
 
-ON_BOTH_SIDES: frozenset[Kind] = frozenset({"unknown", "embedding"})
-OUT_OF_ATTENTION: frozenset[Kind] = frozenset({"token", "span"})
+ON_BOTH_SIDES: frozenset[CutoffKind] = frozenset({"unknown", "embedding"})
+OUT_OF_ATTENTION: frozenset[CutoffKind] = frozenset({"token", "span"})
 
 
 def _require_what_they_need(
-    kinds: Collection[Kind], special_ids: Collection[int] | None, unknown_id: int | None
+    kinds: Collection[CutoffKind], special_ids: Collection[int] | None, unknown_id: int | None
 ) -> None:
     if special_ids is None and set(kinds) != {"feature"}:
         raise ValueError(

@@ -95,7 +95,7 @@ class NewOrPretrainedModel(ModelSection):
     """A network from scratch, which needs its `SIZES`; or a pre-trained one, `name`, which has them itself."""
 
     SIZES: ClassVar[tuple[str, ...]] = ("layers", "hidden_size", "heads", "intermediate_size")
-    name: str | None
+    name: str | None = None
 
     @model_validator(mode="after")
     def _has_its_sizes_once(self) -> Self:
@@ -374,4 +374,4 @@ def __getattr__(name: str) -> Any:
     """`load_recipe` stands beside the recipes now, which need this module."""
     if name != "load_recipe":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("rdrop.experiments.recipes"), name)
+    return getattr(import_module(f"{__package__}.recipes"), name)

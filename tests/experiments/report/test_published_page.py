@@ -91,9 +91,9 @@ def test_runs_of_another_name_stand_with_their_task(tmp_path: Path) -> None:
 
 
 def test_runs_of_a_task_that_the_catalog_lacks_have_a_table_too(tmp_path: Path) -> None:
-    write_run(tmp_path, 0.5, name="mine", task="speech <b>")
+    write_run(tmp_path, 0.5, name="mine", task="Speech <b>")
     page = Page(results_page.write_results(tmp_path).read_text())
-    assert "speech <b>" in page.visible
+    assert "Speech <b>" in page.visible
     assert "ours: mine, 1 seed" in page.visible
 
 

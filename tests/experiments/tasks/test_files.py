@@ -18,7 +18,7 @@ import pytest
 from rdrop.experiments.tasks.files import (
     LONGEST_LINE_BYTES,
     DataError,
-    Row,
+    TableRow,
     find_file,
     hold_out,
     load_hub,
@@ -288,7 +288,7 @@ def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
     return content[:place] if chance.random() < 0.5 else content[:place] + flipped + content[place + 1 :]
 
 
-def parts(rows: list[Row], lines: list[str], kind: str) -> Iterator[list[dict[str, str]]]:
+def parts(rows: list[TableRow], lines: list[str], kind: str) -> Iterator[list[dict[str, str]]]:
     """The rows again, each from its own lines alone: together these are all the lines after the header."""
     starts = [int(row.where.rpartition(":")[2]) - 1 for row in rows]
     assert starts[0] == (kind != ".jsonl")

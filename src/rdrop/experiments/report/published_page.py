@@ -25,14 +25,6 @@ from rdrop.experiments.report.settings import distinguishing_settings, titled
 from rdrop.experiments.run_folder import find_runs, write_atomically
 
 HEADINGS = ("dataset", "split", "metric", "value", "model", "method", "from")
-TASKS = {
-    "translation": "Machine translation",
-    "summarization": "Summarization",
-    "text-classification": "Language understanding",
-    "language-modeling": "Language modeling",
-    "image-classification": "Image classification",
-    "digits": "The demonstration",
-}
 SCRIPT = """
 document.querySelectorAll("th button").forEach(button => button.addEventListener("click", () => {
   const heading = button.closest("th"), body = heading.closest("table").tBodies[0];
@@ -48,7 +40,7 @@ document.querySelectorAll("th button").forEach(button => button.addEventListener
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """One value of a table: who reports it, of what, with which method."""
 
     dataset: str
@@ -84,19 +76,19 @@ def write_results(runs: Path, out: Path | None = None) -> Path:
     return out
 
 
-def rows_of_task(task: str, found: list[Comparison]) -> list[Row]:
+def rows_of_task(task: str, found: list[Comparison]) -> list[Entry]:
     """The rows of a task in the order of the catalog: of each recipe first what is published, then ours.
 
     Our own comparisons of recipes with another name than the catalog's follow.
     """
-    own: dict[str, list[Row]] = {}
+    own: dict[str, list[Entry]] = {}
     # By its place report.html numbers the section of a comparison.
     for place, (comparison, setting) in enumerate(zip(found, distinguishing_settings(found), strict=True), start=1):
         if _task_of(comparison) == task:
             title = titled(comparison.name, setting)
             own.setdefault(comparison.name, []).extend(_own_rows(comparison, title, f"report.html#c{place}"))
     names = [name for name, recipe in RECIPES.items() if recipe.task == task]
-    rows: list[Row] = []
+    rows: list[Entry] = []
     for name in dict.fromkeys([*names, *own]):
         if name in names:
             for published in PUBLISHED.get(name, ()):
@@ -110,7 +102,7 @@ def _task_of(comparison: Comparison) -> str:
     return str(comparison.arms[0].runs[0].recipe.get("task"))
 
 
-def _published_rows(published: Published) -> Iterator[Row]:
+def _published_rows(published: Published) -> Iterator[Entry]:
     source = f"published: {published.source}"
     figures = (
         (published.baseline, "baseline", ""),
@@ -118,7 +110,7 @@ def _published_rows(published: Published) -> Iterator[Row]:
     )
     for value, method, mark in figures:
         if value is not None:
-            yield Row(
+            yield Entry(
                 published.dataset,
                 published.split,
                 published.metric + _direction(published.higher_is_better),
@@ -130,7 +122,7 @@ def _published_rows(published: Published) -> Iterator[Row]:
             )
 
 
-def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Row]:
+def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Entry]:
     """A row for each metric of the test split and arm; the loss is a metric only where it is what is compared."""
     dataset = dataset_of(comparison.arms[0].runs[0].recipe)
     for section in comparison.results():
@@ -141,11 +133,11 @@ def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Row]:
                 )
 
 
-def _own_row(arm: Arm, section: MetricSection, dataset: str, direction: str, title: str, link: str) -> Iterator[Row]:
+def _own_row(arm: Arm, section: MetricSection, dataset: str, direction: str, title: str, link: str) -> Iterator[Entry]:
     scores = tuple(arm.scores(section.metric, section.split).values())
     average = mean(scores)
     if average is not None:
-        yield Row(
+        yield Entry(
             dataset,
             section.split,
             section.style.heading(section.metric) + direction,
@@ -181,9 +173,11 @@ def _page(found: list[Comparison]) -> str:
         element("title", "R-Drop: published and measured"),
         element("style", Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))),
     )
-    others = {task: task for task in sorted(map(_task_of, found)) if task not in TASKS}
+    tasks = [recipe.task for recipe in RECIPES.values()] + sorted(map(_task_of, found))
     sections = [
-        _section(title, rows) for task, title in (TASKS | others).items() if (rows := rows_of_task(task, found))
+        _section(task.replace("-", " ").capitalize(), rows)
+        for task in dict.fromkeys(tasks)
+        if (rows := rows_of_task(task, found))
     ]
     body = element("body", _header(found), *sections, element("script", Markup(SCRIPT)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
@@ -212,7 +206,7 @@ def _header(found: list[Comparison]) -> Markup:
     )
 
 
-def _section(title: str, rows: Iterable[Row]) -> Markup:
+def _section(title: str, rows: Iterable[Entry]) -> Markup:
     headings = (element("th", element("button", heading, type="button"), scope="col") for heading in HEADINGS)
     table = element(
         "table",

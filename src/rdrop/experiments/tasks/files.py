@@ -43,7 +43,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One example of a table."""
 
     where: str
@@ -84,7 +84,7 @@ def read_parallel(source: AnyPath, target: AnyPath) -> list[tuple[str, str]]:
     return list(zip(first, second, strict=True))
 
 
-def read_table(path: AnyPath, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[Row]:
+def read_table(path: AnyPath, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[TableRow]:
     """Reads the rows of a `.csv`, `.tsv` or `.jsonl` file (also with `.gz` or `.xz`), in their order.
 
     The first line of a CSV or TSV file names the columns. CSV is quoted as spreadsheets do; in TSV no character is
@@ -254,16 +254,16 @@ def _require_columns(names: Sequence[str], where: str, columns: Sequence[str]) -
             raise DataError(f"{where}: has no column {column!r}{nearest}, only {shown[:500]}; add or rename it")
 
 
-def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, int]) -> Row:
+def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, int]) -> TableRow:
     if fields == [""]:
         raise DataError(f"{where}: the line is empty; delete it")
     if len(fields) != len(header):
         what = f"the row has {len(fields)} fields and the header {len(header)}"
         raise DataError(f"{where}: {what}; give each column its field, or delete the line")
-    return Row(where, {column: fields[place] for column, place in places.items()})
+    return TableRow(where, {column: fields[place] for column, place in places.items()})
 
 
-def _json_row(line: str, where: str, columns: Sequence[str], optional: Sequence[str]) -> Row:
+def _json_row(line: str, where: str, columns: Sequence[str], optional: Sequence[str]) -> TableRow:
     try:
         found = json.loads(
             line, object_pairs_hook=_without_duplicates, parse_int=str, parse_float=str, parse_constant=_refuse
@@ -275,7 +275,7 @@ def _json_row(line: str, where: str, columns: Sequence[str], optional: Sequence[
     if not isinstance(found, dict):
         raise DataError(f"{where}: must be a JSON object with its columns as keys, not {line[:40]!r}; correct it")
     _require_columns(list(found), where, columns)
-    return Row(where, {key: _json_text(found[key], key, where) for key in (*columns, *optional) if key in found})
+    return TableRow(where, {key: _json_text(found[key], key, where) for key in (*columns, *optional) if key in found})
 
 
 def _json_text(value: object, key: str, where: str) -> str:

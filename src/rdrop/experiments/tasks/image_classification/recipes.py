@@ -41,13 +41,13 @@ class ImageData(DataFiles):
 class ImageModel(NewOrPretrainedModel):
     SIZES = (*NewOrPretrainedModel.SIZES, "patch_size")
     name: str | None = Field(
-        description="A pre-trained model: id on the Hugging Face hub, or a folder. null: a ViT from scratch."
+        None, description="A pre-trained model: id on the Hugging Face hub, or a folder. null: a ViT from scratch."
     )
-    layers: Count | None = Field(description="Transformer layers. This and the next four: null with a name.")
-    hidden_size: Count | None = Field(description="Width of the residual stream.")
-    heads: Count | None = Field(description="Attention heads per layer.")
-    intermediate_size: Count | None = Field(description="Width of the feed-forward layer.")
-    patch_size: Count | None = Field(description="Edge of a square patch, in pixels.")
+    layers: Count | None = Field(None, description="Transformer layers. This and the next four: null with a name.")
+    hidden_size: Count | None = Field(None, description="Width of the residual stream.")
+    heads: Count | None = Field(None, description="Attention heads per layer.")
+    intermediate_size: Count | None = Field(None, description="Width of the feed-forward layer.")
+    patch_size: Count | None = Field(None, description="Edge of a square patch, in pixels.")
     dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layer.")
     attention_dropout: Probability = Field(description="Rate on the attention probabilities.")
     zero_head: bool = Field(description="Whether the output layer starts at 0, so that all classes are equally likely.")
@@ -128,11 +128,6 @@ CIFAR_100_VIT_B16 = ImageClassificationRecipe(
     ),
     model=ImageModel(
         name="google/vit-base-patch16-224-in21k",
-        layers=None,
-        hidden_size=None,
-        heads=None,
-        intermediate_size=None,
-        patch_size=None,
         dropout=0.1,  # official settings; the library's ViT has 0, where R-Drop cannot act
         attention_dropout=0.0,  # official settings
         zero_head=True,  # official settings

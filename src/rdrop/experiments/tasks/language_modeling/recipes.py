@@ -37,7 +37,7 @@ class LanguageModelingData(DataFiles):
         "learned from the training text. null: the tokens of the pre-trained model."
     )
     min_count: Count | None = Field(description="Words: one that the training text has less often becomes <unk>.")
-    vocabulary: Count | None = Field(description="BPE: number of pieces, at most.")
+    vocabulary: Count | None = Field(None, description="BPE: number of pieces, at most.")
     block_size: Count = Field(description="Tokens of a training example, and the most that the model ever sees.")
     context: int = Field(
         ge=0,
@@ -48,21 +48,23 @@ class LanguageModelingData(DataFiles):
 
 class LanguageModelingModel(NewOrPretrainedModel):
     name: str | None = Field(
+        None,
         description="A pre-trained causal language model: its id on the Hugging Face hub, or its folder. null: GPT-2's "
-        "architecture from scratch, of the size that the next keys say."
+        "architecture from scratch, of the size that the next keys say.",
     )
-    layers: Count | None = Field(description="Transformer layers.")
-    hidden_size: Count | None = Field(description="Width of the residual stream.")
-    heads: Count | None = Field(description="Attention heads per layer.")
-    intermediate_size: Count | None = Field(description="Width of the feed-forward layer.")
+    layers: Count | None = Field(None, description="Transformer layers.")
+    hidden_size: Count | None = Field(None, description="Width of the residual stream.")
+    heads: Count | None = Field(None, description="Attention heads per layer.")
+    intermediate_size: Count | None = Field(None, description="Width of the feed-forward layer.")
     adaptive_cutoffs: list[Count] | None = Field(
+        None,
         description="Adaptive input and softmax: how many of the most frequent words are in the head, and where each "
-        "further cluster begins, e.g. [20000, 60000]. null: one softmax, tied to the embedding."
+        "further cluster begins, e.g. [20000, 60000]. null: one softmax, tied to the embedding.",
     )
     adaptive_factor: Count | None = Field(
-        description="Each cluster's word vectors are this many times narrower than those before."
+        None, description="Each cluster's word vectors are this many times narrower than those before."
     )
-    adaptive_tied: bool | None = Field(description="Whether adaptive input and softmax share their weights.")
+    adaptive_tied: bool | None = Field(None, description="Whether adaptive input and softmax share their weights.")
     dropout: Probability | None = Field(
         description="Rate after the attention and the feed-forward layer. null: for a pre-trained model without it."
     )
@@ -73,7 +75,7 @@ class LanguageModelingModel(NewOrPretrainedModel):
         description="Rate on the attention probabilities. null: for a pre-trained model without it."
     )
     softmax_dropout: Probability | None = Field(
-        description="Rate on the input of the adaptive softmax and of its tails. null: without one."
+        None, description="Rate on the input of the adaptive softmax and of its tails. null: without one."
     )
 
 
@@ -205,23 +207,17 @@ WIKITEXT_103 = LanguageModelingRecipe(
         train_lines=None,
         tokens="words",
         min_count=1,  # the files have <unk> for rare words already
-        vocabulary=None,
         block_size=512,  # official settings
         context=400,  # official settings
     ),
     model=LanguageModelingModel(
-        name=None,
         layers=12,  # official settings, the sizes: fairseq's transformer_lm_gpt
         hidden_size=768,
         heads=12,
         intermediate_size=3_072,
-        adaptive_cutoffs=None,
-        adaptive_factor=None,
-        adaptive_tied=None,
         dropout=0.1,  # official settings
         embedding_dropout=0.1,  # GPT-2's default; transformer_lm_gpt has the one rate for both
         attention_dropout=0.1,  # that of transformer_lm_gpt
-        softmax_dropout=None,
     ),
 )
 

@@ -11,7 +11,7 @@ from rdrop.experiments.tasks.files import (
     HUB_SPLITS,
     SPLITS,
     DataError,
-    Row,
+    TableRow,
     find_file,
     hold_out,
     load_hub,
@@ -91,7 +91,7 @@ def _from_hub(data: "SummarizationData", hub: str) -> Examples:
         columns = [data.document_column, data.summary_column, *_references(data, split)]
         texts = [_hub_column(found, column, where) for column in columns]
         examples[split] = [
-            _example(Row(f"{where}, row {number}", dict(zip(columns, row, strict=True))), data, split)
+            _example(TableRow(f"{where}, row {number}", dict(zip(columns, row, strict=True))), data, split)
             for number, row in enumerate(zip(*texts, strict=True))
         ]
     return examples
@@ -121,7 +121,7 @@ def _references(data: "SummarizationData", split: str) -> Sequence[str]:
     return data.reference_columns if split == "test" else ()
 
 
-def _example(row: Row, data: "SummarizationData", split: str) -> Example:
+def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
     columns = (data.document_column, data.summary_column, *_references(data, split))
     for column in columns:
         if not isinstance(row.values[column], str) or not row.values[column].strip():

@@ -40,17 +40,18 @@ class SummarizationData(DataFiles):
 class SummarizationModel(NewOrPretrainedModel):
     SIZES = ("vocabulary", "lowercase", *NewOrPretrainedModel.SIZES)
     name: str | None = Field(
+        None,
         description="A pre-trained sequence-to-sequence model: its id on the Hugging Face hub, or its folder. null: "
-        "BART's architecture from scratch, of the size that the next keys say."
+        "BART's architecture from scratch, of the size that the next keys say.",
     )
     vocabulary: Vocabulary | None = Field(
-        description="Entries of the byte-level BPE learned from the training text, at most."
+        None, description="Entries of the byte-level BPE learned from the training text, at most."
     )
-    lowercase: bool | None = Field(description="Whether that BPE, and with it the model, knows lower case only.")
-    layers: Count | None = Field(description="Layers of the encoder, and of the decoder.")
-    hidden_size: Count | None = Field(description="Width of the residual stream.")
-    heads: Count | None = Field(description="Attention heads per layer.")
-    intermediate_size: Count | None = Field(description="Width of the feed-forward layers.")
+    lowercase: bool | None = Field(None, description="Whether that BPE, and with it the model, knows lower case only.")
+    layers: Count | None = Field(None, description="Layers of the encoder, and of the decoder.")
+    hidden_size: Count | None = Field(None, description="Width of the residual stream.")
+    heads: Count | None = Field(None, description="Attention heads per layer.")
+    intermediate_size: Count | None = Field(None, description="Width of the feed-forward layers.")
     dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layers.")
     attention_dropout: Probability | None = Field(
         description="Rate on the attention probabilities. null: for a model that has no such rate, such as T5."
@@ -142,12 +143,6 @@ CNN_DAILYMAIL = SummarizationRecipe(
     ),
     model=SummarizationModel(
         name="facebook/bart-large",
-        vocabulary=None,
-        lowercase=None,
-        layers=None,
-        hidden_size=None,
-        heads=None,
-        intermediate_size=None,
         dropout=0.1,
         attention_dropout=0.1,
         activation_dropout=0.0,

@@ -54,14 +54,15 @@ class TextClassificationData(DataFiles):
 class TextClassificationModel(NewOrPretrainedModel):
     SIZES = ("vocabulary", *NewOrPretrainedModel.SIZES)
     name: str | None = Field(
+        None,
         description="A pre-trained encoder: its id on the Hugging Face hub, or a folder with its config.json. null: "
-        "BERT's architecture from scratch, of the size that the next keys say."
+        "BERT's architecture from scratch, of the size that the next keys say.",
     )
-    vocabulary: Count | None = Field(description="Entries of the byte-level BPE learned from the training texts.")
-    layers: Count | None = Field(description="Transformer layers.")
-    hidden_size: Count | None = Field(description="Width of the residual stream.")
-    heads: Count | None = Field(description="Attention heads per layer.")
-    intermediate_size: Count | None = Field(description="Width of the feed-forward layer.")
+    vocabulary: Count | None = Field(None, description="Entries of the byte-level BPE learned from the training texts.")
+    layers: Count | None = Field(None, description="Transformer layers.")
+    hidden_size: Count | None = Field(None, description="Width of the residual stream.")
+    heads: Count | None = Field(None, description="Attention heads per layer.")
+    intermediate_size: Count | None = Field(None, description="Width of the feed-forward layer.")
     dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layer.")
     attention_dropout: Probability | None = Field(
         description="Rate on the attention probabilities. null: for a model that has none, such as XLNet."
@@ -151,11 +152,6 @@ GLUE_RTE = TextClassificationRecipe(
     ),
     model=TextClassificationModel(
         name="google-bert/bert-base-cased",
-        vocabulary=None,
-        layers=None,
-        hidden_size=None,
-        heads=None,
-        intermediate_size=None,
         dropout=0.1,  # BERT's own, these two
         attention_dropout=0.1,
     ),
