@@ -16,11 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments import saved
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.paired import mean, sd
 from rdrop.experiments.comparison.wording import ratio, wins_ties_losses
-from rdrop.experiments.run_folder import RunRecord, find_runs
+from rdrop.experiments.run_folder import RunRecord, find_runs, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks/results/experiments.jsonl"

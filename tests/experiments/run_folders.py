@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments import saved
+from rdrop.experiments.run_folder import saved
 
 RECIPE: dict[str, Any] = {
     "name": "digits",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rdrop.experiments import cli, metrics, recipes
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import find_runs
-from rdrop.experiments.settings import RecipeError
 
 MODULE = '''
 from typing import Literal
@@ -19,9 +19,9 @@ from torch import nn
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments import metrics
-from rdrop.experiments.method import Method
+from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe import ModelSection, Recipe
-from rdrop.experiments.settings import Count, Probability, Section
+from rdrop.experiments.recipe.settings import Count, Probability, Section
 
 metrics.add(metrics.Metric("errors", "wrong signs", higher_is_better=False, decimals=1))
 

@@ -11,8 +11,11 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import pearsonr
 
-from rdrop.experiments import predictions as kept
-from rdrop.experiments.predictions import (
+from rdrop.experiments.randomness import seed_all
+from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.run_folder import ResultsError
+from rdrop.experiments.run_folder import predictions as kept
+from rdrop.experiments.run_folder.predictions import (
     FILE,
     LONGEST_EXAMPLE,
     Predictions,
@@ -23,9 +26,6 @@ from rdrop.experiments.predictions import (
     text_predictions,
     write_predictions,
 )
-from rdrop.experiments.randomness import seed_all
-from rdrop.experiments.recipes import RECIPES
-from rdrop.experiments.run_folder import ResultsError
 from rdrop.experiments.tasks.task import KeepsPredictions, KnowsConstant, Task, load_task
 from rdrop.experiments.training.trainer import train
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError, nearest_name
 from rdrop.experiments.recipes import RECIPES, TASKS, find_recipe, load_recipe
-from rdrop.experiments.settings import RecipeError, nearest_name
 from rdrop.experiments.tasks.digits.recipes import DIGITS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments import run_folder as results
-from rdrop.experiments import saved
-from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs
+from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs, saved
+from rdrop.experiments.run_folder import folder as results
 
 ROW = {"kind": "train", "step": 4, "epoch": 1.0, "seconds": 0.5, "loss": 0.25, "divergence": None}
 RESULT = {"format": 1, "valid": {"accuracy": 0.9}}
@@ -118,7 +117,9 @@ def test_results_imports_the_standard_library_only() -> None:
         names = {
             f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".") for node in imports for alias in node.names
         }
-        assert {name.split(".")[0] for name in names - {"rdrop.experiments.saved"}} <= sys.stdlib_module_names
+        assert {
+            name.split(".")[0] for name in names - {"rdrop.experiments.run_folder.saved"}
+        } <= sys.stdlib_module_names
 
 
 def _disk_full(_descriptor: int) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments import cli, saved
+from rdrop.experiments import cli
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.plan import Run
+from rdrop.experiments.recipe.settings import added
 from rdrop.experiments.recipes import RECIPES, load_recipe
-from rdrop.experiments.run_folder import RunFolder, find_runs
-from rdrop.experiments.settings import added
+from rdrop.experiments.run_folder import RunFolder, find_runs, saved
 from rdrop.experiments.tasks.digits.recipes import DigitsData, DigitsRecipe
 from rdrop.experiments.training.trainer import train
 

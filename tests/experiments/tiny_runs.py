@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdrop.experiments.method import Method
 from rdrop.experiments.recipe import ModelSection, Recipe, override
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.settings import Probability, Section
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import Probability, Section
 from rdrop.experiments.training import checkpoints, trainer
 from rdrop.terms import cross_entropy, symmetric_kl
 

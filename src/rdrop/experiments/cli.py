@@ -26,9 +26,9 @@ from rich.text import Text
 
 from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
 from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from rdrop.experiments import saved
 from rdrop.experiments.progress import Display, show_progress
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder import RunFolder, saved
 from rdrop.experiments.training.trackers import require_trackers
 
 

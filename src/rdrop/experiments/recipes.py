@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments import saved
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.settings import RecipeError, nearest_name
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import RecipeError, nearest_name
+from rdrop.experiments.run_folder import saved
 
 TASKS = (
     "translation",

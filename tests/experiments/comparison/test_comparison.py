@@ -17,9 +17,9 @@ from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.paired import Outcome, paired_difference
 from rdrop.experiments.comparison.terminal_table import terminal_table
 from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, verdict, words
-from rdrop.experiments.method import Method
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import find_runs
-from rdrop.experiments.settings import RecipeError
 
 HIGHER = True
 

@@ -22,8 +22,8 @@ from rdrop.experiments.comparison.examples import (
     score_of,
 )
 from rdrop.experiments.comparison.finished_runs import FinishedRun
-from rdrop.experiments.method import Method
-from rdrop.experiments.predictions import FILE, Predictions, write_predictions
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.run_folder.predictions import FILE, Predictions, write_predictions
 from rdrop.experiments.tasks.translation.scores import BleuScorer
 
 DRAW = np.random.default_rng(0)

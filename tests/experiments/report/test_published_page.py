@@ -12,7 +12,7 @@ from tests.experiments.run_folders import write_run, write_three_arms
 
 from rdrop.experiments import recipes
 from rdrop.experiments.comparison.comparison import comparisons
-from rdrop.experiments.published import Published
+from rdrop.experiments.recipe.published import Published
 from rdrop.experiments.report import published_page as results_page
 from rdrop.experiments.run_folder import find_runs
 
@@ -91,7 +91,7 @@ def test_runs_of_another_name_stand_with_their_task(tmp_path: Path) -> None:
 
 
 def test_runs_of_a_task_that_the_catalog_lacks_have_a_table_too(tmp_path: Path) -> None:
-    write_run(tmp_path, 0.5, name="mine", task="Speech <b>")
+    write_run(tmp_path, 0.5, name="mine", task="speech <b>")
     page = Page(results_page.write_results(tmp_path).read_text())
     assert "Speech <b>" in page.visible
     assert "ours: mine, 1 seed" in page.visible

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.digits.recipes import DIGITS, DigitsRecipe
 from rdrop.experiments.tasks.digits.task import Digits, stratified_draw
 from rdrop.experiments.tasks.task import load_task

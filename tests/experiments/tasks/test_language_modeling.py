@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling import data as texts
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel

@@ -19,7 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.pretrained import pretrained_config, pretrained_model
 
 BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)

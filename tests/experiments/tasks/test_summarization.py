@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rdrop import repeat_batch
 from rdrop.dropout import dropout_sources
-from rdrop.experiments.published import Published
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.summarization.data import Examples, load_examples

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
 from rdrop.experiments.tasks.task import load_task

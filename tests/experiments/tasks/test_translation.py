@@ -11,8 +11,8 @@ from torch import nn
 
 from rdrop import repeat_batch
 from rdrop.dropout import dropout_sources
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.decoding import choice
 from rdrop.experiments.tasks.files import DataError, read_lines
 from rdrop.experiments.tasks.task import Batch, load_task

@@ -15,9 +15,9 @@ from tests.experiments.tasks import test_own_data
 from rdrop.experiments import cli
 from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
 from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES, load_recipe
 from rdrop.experiments.run_folder import ResultsError, find_runs
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.decoding.search import Search
 from rdrop.experiments.tasks.image_classification.data import load_splits
 from rdrop.experiments.tasks.language_modeling.data import load_lines

@@ -19,7 +19,7 @@ from rdrop.experiments import metrics
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.wording import NumberStyle, verdict
-from rdrop.experiments.method import Method
+from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
 BATCH_KEYS = ("batch_size", "batch_tokens")

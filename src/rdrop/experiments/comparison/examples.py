@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun
-from rdrop.experiments.predictions import Predictions, read_predictions
 from rdrop.experiments.run_folder import ResultsError
+from rdrop.experiments.run_folder.predictions import Predictions, read_predictions
 
 RESAMPLES = 1000
 _AT_ONCE = 100

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from rdrop.experiments import metrics
-from rdrop.experiments.method import Method
 from rdrop.experiments.metrics import MetricError
+from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
 _RECIPE_TYPES = {

@@ -18,7 +18,7 @@ from rdrop.experiments import metrics
 from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection, comparisons
 from rdrop.experiments.comparison.paired import mean, sd
 from rdrop.experiments.comparison.wording import counted
-from rdrop.experiments.published import Published
+from rdrop.experiments.recipe.published import Published
 from rdrop.experiments.recipes import PUBLISHED, RECIPES, dataset_of
 from rdrop.experiments.report.html import Markup, element, joined
 from rdrop.experiments.report.settings import distinguishing_settings, titled

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe.published import Published
 from rdrop.experiments.recipes import DATASETS, PUBLISHED, RECIPES, dataset_of
 from rdrop.experiments.run_folder import find_runs
 

@@ -20,7 +20,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdrop.experiments.settings import nearest_name
+from rdrop.experiments.recipe.settings import nearest_name
 
 if TYPE_CHECKING:
     import numpy as np

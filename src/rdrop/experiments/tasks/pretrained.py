@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Always 0: one forward of a repeated batch would drop the same layers in every pass."""

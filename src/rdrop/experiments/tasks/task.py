@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rdrop.experiments.predictions import Predictions
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder.predictions import Predictions
 from rdrop.terms import Divergence, TaskLoss
 
 Batch = dict[str, Any]

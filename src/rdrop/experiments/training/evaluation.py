@@ -13,9 +13,9 @@ import torch
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import load_recipe
 from rdrop.experiments.run_folder import RECIPE, ResultsError
-from rdrop.experiments.settings import RecipeError
 from rdrop.experiments.tasks.task import KnowsConstant, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint

@@ -32,12 +32,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from rdrop.experiments import metrics, saved
+from rdrop.experiments import metrics
 from rdrop.experiments.metrics import MetricError
-from rdrop.experiments.predictions import write_predictions
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.run_folder import FORMAT, RunFolder
+from rdrop.experiments.run_folder import FORMAT, RunFolder, saved
+from rdrop.experiments.run_folder.predictions import write_predictions
 from rdrop.experiments.tasks.task import Batch, KeepsPredictions, KnowsConstant, LearnsFromUnlabeled, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter

@@ -9,10 +9,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdrop.experiments.method import Method
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import ModelSection, Recipe
-from rdrop.experiments.settings import Count, Probability, RecipeError, Section, Seed
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, Section, Seed
 
 IMAGES = 1797
 IMAGE_SIZE = 8

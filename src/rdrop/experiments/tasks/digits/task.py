@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from rdrop import cross_entropy, symmetric_kl
-from rdrop.experiments.predictions import Predictions, class_rows
 from rdrop.experiments.randomness import derived_seed
+from rdrop.experiments.run_folder.predictions import Predictions, class_rows
 from rdrop.experiments.tasks.class_scores import (
     calibration_error,
     constant_class_scores,

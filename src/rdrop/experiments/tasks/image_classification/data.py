@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.settings import nearest_name
+from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.tasks.class_scores import notes_on_classes
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.images import ImageSet, entries_of, read_hub, read_images

@@ -10,10 +10,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdrop.experiments.method import Method
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
-from rdrop.experiments.settings import Count, Probability, RecipeError
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError
 
 
 class ImageData(DataFiles):

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from rdrop import cross_entropy, symmetric_kl
-from rdrop.experiments.predictions import Predictions, class_rows
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder.predictions import Predictions, class_rows
 from rdrop.experiments.tasks.class_scores import (
     calibration_error,
     constant_class_scores,

@@ -13,10 +13,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdrop.experiments.method import Method
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
-from rdrop.experiments.settings import Count, Probability, RecipeError
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError
 
 FILES_OF_LAYOUT = {"splits": 3, "valid-test": 2, "one-text": 1}
 """Files, or splits on the hub, that are read."""

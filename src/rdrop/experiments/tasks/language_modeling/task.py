@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from rdrop import cross_entropy, symmetric_kl
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.class_scores import constant_class_scores
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdrop.experiments.settings import nearest_name
+from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.tasks.files import (
     HUB_SPLITS,
     SPLITS,

@@ -10,7 +10,7 @@ from tokenizers import processors
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks import pretrained
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, encoder_decoder_sizes
 from rdrop.experiments.tasks.tokenizing import learned_bpe

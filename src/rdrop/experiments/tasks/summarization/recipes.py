@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rdrop.experiments.method import Method
-from rdrop.experiments.published import Published
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, DecodingSection, NewOrPretrainedModel, Recipe
-from rdrop.experiments.settings import LARGEST_COUNT, Count, Probability, RecipeError
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.published import Published
+from rdrop.experiments.recipe.settings import LARGEST_COUNT, Count, Probability, RecipeError
 
 Vocabulary = Annotated[int, Field(ge=260, le=LARGEST_COUNT)]  # 256 bytes and 4 special tokens
 

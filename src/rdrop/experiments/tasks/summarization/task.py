@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop import cross_entropy, symmetric_kl
-from rdrop.experiments.predictions import Predictions, excerpt, text_predictions
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder.predictions import Predictions, excerpt, text_predictions
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, set_rates

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks import pretrained
 from rdrop.experiments.tasks.tokenizing import learned_bpe
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
-from rdrop.experiments.predictions import Predictions, class_rows, number_predictions
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
 from rdrop import cross_entropy, symmetric_kl
-from rdrop.experiments.predictions import Predictions, text_predictions
-from rdrop.experiments.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder.predictions import Predictions, text_predictions
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError, find_file

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rdrop.experiments import saved
-from rdrop.experiments.method import Method
-from rdrop.experiments.settings import (
+from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe.settings import (
     Count,
     Probability,
     RecipeError,
@@ -26,6 +24,7 @@ from rdrop.experiments.settings import (
     read_settings,
     was_added,
 )
+from rdrop.experiments.run_folder import saved
 
 # Where pydantic's own words would not say how to write it.
 TYPE_RULES = {
@@ -368,10 +367,3 @@ def _raise_as_recipe_error(error: ValidationError, kind: type[Recipe]) -> NoRetu
         raise RecipeError(key, "is missing; a saved recipe has every key") from None
     rule = TYPE_RULES.get(first["type"]) or first["msg"].replace("Input should be", "must be", 1)
     raise RecipeError(key, rule, value=first["input"]) from None
-
-
-def __getattr__(name: str) -> Any:
-    """`load_recipe` stands beside the recipes now, which need this module."""
-    if name != "load_recipe":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__package__}.recipes"), name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from rdrop.experiments import saved
+from rdrop.experiments.run_folder import saved
 
 FORMAT = 1
 """The version of the layout; `result.json` carries it."""
