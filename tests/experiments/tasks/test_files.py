@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +21,13 @@ from rdrop.experiments.tasks.files import (
     DataError,
     TableRow,
     find_file,
-    hold_out,
+    have_same_content,
     load_hub,
     read_lines,
     read_parallel,
     read_table,
 )
+from rdrop.experiments.tasks.splits import hold_out
 
 MUTATED_FILES = 500
 UNUSUAL = "a\u2028b\x85c\x0cd\x0be\x1cf\u00a0"  # str.splitlines would make six lines of it
@@ -52,9 +54,9 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, suffix: str, 
         (b"good\nb\x00d\n", 2, "zero byte"),
         (b"good\r\n", 1, "carriage return"),
         (b"\xef\xbb\xbfgood\n", 1, "byte order mark"),
-        ("good\n".encode("utf-16"), 1, "zero byte"),
-        (b"x" * (LONGEST_LINE_BYTES + 1) + b"\n", 1, "longer than 1000000 bytes"),
-        (b"good\n" + b"\x80" * (3 * LONGEST_LINE_BYTES), 2, "longer than 1000000 bytes"),
+        ("good\n".encode("utf-16"), 1, "the file is UTF-16"),
+        ("good\n".encode("utf-32"), 1, "the file is UTF-32"),
+        (b"good\rbad\r", 1, "lines end in carriage returns"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, line: int, what: str) -> None:
@@ -63,9 +65,91 @@ def test_a_bad_line_is_named(tmp_path: Path, content: bytes, line: int, what: st
         read_lines(path)
 
 
-def test_the_longest_line_is_read(tmp_path: Path) -> None:
-    lines = ["x" * LONGEST_LINE_BYTES, "y"]
+def test_the_longest_line_is_read_and_a_longer_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LONGEST_LINE_BYTES == 2**30
+    monkeypatch.setattr("rdrop.experiments.tasks.files.LONGEST_LINE_BYTES", 1000)
+    lines = ["x" * 1000, "y"]
     assert read_lines(write(tmp_path / "a.txt", "\n".join(lines))) == lines
+    for content, line in ((b"x" * 1001 + b"\n", 1), (b"good\n" + b"\x80" * 3000, 2)):
+        with pytest.raises(DataError, match=rf"a\.txt:{line}: the line is longer than 1000 bytes; split it"):
+            read_lines(write(tmp_path / "a.txt", content))
+
+
+def test_fields_and_lines_of_megabytes_are_read(tmp_path: Path) -> None:
+    text = "word " * 400_000
+    for name, content in (
+        ("a.csv", f'text,label\n"{text}",1\n'),
+        ("a.tsv", f"text\tlabel\n{text}\t1\n"),
+        ("a.jsonl", json.dumps({"text": text, "label": 1})),
+    ):
+        (row,) = read_table(write(tmp_path / name, content), ["text", "label"])
+        assert row.values == {"text": text, "label": "1"}, name
+
+
+WHOLE = 'text,label\n"née",1\n"two\nlines",0\n'
+WRONG = {
+    "line ends of Windows": (WHOLE.replace("\n", "\r\n").encode(), WHOLE),
+    "line ends of old Macs": (WHOLE.replace("\n", "\r").encode(), WHOLE),
+    "a carriage return in a field": (WHOLE.replace("two\n", "two\r").encode(), WHOLE.replace("two\n", "two ")),
+    "both": (WHOLE.replace("two\n", "two\r").replace("1\n", "1\r\n").encode(), WHOLE.replace("two\n", "two ")),
+    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE.encode(), WHOLE),
+    "byte order marks within": (WHOLE.replace('"two', '\ufeff"two').encode(), WHOLE),
+    "zero bytes": (WHOLE.replace("two", "t\0wo").encode(), WHOLE),
+    "UTF-16": (WHOLE.encode("utf-16"), WHOLE),
+    "UTF-32": (WHOLE.encode("utf-32"), WHOLE),
+    "Windows-1252": (WHOLE.replace("née", "“née”").encode("cp1252"), WHOLE.replace("née", "“née”")),
+    "Latin-1": (WHOLE.replace("née", "née\x81").encode("latin1"), WHOLE.replace("née", "née\x81")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", ["a b.csv", "it's.csv.gz", "a.csv.xz"])
+def test_the_remedy_of_a_message_mends_the_file_when_followed_word_for_word(
+    tmp_path: Path, wrong: str, name: str
+) -> None:
+    content, mended = WRONG[wrong]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as found:
+        read_lines(path)
+    command = str(found.value).rpartition(": ")[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert read_lines(path) == mended.removesuffix("\n").split("\n")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_a_remedy_that_fails_leaves_the_file_as_it_was(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.txt{suffix}", "ok \u201c\n".encode("cp1252") + b"and \x81, which cp1252 has not\n")
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="from cp1252") as found:
+        read_lines(path)
+    command = str(found.value).rpartition(": ")[2]
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode != 0
+    assert path.read_bytes() == before
+
+
+def test_a_list_of_texts_is_read_where_it_may_stand(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "x", "label": ["a", "b"]}\n{"text": "y", "label": "c"}\n')
+    rows = read_table(path, ["text"], optional=["label"], lists=["label"])
+    assert [(row.values["label"], row.more) for row in rows] == [("a", {"label": ["b"]}), ("c", {})]
+    for wrong in ("[]", '["a", null]', '[["a"]]'):
+        write(path, f'{{"text": "x", "label": {wrong}}}')
+        with pytest.raises(DataError, match=r"a\.jsonl:1: the value of 'label' must be text or a number"):
+            read_table(path, ["text", "label"], lists=["label"])
+
+
+def test_copies_of_a_file_have_its_content(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "x\n" * 10)
+    (tmp_path / "link.txt").symlink_to(path)
+    for copy in (
+        path,
+        tmp_path / "link.txt",
+        tmp_path / "b" / ".." / "a.txt",
+        write(tmp_path / "a.txt.gz", "x\n" * 10),
+    ):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        assert have_same_content(path, copy)
+    for other in ("x\n" * 9, "x\n" * 11, "x\n" * 9 + "y\n"):
+        assert not have_same_content(path, write(tmp_path / "other.txt.xz", other))
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])

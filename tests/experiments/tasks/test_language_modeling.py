@@ -50,10 +50,10 @@ def own_file(folder: Path, text: str, name: str = "own.txt") -> str:
 
 
 def on_words(folder: Path, text: str, **changes: object) -> LanguageModelingRecipe:
-    """A small model of the words of `text`, which is all three splits."""
-    path = own_file(folder, text)
+    """A small model of the words of `text`, which is all three splits (with spaces that are no words)."""
+    path, other = own_file(folder, text), own_file(folder, text.replace("\n", " \n"), "other.txt")
     small = {"model.layers": 1, "model.hidden_size": 16, "model.heads": 2, "model.intermediate_size": 16}
-    given = {"data.train": path, "data.valid": path, "data.test": path, "data.min_count": 1, "data.lines": None}
+    given = {"data.train": path, "data.valid": other, "data.test": other, "data.min_count": 1, "data.lines": None}
     sizes = {"data.block_size": 4, "data.context": 2}
     return WIKITEXT_2_VALID.replace(**{**given, **sizes, **small, **changes})
 
@@ -143,7 +143,8 @@ def test_without_files_of_their_own_valid_and_test_are_runs_of_neighboring_lines
     for split in ("valid", "test"):
         assert numbers[split] == list(range(numbers[split][0], numbers[split][0] + 4))
     assert load_lines(data) == found
-    given = load_lines(FROM_SCRATCH.replace(**{"data.train": path, "data.test": path}).data)
+    test = own_file(tmp_path, "a\n" * 40, "test.txt")
+    given = load_lines(FROM_SCRATCH.replace(**{"data.train": path, "data.test": test}).data)
     assert (len(given["train"]), given["valid"], len(given["test"])) == (36, found["valid"], 40)
     assert hold_out_neighbors(40, ["test"], seed=0) != hold_out_neighbors(40, ["test"], seed=1)
 
@@ -258,7 +259,8 @@ class Memory(nn.Module):
 
 def test_the_perplexity_by_hand(tmp_path: Path) -> None:
     """Seven ends of line, so every label is word 0, in a vocabulary of `<eos>` and `<unk>`."""
-    task = LanguageModeling(on_words(tmp_path, "\n" * 7))
+    ends = own_file(tmp_path, "\n" * 7, "ends.txt")
+    task = LanguageModeling(on_words(tmp_path, "<unk>\n", **{"data.test": ends}))
     seen = [0, 1, 2, 3, 2, 3, 2]  # windows 0-4, 2-6, 4-7
     expected = sum(math.log(1 + math.exp(-places)) for places in seen) / 7
     scores = task.evaluate(Memory(2).eval(), "test")
@@ -266,8 +268,8 @@ def test_the_perplexity_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_perplexity_of_pieces_is_by_word(tmp_path: Path) -> None:
-    path = own_file(tmp_path, "the old house\n" * 20)
-    given = {"data.train": path, "data.valid": path, "data.test": path, "data.vocabulary": 258}
+    path, test = own_file(tmp_path, "the old house\n" * 30), own_file(tmp_path, "the old house\n" * 20, "test.txt")
+    given = {"data.train": path, "data.valid": test, "data.test": test, "data.vocabulary": 258}
     task = LanguageModeling(FROM_SCRATCH.replace(**given))
     tokens = task._tokens["test"]
     uniform = Memory(task._vocabulary.size, slope=0.0)

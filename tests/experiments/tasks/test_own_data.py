@@ -52,6 +52,36 @@ def write_images(folder: Path) -> Path:
     return path
 
 
+TASKS = {
+    "translation": write_pairs,
+    "summarization": write_documents,
+    "text-classification": write_labeled_texts,
+    "language-modeling-from-scratch": write_text,
+    "image-classification": write_images,
+}
+SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2"]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("other_path", ["itself", "link", "copy"])
+def test_the_training_file_is_not_scored(
+    task: str, split: str, other_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = TASKS[task](tmp_path)
+    other = file.with_name(f"{other_path}{file.suffix}") if other_path != "itself" else file
+    if other_path == "link":
+        other.symlink_to(file)
+    elif other_path == "copy":
+        other.write_bytes(file.read_bytes())
+    command = ["train", task, *SHORT, "--train", str(file), f"--{split}", str(other), "--runs", str(tmp_path / "runs")]
+    assert cli.run(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert split in said
+    assert "train" in said
+    assert not (tmp_path / "runs").exists() or not [*(tmp_path / "runs").rglob("result.json")]
+
+
 @pytest.mark.parametrize(
     ("task", "write", "metric"),
     [

@@ -304,5 +304,5 @@ def test_pairs_are_skipped_by_length_and_ratio_and_all_are_counted() -> None:
 
 
 def test_pairs_can_be_read_as_often_as_one_likes() -> None:
-    pairs = Pairs("here", [("A", "b")], lowercase=True)
+    pairs = Pairs("here", [("A", "b")], lambda row, side: "here", lowercase=True)
     assert list(pairs) == list(pairs) == [("a", "b")]

@@ -206,8 +206,8 @@ def test_the_decoder_reads_each_token_before_it_has_to_write_it() -> None:
 
 def test_a_batch_is_padded_masked_and_labeled(tmp_path: Path) -> None:
     pair = [{"document": "a", "summary": "b"}, {"document": "a a a", "summary": "b b"}]
-    path = str(write_rows(tmp_path / "pair.jsonl", pair))
-    task = Summarization(own(tmp_path, **{"data.train": path, "data.valid": path, "data.test": path}))
+    path, test = (str(write_rows(tmp_path / name, pair[:size])) for name, size in (("pair.jsonl", 2), ("a.jsonl", 1)))
+    task = Summarization(own(tmp_path, **{"data.train": path, "data.valid": test, "data.test": test}))
     batch = task.train_batch([0, 1], epoch=0)
     start, pad, end = 0, 1, 2
     a, b = batch["input_ids"][0, 0].item(), batch["labels"][0, 0].item()

@@ -20,6 +20,7 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import set_rates
+from rdrop.experiments.tasks.splits import hold_out
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.tasks.text_classification.data import Splits, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
@@ -142,7 +143,7 @@ def test_a_corrupted_copy_of_glue_is_refused_with_its_line(glue: Path, tmp_path:
 
 def test_a_score_of_stsb_outside_0_to_5_is_refused(tmp_path: Path) -> None:
     rows = [f"a {row}\tb\t{row % 6}" for row in range(20)]
-    for wrong, what in (("5.5", "must be from 0 to 5"), ("nan", "must be from 0 to 5"), ("x", "is not a number")):
+    for wrong, what in (("5.5", "must be from 0 to 5"), ("1e99", "must be from 0 to 5"), ("x", "is not a number")):
         (tmp_path / "STS-B").mkdir(exist_ok=True)
         write(tmp_path / "STS-B" / "train.tsv", "sentence1\tsentence2\tscore", *rows)
         write(tmp_path / "STS-B" / "dev.tsv", "sentence1\tsentence2\tscore", *rows, f"a\tb\t{wrong}")
@@ -220,7 +221,9 @@ def test_a_data_set_of_the_hub_without_a_valid_split_has_one_held_out(monkeypatc
     on_the_hub(monkeypatch, {"train": rows, "test": rows}, ["neg", "pos"])
     found = splits(OWN, hub="org/reviews", text_column="review", hub_splits=["train", "test"])
     assert (len(found.train), len(found.valid), len(found.test), found.classes) == (18, 2, 20, ("neg", "pos"))
-    with pytest.raises(DataError, match=r"org/reviews \(no configuration\), train: has no column 'text', only review"):
+    with pytest.raises(
+        DataError, match=r"org/reviews \(no configuration\), train: has no column 'text', only 'review'"
+    ):
         splits(OWN, hub="org/reviews", hub_splits=["train", "test"])
 
 
@@ -274,6 +277,141 @@ def test_labels_are_what_the_training_file_has(tmp_path: Path) -> None:
         splits(OWN, train=write(tmp_path / "e.csv", "text,label", *["x,1"] * 20), regression=True)
 
 
+MISSING = ("", " ", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "<NA>", "\u200b")
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_missing_label_is_named_with_its_line(tmp_path: Path, missing: str, regression: bool) -> None:
+    rows = [f"text {row},{row % 2}" for row in range(20)]
+    path = write(tmp_path / "a.csv", "text,label", *rows, f"text,{missing}")
+    with pytest.raises(DataError, match=r"a\.csv:22: the label is missing .*; give the example one, or delete it"):
+        splits(OWN, train=path, regression=regression)
+    whole = write(tmp_path / "b.csv", "text,label", *rows)
+    with pytest.raises(DataError, match=r"a\.csv:22: the label is missing"):
+        splits(OWN, train=whole, test=path, regression=regression)
+
+
+def test_a_missing_label_of_the_hub_is_named_but_a_declared_class_may_have_any_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = {"text": [f"text {row}" for row in range(20)], "label": ["a", "b"] * 9 + ["nan", "a"]}
+    hub = {"hub": "org/reviews", "hub_splits": ["train", "test"]}
+    on_the_hub(monkeypatch, {"train": rows, "test": rows}, [])
+    with pytest.raises(DataError, match=r"org/reviews .*train:19: the label is missing \('nan'\)"):
+        splits(OWN, **hub)
+    declared = rows | {"label": [row % 2 for row in range(20)]}
+    on_the_hub(monkeypatch, {"train": declared, "test": declared}, ["None", "some"])
+    assert splits(OWN, **hub).classes == ("None", "some")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("1", "1.0"), ("good", "good "), ("caf\u00e9", "cafe\u0301"), ("good", "go\u200bod"), ("1", "\uff11")],
+)
+def test_a_label_in_two_spellings_is_named_with_both_lines(tmp_path: Path, first: str, second: str) -> None:
+    rows = [f"text {row},{first if row % 2 else 'x'}" for row in range(20)]
+    path = write(tmp_path / "a.csv", "text,label", *rows, f"text,{second}")
+    shown = [re.escape(ascii(label)) for label in (second, first)]
+    with pytest.raises(
+        DataError, match=rf"a\.csv:22: the label {shown[0]} is another spelling of {shown[1]} .*csv:3\)"
+    ):
+        splits(OWN, train=path)
+    whole = write(tmp_path / "b.csv", "text,label", *rows)
+    with pytest.raises(
+        DataError, match=rf"a\.csv:22: the label {shown[0]} is another spelling of {shown[1]}, which the"
+    ):
+        splits(OWN, train=whole, test=path)
+
+
+@pytest.mark.parametrize("number", ["1_000", "\uff11", "inf", "1e99", "0x1"])
+def test_a_number_that_others_would_not_take_for_one_is_named(tmp_path: Path, number: str) -> None:
+    rows = [f"text {row},{row / 2}" for row in range(20)]
+    with pytest.raises(DataError, match=rf"a\.csv:22: the label '{number}' (is not a number|must be from)"):
+        splits(OWN, train=write(tmp_path / "a.csv", "text,label", *rows, f"x,{number}"), regression=True)
+
+
+def test_a_text_that_shows_nothing_is_empty(tmp_path: Path) -> None:
+    rows = [f"text {row},{row % 2}" for row in range(20)]
+    with pytest.raises(DataError, match=r"a\.csv:22: the text is empty"):
+        splits(OWN, train=write(tmp_path / "a.csv", "text,label", *rows, "\u200b,1"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rare_classes_are_in_every_split_and_the_others_are_drawn_as_ever(tmp_path: Path, seed: int) -> None:
+    rare = write(tmp_path / "a.csv", "text,label", *(f"text {row},{int(row < 3)}" for row in range(200)))
+    found = splits(TEXT_CLASSIFICATION, train=rare, split_seed=seed)
+    assert [np.bincount(split.labels).tolist() for split in (found.train, found.valid, found.test)] == [
+        [159, 1],
+        [19, 1],
+        [19, 1],
+    ]
+    usual = reviews(tmp_path / "b.csv", 100)
+    old, new = (splits(TEXT_CLASSIFICATION, train=usual, split_seed=seed, stratified=key) for key in (False, True))
+    assert old.test.first == new.test.first
+
+
+def test_a_recipe_saved_before_there_were_stratified_splits_draws_as_it_did(tmp_path: Path) -> None:
+    rare = write(tmp_path / "a.csv", "text,label", *(f"text {row},{int(row < 3)}" for row in range(200)))
+    recipe = TEXT_CLASSIFICATION.replace(**{"data.train": rare, "data.stratified": False})
+    assert "stratified" not in recipe.to_json()
+    rows = hold_out(200, ("valid", "test"), recipe.data.split_seed)
+    found = load_labeled_texts(recipe.data)
+    for split in ("train", "valid", "test"):
+        assert getattr(found, split).first == [f"text {row}" for row in rows[split]]
+
+
+def test_what_scores_cannot_say_is_noted(tmp_path: Path) -> None:
+    rows = [f"text {row},{'Rare' if row == 7 else 'rare' if row % 2 else 'x'}" for row in range(40)]
+    test = write(tmp_path / "b.csv", "text,label", "text 1,rare", "new,rare", "text 3,rare")
+    own = write(tmp_path / "a.csv", "text,label", *rows)
+    unlabeled = write(tmp_path / "c.csv", "text", "new", "other")
+    files = {"data.train": own, "data.test": test, "data.unlabeled": unlabeled}
+    notes = TextClassification(OWN.replace(**files)).notes
+    assert notes["classes of test"] == "all 3 examples are 'rare': scores of it say nothing"
+    assert notes["classes of valid"].startswith("no example of 'Rare'")
+    assert notes["names of classes"] == "'Rare' and 'rare' are different classes by case alone"
+    trained_on = notes.get("test texts that are trained on too")
+    valid = notes.get("test texts that are in valid too, which chooses the checkpoint")
+    assert {trained_on, valid} <= {"2 of 3", "1 of 3", None}
+    assert trained_on or valid
+    assert notes["test texts that are unlabeled examples too"] == "1 of 3"
+
+
+def test_a_model_that_says_one_class_of_everything_is_noted(tmp_path: Path) -> None:
+    task = TextClassification(OWN.replace(**{"data.train": reviews(tmp_path / "a.csv", 40)}))
+    model = task.build_model().eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 5.0])
+    task.evaluate(model, "valid")
+    assert not [name for name in task.notes if name.startswith("predictions")]
+    task.evaluate(model, "test")
+    assert task.notes["predictions on test"].startswith("all 4 are 'good'")
+
+
+def test_the_header_of_glue_s_own_mrpc_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "MRPC").mkdir()
+    lines = [f"{row % 2}\t{row}\t{100 + row}\tfirst {row}\tsecond {row}" for row in range(20)]
+    for name in ("train", "dev"):
+        write(tmp_path / "MRPC" / f"{name}.tsv", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *lines)
+    found = splits(BY_NAME["glue-mrpc"], folder=str(tmp_path), counts=None)
+    assert (found.test.first[3], found.test.second and found.test.second[3]) == ("first 3", "second 3")
+    assert found.test.labels.tolist() == [0, 1] * 10
+
+
+def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Path) -> None:
+    own = write(tmp_path / "a.csv", "review,sentiment", *(f"text {row},{row % 2}" for row in range(20)))
+    names = {"text": "review", "label": "sentiment"}
+    changes: dict[str, object] = {"train": own}
+    for column, name in names.items():
+        with pytest.raises(DataError, match=rf"a\.csv:1: has no column '{column}', only .*; set data\.") as error:
+            splits(OWN, **changes)
+        key = re.search(r"set data\.(\w+) to", str(error.value))
+        assert key is not None
+        changes[key[1]] = name
+    assert len(splits(OWN, **changes).train) == 16
+
+
 def test_rows_of_json_must_have_the_same_columns(tmp_path: Path) -> None:
     rows = ['{"text": "x", "label": "a"}', '{"text": "x", "text2": "y", "label": "b"}'] * 10
     with pytest.raises(DataError, match=r"a\.jsonl:2: has other columns than the first row"):
@@ -323,8 +461,8 @@ def rte() -> TextClassification:
 
 def test_a_batch_is_padded_to_its_longest_text(tmp_path: Path) -> None:
     rows = ["a b c d e f,yes", "a b,no", "a,yes", *["b c,no"] * 9]
-    own = write(tmp_path / "a.csv", "text,label", *rows)
-    task = TextClassification(OWN.replace(**{"data.train": own, "data.valid": own, "data.test": own}))
+    own, test = (write(tmp_path / name, "text,label", *some) for name, some in (("a.csv", rows), ("b.csv", rows[1:])))
+    task = TextClassification(OWN.replace(**{"data.train": own, "data.valid": test, "data.test": test}))
     vocabulary = task._tokenizer.get_vocab()
     pad, start, end, a, b = (vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "Ġa", "Ġb"))
     batch = task.train_batch([2, 1], epoch=0)

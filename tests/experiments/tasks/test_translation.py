@@ -97,7 +97,9 @@ def test_a_sentence_to_be_scored_that_is_too_long_for_the_model_is_named(tmp_pat
     pairs = [("a b c", "d e f")] * 20
     test = tmp_path / "test.tsv"
     test.write_text(f"source\ttarget\nx\ty\n{'a ' * 70}b\te\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"test\.tsv: pair 2 has a side of 71 tokens, but what is scored has 1 to 63"):
+    with pytest.raises(
+        DataError, match=r"test\.tsv:3: source has 71 tokens, but a sentence of test has 1 to 63; .*positions=72$"
+    ):
         Translation(own(tmp_path, pairs, **{"data.test": str(test)}))
 
 

@@ -11,30 +11,26 @@ import gzip
 import io
 import json
 import lzma
+import shlex
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rdrop.experiments.recipe.settings import nearest_name
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from rdrop.experiments.tasks.spelling import is_blank
 
 AnyPath = str | PathLike[str]
 
-SPLITS = ("train", "valid", "test")
-HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
-"""What the hub calls them."""
-
 COMPRESSED = ("", ".gz", ".xz")
 TABLES = (".csv", ".tsv", ".jsonl")
-LONGEST_LINE_BYTES = 10**6
+LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
+NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
 
 
@@ -50,6 +46,8 @@ class TableRow:
     """`file:line`, for errors."""
     values: dict[str, str]
     """The columns that were asked for; an optional one that the file lacks is not in it."""
+    more: dict[str, list[str]] = field(default_factory=dict)
+    """The texts after the first, by column, where the value in a JSON file is a list of texts."""
 
 
 def read_lines(path: AnyPath) -> list[str]:
@@ -59,7 +57,7 @@ def read_lines(path: AnyPath) -> list[str]:
     `LONGEST_LINE_BYTES`, or has a byte order mark, a carriage return or a zero byte.
     """
     lines: list[str] = []
-    with _opened(path) as stream, _explained(path, lines):
+    with opened(path) as stream, _explained(path, lines):
         while raw := stream.readline(LONGEST_LINE_BYTES + 1):
             lines.append(_decoded(raw, path, len(lines) + 1))
     if not lines:
@@ -79,29 +77,40 @@ def read_parallel(source: AnyPath, target: AnyPath) -> list[tuple[str, str]]:
         )
     for path, lines in ((source, first), (target, second)):
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if is_blank(line):
                 raise DataError(f"{path}:{number}: the line is empty; delete it, and line {number} of the other file")
     return list(zip(first, second, strict=True))
 
 
-def read_table(path: AnyPath, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[TableRow]:
+def read_table(
+    path: AnyPath,
+    columns: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    lists: Collection[str] = (),
+    keys: Mapping[str, str] | None = None,
+) -> list[TableRow]:
     """Reads the rows of a `.csv`, `.tsv` or `.jsonl` file (also with `.gz` or `.xz`), in their order.
 
     The first line of a CSV or TSV file names the columns. CSV is quoted as spreadsheets do; in TSV no character is
-    special but tab and newline, as in GLUE. A JSON line is an object, whose numbers keep their spelling as text.
+    special but tab and newline, as in GLUE. A JSON line is an object, whose numbers keep their spelling as text. In a
+    column of `lists` its value may be a list of texts. `keys` are the keys of the recipe that name the columns.
 
     Raises `DataError`, also for a missing column (it names the nearest there is) and a row of another length.
     """
     lines = read_lines(path)
     match table_kind(path):
         case ".jsonl":
-            return [_json_row(line, f"{path}:{number}", columns, optional) for number, line in enumerate(lines, 1)]
+            return [
+                _json_row(line, f"{path}:{number}", columns, optional, lists, keys or {})
+                for number, line in enumerate(lines, 1)
+            ]
         case ".csv":
             records = _csv_records(lines, path)
         case _:
             records = ((number, line.split("\t")) for number, line in enumerate(lines, 1))
     _, header = next(records)
-    places = _places(header, f"{path}:1", columns, optional)
+    places = _places(header, f"{path}:1", columns, optional, keys or {})
     rows = [_row(fields, f"{path}:{number}", header, places) for number, fields in records]
     if not rows:
         raise DataError(f"{path}:1: there is only the line that names the columns; give it rows")
@@ -128,36 +137,6 @@ def find_file(folder: AnyPath, *names: str) -> Path:
     raise DataError(f"{folder}: has no {' or '.join(names)}, nor one with .gz or .xz; put it there")
 
 
-def hold_out(size: int, missing: Collection[str], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Draws 10 % of `range(size)` for each `missing` one of "valid" and "test"; "train" is the rest. All are sorted.
-
-    Either has the same rows whether or not the other is missing.
-    """
-    import numpy as np  # here, because the command line imports this module for its error
-
-    if not missing:
-        return {"train": np.arange(size)}
-    require_ten(size, "examples")
-    order, tenth = np.random.default_rng(seed).permutation(size), size // 10
-    drawn = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
-    rows = {split: np.sort(own) for split, own in drawn.items() if split in missing}
-    return {"train": np.setdiff1d(order, np.concatenate([*rows.values()]))} | rows
-
-
-def require_ten(size: int, unit: str) -> None:
-    if size < 10:
-        raise DataError(f"{size} {unit} are too few to hold out 10 %; give 10 or more, or data.valid and data.test")
-
-
-def require_count(where: str, found: int, expected: int | None, unit: str, key: str = "data.counts") -> None:
-    """Raises `DataError` unless a split has as many examples as the recipe's `key` says; None: any number."""
-    if expected is not None and found != expected:
-        raise DataError(
-            f"{where}: has {found} {unit} and must have {expected}; get it again, or set {key}=null if it is meant to "
-            "differ"
-        )
-
-
 def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[str, str] | None = None) -> Any:
     """Calls `datasets.load_dataset(hub, config, split=split, data_files=data_files)`; failures are `DataError`s.
 
@@ -176,8 +155,18 @@ def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[st
         ) from error
 
 
+def have_same_content(path: AnyPath, other: AnyPath) -> bool:
+    """Whether both are one file, or copies of it, decompressed if a name ends in `.gz` or `.xz`."""
+    with opened(path) as stream, opened(other) as copy, _explained(path, []):
+        while block := stream.read(2**20):
+            if copy.read(len(block)) != block:
+                return False
+        return not copy.read(1)
+
+
 @contextmanager
-def _opened(path: AnyPath) -> Iterator[io.BufferedReader]:
+def opened(path: AnyPath) -> Iterator[io.BufferedReader]:
+    """Opens a file for reading its bytes, decompressed if the name ends in `.gz` or `.xz`."""
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         stream = openers.get(Path(path).suffix, open)(path, "rb")
@@ -202,28 +191,69 @@ def _explained(path: AnyPath, lines: list[str]) -> Iterator[None]:
 
 
 def _decoded(raw: bytes, path: AnyPath, number: int) -> str:
-    raw = raw.removesuffix(b"\n")
-    try:
-        if len(raw) <= LONGEST_LINE_BYTES and b"\r" not in raw and b"\0" not in raw and raw[:3] != BOM_UTF8:
-            return raw.decode()
-        what = _what_is_wrong(raw)
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start + 1} is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
-    raise DataError(f"{path}:{number}: {what}")
+    line = raw.removesuffix(b"\n")
+    if len(line) <= LONGEST_LINE_BYTES and b"\r" not in line and b"\0" not in line and line[:3] != BOM_UTF8:
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            pass
+    what, command = _what_is_wrong(raw, number)
+    raise DataError(f"{path}:{number}: {what}{'' if command is None else _filtered(path, command)}")
 
 
-def _what_is_wrong(raw: bytes) -> str:
-    if len(raw) > LONGEST_LINE_BYTES:
-        return f"the line is longer than {LONGEST_LINE_BYTES} bytes; split it, or check that this is a text file"
+def _what_is_wrong(raw: bytes, number: int) -> tuple[str, str | None]:
+    """Says what is wrong with a line, and with which shell command, that reads and writes a text, it is mended."""
+    encodings = ((BOM_UTF32_LE, "utf-32"), (BOM_UTF32_BE, "utf-32"), (BOM_UTF16_LE, "utf-16"), (BOM_UTF16_BE, "utf-16"))
+    of_mark = next((encoding for mark, encoding in encodings if number == 1 and raw.startswith(mark)), None)
+    if of_mark is not None:
+        return f"the file is {of_mark.upper()} and not UTF-8; convert it: ", f"iconv -f {of_mark} -t utf-8"
+    if len(raw.removesuffix(b"\n")) > LONGEST_LINE_BYTES:
+        return (
+            f"the line is longer than {LONGEST_LINE_BYTES} bytes; split it, or check that this is a text file",
+            None,
+        )
     if raw[:3] == BOM_UTF8:
-        return "the line begins with a byte order mark; remove it, e.g. sed -i '1s/^\\xEF\\xBB\\xBF//'"
+        return "the line begins with a byte order mark; remove it: ", r"LC_ALL=C sed $'s/^\xef\xbb\xbf//'"
     if b"\0" in raw:
-        return "the line has a zero byte; check that this is a text file in UTF-8"
-    return "the line has a carriage return; convert the file, e.g. sed -i 's/\\r$//'"
+        return "the line has a zero byte; check that this is a text file, and delete zero bytes: ", r"tr -d '\000'"
+    if b"\r" in raw and number == 1 and not raw.endswith(b"\n"):
+        return "lines end in carriage returns; make them newlines: ", r"tr '\r' '\n'"
+    if b"\r" in raw:
+        what = "the line has a carriage return; delete those at the ends of lines, and make a space of others: "
+        return what, r"LC_ALL=C sed $'s/\r$//; s/\r/ /g'"
+    encoding, byte = _guessed_encoding(raw), _first_wrong_byte(raw)
+    return f"byte {byte} is not UTF-8; convert the file, from {encoding} with: ", f"iconv -f {encoding} -t utf-8"
+
+
+def _first_wrong_byte(raw: bytes) -> int:
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.start + 1
+    return 0
+
+
+def _guessed_encoding(raw: bytes) -> str:
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return "latin1"
+    return "cp1252"
+
+
+def _filtered(path: AnyPath, command: str) -> str:
+    """Returns the shell command that puts the file through another; a failure leaves it as it was."""
+    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    program = {".gz": "gzip", ".xz": "xz"}.get(Path(path).suffix)
+    if program is None:
+        return f"{command} < {file} > {new} && mv {new} {file}"
+    pipeline = f"{program} -dc {file} | {command} | {program} > {new}"
+    return f"(set -o pipefail; {pipeline}) && mv {new} {file}"
 
 
 def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[str]]]:
     """Yields each record with the number of its first line: a quoted field may have newlines."""
+    csv.field_size_limit(LONGEST_LINE_BYTES)  # its own is 131,072 characters
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:
         number = reader.line_num + 1
@@ -238,20 +268,26 @@ def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[st
         yield number, fields or [""]
 
 
-def _places(header: list[str], where: str, columns: Sequence[str], optional: Sequence[str]) -> dict[str, int]:
+def _places(
+    header: list[str], where: str, columns: Sequence[str], optional: Sequence[str], keys: Mapping[str, str]
+) -> dict[str, int]:
     for column in (*columns, *optional):
         if header.count(column) > 1:
             raise DataError(f"{where}: the column {column} is there {header.count(column)} times; rename the others")
-    _require_columns(header, where, columns)
+    require_columns(header, where, columns, keys)
     return {column: header.index(column) for column in (*columns, *optional) if column in header}
 
 
-def _require_columns(names: Sequence[str], where: str, columns: Sequence[str]) -> None:
+def require_columns(names: Sequence[str], where: str, columns: Sequence[str], keys: Mapping[str, str]) -> None:
+    """Raises `DataError` for the first of `columns` that is not among `names`; `keys` of the recipe name them."""
     for column in columns:
         if column not in names:
-            nearest = f" (the nearest is {nearest_name(column, names)!r})" if any(names) else ""
+            nearest = nearest_name(column, names) if any(names) else ""
+            is_near = SequenceMatcher(None, column, nearest).ratio() > NEAR
+            hint = f" (the nearest is {nearest!r})" if is_near else ""
             shown = ", ".join(map(repr, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
-            raise DataError(f"{where}: has no column {column!r}{nearest}, only {shown[:500]}; add or rename it")
+            remedy = f"set {keys[column]} to the name it has here, or rename it" if column in keys else "rename it"
+            raise DataError(f"{where}: has no column {column!r}{hint}, only {shown[:500]}; {remedy}")
 
 
 def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, int]) -> TableRow:
@@ -263,7 +299,14 @@ def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, 
     return TableRow(where, {column: fields[place] for column, place in places.items()})
 
 
-def _json_row(line: str, where: str, columns: Sequence[str], optional: Sequence[str]) -> TableRow:
+def _json_row(
+    line: str,
+    where: str,
+    columns: Sequence[str],
+    optional: Sequence[str],
+    lists: Collection[str],
+    keys: Mapping[str, str],
+) -> TableRow:
     try:
         found = json.loads(
             line, object_pairs_hook=_without_duplicates, parse_int=str, parse_float=str, parse_constant=_refuse
@@ -274,8 +317,14 @@ def _json_row(line: str, where: str, columns: Sequence[str], optional: Sequence[
         raise DataError(f"{where}: not JSON ({error}); a line is one object with its columns as keys") from error
     if not isinstance(found, dict):
         raise DataError(f"{where}: must be a JSON object with its columns as keys, not {line[:40]!r}; correct it")
-    _require_columns(list(found), where, columns)
-    return TableRow(where, {key: _json_text(found[key], key, where) for key in (*columns, *optional) if key in found})
+    require_columns(list(found), where, columns, keys)
+    values, more = {}, {}
+    for key in (*columns, *optional):
+        if key in lists and isinstance(found.get(key), list) and found[key]:
+            values[key], *more[key] = (_json_text(text, key, where) for text in found[key])
+        elif key in found:
+            values[key] = _json_text(found[key], key, where)
+    return TableRow(where, values, more)
 
 
 def _json_text(value: object, key: str, where: str) -> str:

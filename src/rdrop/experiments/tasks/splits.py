@@ -1,13 +1,80 @@
-"""Splits that are held out of the training data: none lacks a class that has an example for each of them."""
+"""The splits of a data set: their names, what is held out where one is missing, and what they may not share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rdrop.experiments.tasks.files import AnyPath, DataError, have_same_content
+
+SPLITS = ("train", "valid", "test")
+HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+"""What the hub calls them."""
+
 Rows = NDArray[np.int64]
+
+WHERE_REPEATED = {
+    "train": "trained on too",
+    "unlabeled": "unlabeled examples too",
+    "valid": "in valid too, which chooses the checkpoint",
+}
+
+
+def hold_out(size: int, missing: Collection[str], seed: int) -> dict[str, Rows]:
+    """Draws 10 % of `range(size)` for each `missing` one of "valid" and "test"; "train" is the rest. All are sorted.
+
+    Either has the same rows whether or not the other is missing.
+    """
+    if not missing:
+        return {"train": np.arange(size)}
+    require_ten(size, "examples")
+    order, tenth = np.random.default_rng(seed).permutation(size), size // 10
+    drawn = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
+    rows = {split: np.sort(own) for split, own in drawn.items() if split in missing}
+    return {"train": np.setdiff1d(order, np.concatenate([*rows.values()]))} | rows
+
+
+def require_ten(size: int, unit: str) -> None:
+    if size < 10:
+        raise DataError(f"{size} {unit} are too few to hold out 10 %; give 10 or more, or data.valid and data.test")
+
+
+def require_count(where: str, found: int, expected: int | None, unit: str, key: str = "data.counts") -> None:
+    """Raises `DataError` unless a split has as many examples as the recipe's `key` says; None: any number."""
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{where}: has {found} {unit} and must have {expected}; get it again, or set {key}=null if it is meant to "
+            "differ"
+        )
+
+
+def require_different_files(files: Mapping[str, Sequence[AnyPath]]) -> None:
+    """Raises `DataError` if valid or test has the files of train, by whatever path, or copies of them."""
+    train = files["train"]
+    for split, own in files.items():
+        if split != "train" and len(own) == len(train) and all(map(have_same_content, train, own)):
+            raise DataError(
+                f"{own[0]}: is {split}, and has the same content as {train[0]}, which is trained on: its score would "
+                f"be one of what was learned; give data.{split} another file, or none, and 10 % of the training file "
+                "are held out"
+            )
+
+
+def notes_on_repeats(splits: Mapping[str, Iterable[Hashable]], unit: str) -> dict[str, str]:
+    """Returns a note for each other split that has examples of "test", with their number.
+
+    The other splits are gone through once, and may be too large for memory.
+    """
+    test, notes = list(splits["test"]), {}
+    wanted = set(test)
+    for split, where in WHERE_REPEATED.items():
+        repeated = wanted.intersection(splits.get(split, ()))
+        if repeated:
+            count = sum(example in repeated for example in test)
+            notes[f"test {unit} that are {where}"] = f"{count} of {len(test)}"
+    return notes
 
 
 def with_every_class(drawn: Mapping[str, Rows], labels: NDArray[np.int64], seed: int) -> dict[str, Rows]:

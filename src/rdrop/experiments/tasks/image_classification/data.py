@@ -18,8 +18,9 @@ from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.tasks.class_scores import notes_on_classes
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.images import ImageSet, entries_of, read_hub, read_images
-from rdrop.experiments.tasks.image_classification.labels import note_on_case, require_classes_in_use
+from rdrop.experiments.tasks.image_classification.labels import require_classes_in_use
 from rdrop.experiments.tasks.image_classification.repeats import MOST_BYTES, MOST_IMAGES, are_the_same, count_repeated
+from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import with_every_class
 
 if TYPE_CHECKING:

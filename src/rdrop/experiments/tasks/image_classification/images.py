@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdrop.experiments.tasks.files import DataError, load_hub
-from rdrop.experiments.tasks.image_classification.labels import require_labels, require_one_spelling, spelling
+from rdrop.experiments.tasks.image_classification.labels import require_labels, require_one_spelling
 from rdrop.experiments.tasks.image_classification.npz import read_arrays, require_memory
 from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
 from rdrop.experiments.tasks.image_classification.sources import Files, HubImages, Pixels, Source
+from rdrop.experiments.tasks.spelling import label_key
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -50,8 +51,8 @@ class ImageSet:
 
     def with_classes(self, classes: tuple[str, ...]) -> ImageSet:
         """Returns the same images, labeled by the places in another list, which must have all classes in use."""
-        places = {spelling(name): place for place, name in enumerate(classes)}
-        table = np.array([places.get(spelling(name), -1) for name in self.classes], dtype=np.int64)
+        places = {label_key(name): place for place, name in enumerate(classes)}
+        table = np.array([places.get(label_key(name), -1) for name in self.classes], dtype=np.int64)
         labels = table[self.labels]
         if len(labels) and labels.min() < 0:
             name = self.classes[self.labels[np.argmin(labels)]]

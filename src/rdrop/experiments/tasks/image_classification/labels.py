@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.spelling import label_key
 
 
 def require_labels(labels: NDArray[Any], images: int, where: str, *, classes: int | None = None) -> None:
@@ -45,27 +45,12 @@ def require_classes_in_use(labels: NDArray[np.int64], classes: Sequence[str], wh
         )
 
 
-def spelling(name: str) -> str:
-    """Returns the name of a class by which it is known: letters composed, nothing that cannot be seen in it."""
-    seen = (c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) not in ("Cc", "Cf"))
-    return " ".join("".join(seen).split())
-
-
 def require_one_spelling(names: Sequence[str], where: str) -> None:
     """Refuses two names of classes that look the same."""
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(spelling(name), name)
+        other = first.setdefault(label_key(name), name)
         if other != name:
             raise DataError(
                 f"{where}: {other!a} and {name!a} are one class in two spellings; put their images together"
             )
-
-
-def note_on_case(names: Sequence[str]) -> dict[str, str]:
-    """Returns a note on classes whose names differ in case alone, as "Cat" and "cat" do; else nothing."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(spelling(name).casefold(), []).append(name)
-    pairs = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
-    return {"names of classes": f"{', '.join(pairs)} are different classes by case alone"} if pairs else {}

@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rdrop.experiments.tasks.files import (
-    HUB_SPLITS,
-    SPLITS,
-    DataError,
-    find_file,
-    load_hub,
-    read_lines,
-    require_count,
-    require_ten,
-)
+from rdrop.experiments.tasks.files import DataError, find_file, load_hub, read_lines
 from rdrop.experiments.tasks.language_modeling.tiny import write_tiny_lines
+from rdrop.experiments.tasks.spelling import is_blank
+from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, require_count, require_different_files, require_ten
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.language_modeling.recipes import LanguageModelingData
@@ -43,9 +36,13 @@ def load_lines(data: "LanguageModelingData", test: str | None = None) -> Texts:
     """
     texts = _load(data)
     if test is not None:
+        if data.train is not None:
+            require_different_files({"train": [data.train], "test": [test]})
         texts["test"] = read_lines(test)
     if data.train_lines is not None:
         texts["train"] = texts["train"][: data.train_lines]
+    if all(map(is_blank, texts["train"])):
+        raise DataError(f"the {len(texts['train'])} lines to train on are all empty; give them text")
     return texts
 
 
@@ -69,6 +66,7 @@ def _load(data: "LanguageModelingData") -> Texts:
 def _from_files(train: str, data: "LanguageModelingData") -> Texts:
     """Reads own files. A split without one is held out of the training file."""
     own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
+    require_different_files({split: [path] for split, path in ({"train": train} | own).items()})
     lines = read_lines(train)
     rows = hold_out_neighbors(len(lines), {"valid", "test"} - own.keys(), data.split_seed)
     texts = {split: [lines[row] for row in drawn] for split, drawn in rows.items()}
@@ -76,7 +74,7 @@ def _from_files(train: str, data: "LanguageModelingData") -> Texts:
 
 
 def hold_out_neighbors(size: int, missing: Collection[str], seed: int) -> dict[str, list[int]]:
-    """Holds out of `range(size)` as `files.hold_out` does, but neighbors: a text is not drawn line by line."""
+    """Holds out of `range(size)` as `splits.hold_out` does, but neighbors: a text is not drawn line by line."""
     if not missing:
         return {"train": list(range(size))}
     require_ten(size, "lines")

@@ -34,6 +34,7 @@ from rdrop.experiments.tasks.pretrained import (
     pretrained_tokenizer,
     set_rates,
 )
+from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.terms import Divergence, TaskLoss
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.language_modeling.recipes import LanguageModelingRecipe
 
 IGNORE_INDEX = -100
+LONG_LINE = 20  # characters; shorter ones, such as headings, recur in any text
 EVALUATION_LOGITS = 2**25  # computed at once: 128 MB
 LONGEST_EVALUATION_BATCH = 64
 
@@ -76,7 +78,9 @@ class LanguageModeling:
         texts = load_lines(recipe.data, test)
         self._vocabulary = self._build_vocabulary(texts["train"])
         self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
-        self.notes = self._unknown_tokens()
+        long_lines = {split: [line for line in lines if len(line) >= LONG_LINE] for split, lines in texts.items()}
+        unit = f"lines of {LONG_LINE} characters or more"
+        self.notes = self._unknown_tokens() | notes_on_repeats(long_lines, unit)
         self._clusters = self._build_clusters()
         self.task_loss = cross_entropy if self._clusters is None else self._clusters.cross_entropy
         self.divergence = symmetric_kl if self._clusters is None else self._clusters.divergence

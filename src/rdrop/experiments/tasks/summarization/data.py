@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdrop.experiments.recipe.settings import nearest_name
-from rdrop.experiments.tasks.files import (
-    HUB_SPLITS,
-    SPLITS,
-    DataError,
-    TableRow,
-    find_file,
-    hold_out,
-    load_hub,
-    read_table,
-    require_count,
-)
+from rdrop.experiments.tasks.files import DataError, TableRow, find_file, load_hub, read_table
+from rdrop.experiments.tasks.spelling import is_blank
+from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.summarization.tiny import write_tiny_documents
 
 if TYPE_CHECKING:
@@ -44,7 +36,11 @@ def load_examples(data: "SummarizationData", test: str | None = None) -> Example
     Raises `DataError` with the file and the line.
     """
     examples = _load(data)
-    return examples if test is None else examples | {"test": _read(test, data, "test")}
+    if test is None:
+        return examples
+    if data.train is not None:
+        require_different_files({"train": [data.train], "test": [test]})
+    return examples | {"test": _read(test, data, "test")}
 
 
 def _load(data: "SummarizationData") -> Examples:
@@ -67,6 +63,7 @@ def _load(data: "SummarizationData") -> Examples:
 def _from_files(data: "SummarizationData", train: str) -> Examples:
     """Reads own files. A split without one is held out of the training file."""
     own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
+    require_different_files({split: [path] for split, path in ({"train": train} | own).items()})
     examples = _read(train, data, "train")
     rows = hold_out(len(examples), {"valid", "test"} - own.keys(), data.split_seed)
     splits = {split: [examples[row] for row in drawn] for split, drawn in rows.items()}
@@ -91,7 +88,7 @@ def _from_hub(data: "SummarizationData", hub: str) -> Examples:
         columns = [data.document_column, data.summary_column, *_references(data, split)]
         texts = [_hub_column(found, column, where) for column in columns]
         examples[split] = [
-            _example(TableRow(f"{where}, row {number}", dict(zip(columns, row, strict=True))), data, split)
+            _example(_hub_row(f"{where}, row {number}", dict(zip(columns, row, strict=True)), data), data, split)
             for number, row in enumerate(zip(*texts, strict=True))
         ]
     return examples
@@ -112,9 +109,19 @@ def _hub_column(found: Any, column: str, where: str) -> Iterable[str]:
     return texts
 
 
+def _hub_row(where: str, values: dict[str, Any], data: "SummarizationData") -> TableRow:
+    summaries = values[data.summary_column]
+    if not isinstance(summaries, list) or not summaries:
+        return TableRow(where, values)
+    return TableRow(where, values | {data.summary_column: summaries[0]}, {data.summary_column: summaries[1:]})
+
+
 def _read(path: str | Path, data: "SummarizationData", split: str) -> list[Example]:
     columns = [data.document_column, data.summary_column, *_references(data, split)]
-    return [_example(row, data, split) for row in read_table(path, columns)]
+    keys = {data.document_column: "data.document_column", data.summary_column: "data.summary_column"}
+    keys |= dict.fromkeys(data.reference_columns, "data.reference_columns")
+    rows = read_table(path, columns, lists=[data.summary_column], keys=keys)
+    return [_example(row, data, split) for row in rows]
 
 
 def _references(data: "SummarizationData", split: str) -> Sequence[str]:
@@ -123,8 +130,10 @@ def _references(data: "SummarizationData", split: str) -> Sequence[str]:
 
 def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
     columns = (data.document_column, data.summary_column, *_references(data, split))
-    for column in columns:
-        if not isinstance(row.values[column], str) or not row.values[column].strip():
+    texts = [(column, row.values[column]) for column in columns]
+    texts += [(data.summary_column, summary) for summary in row.more.get(data.summary_column, ())]
+    for column, text in texts:
+        if not isinstance(text, str) or is_blank(text):
             raise DataError(f"{row.where}: there is no text in the column {column!r}; give it one, or delete the row")
-    document, *summaries = (row.values[column].strip() for column in columns)
+    document, *summaries = (text.strip() for _, text in texts)
     return Example(document, tuple(summaries))

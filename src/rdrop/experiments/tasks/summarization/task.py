@@ -17,6 +17,7 @@ from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, set_rates
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss
+from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
 from rdrop.experiments.tasks.summarization.models import (
     RATE_NAMES,
@@ -47,7 +48,6 @@ class Summarization:
 
     def __init__(self, recipe: SummarizationRecipe, test: str | None = None) -> None:
         self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
-        self.notes: dict[str, str] = {}
         self.predictions: Predictions | None = None
         examples = load_examples(recipe.data, test)
         examples["valid"] = examples["valid"][: recipe.data.valid_examples]
@@ -56,6 +56,8 @@ class Summarization:
         self._documents = {split: self._tokenize_documents(own) for split, own in examples.items()}
         self._summaries = {split: self._tokenize_summaries(own) for split, own in examples.items()}
         self._tests = [excerpt(example.document) for example in examples["test"]]
+        documents = {split: [example.document for example in own] for split, own in examples.items()}
+        self.notes = notes_on_repeats(documents, "documents")
         self._references = {split: [example.summaries for example in examples[split]] for split in ("valid", "test")}
 
     def build_model(self) -> nn.Module:

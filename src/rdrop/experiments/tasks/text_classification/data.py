@@ -5,9 +5,8 @@ Of GLUE the test split is the official dev set, whose labels are published, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, hold_out, load_hub, read_table, require_count
+from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, require_columns
+from rdrop.experiments.tasks.spelling import NUMBER, is_blank, is_missing, label_key
+from rdrop.experiments.tasks.splits import hold_out, require_count, require_different_files, with_every_class
 from rdrop.experiments.tasks.text_classification.glue import GLUE, SCORE_RANGE
 from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
 
@@ -35,6 +36,10 @@ class LabeledTexts:
     def take(self, rows: NDArray[np.int64]) -> LabeledTexts:
         second = None if self.second is None else [self.second[row] for row in rows]
         return LabeledTexts([self.first[row] for row in rows], second, self.labels[rows])
+
+    def examples(self) -> list[tuple[str, ...]]:
+        """Returns the texts of each example."""
+        return list(zip(self.first, *filter(None, (self.second,)), strict=True))
 
     def __len__(self) -> int:
         return len(self.first)
@@ -62,6 +67,8 @@ class _Columns:
     label: tuple[str, ...]
     text2_may_lack: bool
     may_be_empty: bool
+    keys: dict[str, str] = field(default_factory=dict)
+    """Which keys of the recipe name them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None) ->
         _require_counts(list(tables.values()), data.counts)
     missing = {"valid", "test"} - tables.keys()
     if test is not None:
+        if data.train is not None:
+            require_different_files({"train": [data.train], "test": [test]})
         tables["test"] = _read_file(Path(test), _columns(data))
         tables.pop("mismatched", None)
     train = tables["train"]
@@ -98,6 +107,8 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None) ->
         labels = _numbers(table, data) if data.regression else _indices(table, classes, data)
         labeled[name] = LabeledTexts(table.first, table.second, labels)
     rows = hold_out(len(labeled["train"]), missing, data.split_seed)
+    if data.stratified and classes:
+        rows = with_every_class(rows, labeled["train"].labels, data.split_seed)
     splits = {name: labeled["train"].take(drawn) for name, drawn in rows.items()}
     splits |= {name: own for name, own in labeled.items() if name != "train"}
     if data.regression:
@@ -125,7 +136,9 @@ def _tables(data: TextClassificationData) -> dict[str, _Table]:
             return _read_all(_files_in(folder, data), data)
     if data.train is not None:
         named = (("train", data.train), ("valid", data.valid), ("test", data.test))
-        return _read_all([(name, Path(path)) for name, path in named if path is not None], data)
+        files = [(name, Path(path)) for name, path in named if path is not None]
+        require_different_files({name: [path] for name, path in files})
+        return _read_all(files, data)
     if data.folder is not None:
         return _read_all(_files_in(data.folder, data), data)
     if data.hub is not None:
@@ -172,7 +185,8 @@ def _columns(data: TextClassificationData) -> _Columns:
     assert data.text_column is not None  # the recipe has seen to it, here and below
     assert data.label_column is not None
     text2 = () if data.text2_column is None else (data.text2_column,)
-    return _Columns((data.text_column,), text2, (data.label_column,), text2_may_lack=True, may_be_empty=False)
+    keys = {data.text_column: "data.text_column", data.label_column: "data.label_column"}
+    return _Columns((data.text_column,), text2, (data.label_column,), True, False, keys)
 
 
 def _without_label(columns: _Columns) -> _Columns:
@@ -191,7 +205,7 @@ def _read_file(path: Path, columns: _Columns) -> _Table:
     for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
         found = [name for name in names if name in present]
         if names and not found and not may_lack:
-            read_table(path, names[:1])  # names the column that is most like it
+            read_table(path, names[:1], keys=columns.keys)  # names the column that is most like it
         chosen.append(found[0] if found else None)
     for row in rows:  # only rows of JSON can differ
         if row.values.keys() != present:
@@ -199,7 +213,9 @@ def _read_file(path: Path, columns: _Columns) -> _Table:
                 f"{row.where}: has other columns than the first row ({', '.join(present)}); give it the same"
             )
     texts = [None if name is None else [row.values[name] for row in rows] for name in chosen]
-    return _checked(_Table(str(path), [row.where for row in rows], texts[0], texts[1], texts[2] or []), columns)  # type: ignore[arg-type]
+    table = _Table(str(path), [row.where for row in rows], texts[0], texts[1], texts[2] or [])  # type: ignore[arg-type]
+    _require_labels(table)
+    return _checked(table, columns)
 
 
 def _read_hub(hub: str, split: str, data: TextClassificationData) -> _Table:
@@ -212,12 +228,15 @@ def _read_hub(hub: str, split: str, data: TextClassificationData) -> _Table:
     for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
         chosen = next((column for column in names if column in found.column_names), None)
         if names and chosen is None and not may_lack:
-            raise DataError(f"{name}: has no column {names[-1]!r}, only {', '.join(found.column_names)}; name another")
+            require_columns(found.column_names, name, names[-1:], columns.keys)
         values.append(None if chosen is None else _hub_values(found, chosen, name, ClassLabel))
     first, second, labels = values
     assert first is not None
     assert labels is not None
-    return _checked(_Table(name, _HubRows(name, len(first)), first, second, labels), columns)
+    table = _Table(name, _HubRows(name, len(first)), first, second, labels)
+    if not any(isinstance(found.features.get(column), ClassLabel) for column in columns.label):
+        _require_labels(table)  # where classes are declared, one may be called "None"
+    return _checked(table, columns)
 
 
 class _HubRows(Sequence[str]):
@@ -237,7 +256,7 @@ def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[s
         raise DataError(f"{name}:{values.index(None) + 1}: {column} has no value; choose another column or split")
     if isinstance(feature, class_label):
         if min(values) < 0:
-            raise DataError(f"{name}:{values.index(-1) + 1}: has no label; choose a split that has labels")
+            raise DataError(f"{name}:{values.index(min(values)) + 1}: has no label; choose a split that has labels")
         return [feature.names[value] for value in values]  # type: ignore[attr-defined]
     return [str(value) for value in values]
 
@@ -245,9 +264,18 @@ def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[s
 def _checked(table: _Table, columns: _Columns) -> _Table:
     for texts in (table.first, table.second or ()):
         for where, text in zip(table.where, texts, strict=False):
-            if not columns.may_be_empty and not text.strip():
+            if not columns.may_be_empty and is_blank(text):
                 raise DataError(f"{where}: the text is empty; delete the example")
     return table
+
+
+def _require_labels(table: _Table) -> None:
+    for where, label in zip(table.where, table.labels, strict=False):
+        if is_missing(label):
+            raise DataError(
+                f"{where}: the label is missing ({label!r}); give the example one, or delete it (if this is the name "
+                "of a class, write another, e.g. 'unknown')"
+            )
 
 
 def _require_counts(tables: Sequence[_Table], counts: Sequence[int]) -> None:
@@ -266,6 +294,7 @@ def _class_spellings(train: _Table, data: TextClassificationData) -> tuple[tuple
         return ()
     if data.glue is not None:
         return GLUE[data.glue].classes
+    _require_one_spelling(train)
     names = sorted(set(train.labels))
     if len(names) < 2:
         raise DataError(f"{train.name}: all labels are {names[0]!r}; a classifier needs two classes or more")
@@ -277,6 +306,17 @@ def _class_spellings(train: _Table, data: TextClassificationData) -> tuple[tuple
     return tuple((name,) for name in names)
 
 
+def _require_one_spelling(table: _Table) -> None:
+    first: dict[str, int] = {}
+    for row, label in enumerate(table.labels):
+        known = first.setdefault(label_key(label), row)
+        if table.labels[known] != label:
+            raise DataError(
+                f"{table.where[row]}: the label {label!a} is another spelling of {table.labels[known]!a} "
+                f"({table.where[known]}); write both alike or, if they are two classes, give them different names"
+            )
+
+
 def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClassificationData) -> NDArray[np.int64]:
     index = {spelling: number for number, spellings in enumerate(classes) for spelling in spellings}
     try:
@@ -284,6 +324,12 @@ def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClas
     except KeyError:
         row = next(row for row, label in enumerate(table.labels) if label not in index)
     known = ", ".join(name for name, *_ in classes[:SHOWN_CLASSES]) + (", ..." if len(classes) > SHOWN_CLASSES else "")
+    same = next((name for name, *_ in classes if label_key(name) == label_key(table.labels[row])), None)
+    if same is not None and not data.glue:
+        raise DataError(
+            f"{table.where[row]}: the label {table.labels[row][:60]!a} is another spelling of {same!a}, which the "
+            "training examples have; write it alike"
+        )
     whose = "GLUE's classes" if data.glue else "those of the training examples"
     raise DataError(
         f"{table.where[row]}: the label {table.labels[row][:60]!r} is not among {whose} ({known}); correct it"
@@ -291,14 +337,17 @@ def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClas
 
 
 def _numbers(table: _Table, data: TextClassificationData) -> NDArray[np.float32]:
-    low, high = SCORE_RANGE if data.glue else (-math.inf, math.inf)
+    largest = float(np.finfo(np.float32).max)
+    low, high = SCORE_RANGE if data.glue else (-largest, largest)
     numbers = np.empty(len(table.labels), dtype=np.float32)
     for row, label in enumerate(table.labels):
-        try:
-            numbers[row] = float(label)
-        except ValueError:
-            raise DataError(f"{table.where[row]}: the label {label[:60]!r} is not a number; correct it") from None
-        if not (math.isfinite(numbers[row]) and low <= numbers[row] <= high):
-            allowed = f"from {low:g} to {high:g}" if data.glue else "a finite number"
-            raise DataError(f"{table.where[row]}: the label {label[:60]!r} must be {allowed}; correct it")
+        if not NUMBER.fullmatch(label.strip()):
+            raise DataError(
+                f"{table.where[row]}: the label {label[:60]!r} is not a number as 1, -0.5 or 1e3; correct it"
+            )
+        if not low <= float(label) <= high:
+            raise DataError(
+                f"{table.where[row]}: the label {label[:60]!r} must be from {low:g} to {high:g}; correct it"
+            )
+        numbers[row] = float(label)
     return numbers

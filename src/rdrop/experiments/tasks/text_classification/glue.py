@@ -36,7 +36,9 @@ GLUE = {
     "sst2": GlueTask("SST-2", ("sentence",), (), classes=_numbered("negative", "positive")),
     "mrpc": GlueTask(
         "MRPC",
-        *TWO_SENTENCES,
+        ("sentence1", "#1 String"),  # the second as in GLUE's own file
+        ("sentence2", "#2 String"),
+        label=("label", "Quality"),
         classes=_numbered("not_equivalent", "equivalent"),
         scores=("accuracy", "f1"),
     ),

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.published import Published
-from rdrop.experiments.recipe.settings import Count, Probability, RecipeError
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, added
 
 Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 
@@ -36,7 +36,7 @@ class TextClassificationData(DataFiles):
     label_column: str | None = Field(description="Name of the column with the class, or with the number to predict.")
     hub_splits: list[str] | None = Field(
         description="Splits of `hub`: for training, to choose the checkpoint, for the final score. Fewer: the last one "
-        "scores, and tenths of the first are held out for the rest."
+        "scores, and 10 % of the first are held out for each other."
     )
     unlabeled: str | None = Field(
         description="A file of texts without labels, in the same columns. R-Drop learns from them by the divergence "
@@ -44,6 +44,11 @@ class TextClassificationData(DataFiles):
     )
     unlabeled_batch: Count = Field(
         description="Examples of `unlabeled` per update, beside those with labels. Unused without it."
+    )
+    stratified: bool = added(
+        False,
+        "Whether examples are held out so that valid and test have every class that has enough of them: drawn again "
+        "where one is missing. Unused for numbers.",
     )
     regression: bool = Field(description="Whether the labels are numbers to predict, and not names of classes.")
     max_length: Count = Field(
@@ -239,7 +244,7 @@ TEXT_CLASSIFICATION = GLUE_RTE.replace(
     checkpoint_every=200,
     **{"data.hub": None, "data.hub_config": None, "data.glue": None, "data.counts": None},
     **{"data.text_column": "text", "data.text2_column": "text2", "data.label_column": "label"},
-    **{"data.hub_splits": ["train", "validation", "test"], "data.max_length": 256},
+    **{"data.hub_splits": ["train", "validation", "test"], "data.max_length": 256, "data.stratified": True},
     **{"model.name": "google-bert/bert-base-uncased"},
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
+from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes
+from rdrop.experiments.tasks.spelling import note_on_case
+from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
@@ -43,7 +47,6 @@ class TextClassification:
     divergence: Divergence
 
     def __init__(self, recipe: TextClassificationRecipe, test: str | None = None) -> None:
-        self.notes: dict[str, str] = {}
         self.predictions: Predictions | None = None
         data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
         if data.regression:
@@ -66,6 +69,14 @@ class TextClassification:
         self._inputs = {name: self._tokenized(split) for name, split in texts.items()}
         self._labels = {name: _label_tensor(split.labels) for name, split in texts.items()}
         self._tests = splits.test
+        self.notes = self._notes_on_data(texts)
+
+    def _notes_on_data(self, texts: Mapping[str, LabeledTexts]) -> dict[str, str]:
+        notes = notes_on_repeats({split: own.examples() for split, own in texts.items()}, "texts")
+        if self.classes:
+            labels = {split: own.labels for split, own in texts.items() if split != "unlabeled"}
+            notes |= note_on_case(self.classes) | notes_on_classes(self.classes, labels)
+        return notes
 
     def build_model(self) -> nn.Module:
         return classifier(self._model.name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
@@ -117,6 +128,9 @@ class TextClassification:
             outputs.append(self.logits(model, {name: value.to(device) for name, value in batch.items()}).float().cpu())
         logits, labels = torch.cat(outputs), self._labels[split][order]
         if split == "test":
+            if self.classes:
+                predicted = logits.argmax(-1).numpy()
+                self.notes |= note_on_predictions(split, self.classes, predicted, labels.numpy())
             self.predictions = self._predictions(logits[np.argsort(order)].numpy())
         names, targets = ((*self._scores, "ece"), labels) if self.classes else (self._scores, labels[:, 0])
         return {

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rdrop.experiments.tasks.files import (
-    HUB_SPLITS,
-    TABLES,
-    DataError,
-    find_file,
-    hold_out,
-    load_hub,
-    read_parallel,
-    read_table,
-    require_count,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_parallel, read_table
+from rdrop.experiments.tasks.spelling import is_blank
+from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.translation.tiny import file_names, write_tiny_pairs
 
 if TYPE_CHECKING:
@@ -27,13 +22,15 @@ PARQUET = "hf://datasets/{hub}@refs/convert/parquet/{config}/{split}/*.parquet"
 READ_AT_ONCE = 10_000
 
 Pair = tuple[str, str]
+Place = Callable[[int, int], str]
+"""Where a side (0 or 1) of a pair is: `file:line`."""
 
 
 class Pairs:
     """Sentences in two languages, in order; as often as one likes, for a training set need not fit into memory."""
 
-    def __init__(self, where: str, pairs: Sequence[Pair] | HubPairs, *, lowercase: bool) -> None:
-        self.where = where
+    def __init__(self, where: str, pairs: Sequence[Pair] | HubPairs, place: Place, *, lowercase: bool) -> None:
+        self.where, self.place = where, place
         self._pairs, self._lowercase = pairs, lowercase
 
     def __len__(self) -> int:
@@ -43,14 +40,23 @@ class Pairs:
         for source, target in self._pairs:
             yield (source.lower(), target.lower()) if self._lowercase else (source, target)
 
+    def take(self, rows: NDArray[np.int64], split: str) -> Pairs:
+        """Returns some of the pairs, which are a `split`."""
+        pairs, places = list(self._pairs), rows.tolist()
+
+        def place(row: int, side: int) -> str:
+            return self.place(places[row], side)
+
+        return Pairs(f"{self.where} ({split})", [pairs[row] for row in places], place, lowercase=self._lowercase)
+
 
 class HubPairs:
     """The pairs of a data set of the hub, read from its file when they are asked for."""
 
     def __init__(self, dataset: Any, where: str, source: str, target: str) -> None:
-        self._dataset, self._languages = dataset, (source, target)
+        self._where, self._dataset, self._languages = where, dataset, (source, target)
         self._nested = "translation" in dataset.column_names
-        self._check_columns(where)
+        self._check_columns()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -65,12 +71,15 @@ class HubPairs:
                 pairs = zip(rows[source], rows[target], strict=True)
             yield from ((first or "", second or "") for first, second in pairs)
 
-    def _check_columns(self, where: str) -> None:
+    def place(self, row: int, side: int) -> str:
+        return f"{self._where}:{row + 1}"
+
+    def _check_columns(self) -> None:
         names = list(self._dataset[0]["translation"]) if self._nested else self._dataset.column_names
         for language in self._languages:
             if language not in names:
                 raise DataError(
-                    f"{where}:1: has no column {language!r}, only {', '.join(map(repr, names))}; "
+                    f"{self._where}:1: has no column {language!r}, only {', '.join(map(repr, names))}; "
                     "set data.source and data.target to two of them"
                 )
 
@@ -78,7 +87,11 @@ class HubPairs:
 def load_pairs(data: TranslationData, test: str | None = None) -> dict[str, Pairs]:
     """Loads the three splits, from the first source that the recipe sets; `test` from that file. Raises `DataError`."""
     splits = _load(data)
-    return splits if test is None else splits | {"test": _own_split(data, test)}
+    if test is None:
+        return splits
+    if data.train is not None:
+        require_different_files({"train": _own_files(data, data.train), "test": _own_files(data, test)})
+    return splits | {"test": _own_split(data, test)}
 
 
 def _load(data: TranslationData) -> dict[str, Pairs]:
@@ -107,43 +120,52 @@ def _counted(data: TranslationData, splits: dict[str, Pairs]) -> dict[str, Pairs
 
 
 def _folder_pairs(data: TranslationData, folder: str) -> dict[str, Pairs]:
-    return {split: _parallel_files(data, Path(folder), name) for split, name in file_names(data).items()}
+    languages = (data.source, data.target)
+    splits = {}
+    for split, name in file_names(data).items():
+        files = [find_file(folder, f"{name}.{language}", f"{name}.tok.{language}") for language in languages]
+        splits[split] = _parallel_files(data, *files)
+    return splits
 
 
-def _parallel_files(data: TranslationData, folder: Path, name: str) -> Pairs:
-    source, target = (
-        find_file(folder, f"{name}.{language}", f"{name}.tok.{language}") for language in (data.source, data.target)
-    )
-    return Pairs(str(source), read_parallel(source, target), lowercase=data.lowercase)
+def _parallel_files(data: TranslationData, source: Path, target: Path) -> Pairs:
+    def place(row: int, side: int) -> str:
+        return f"{(source, target)[side]}:{row + 1}"
+
+    return Pairs(str(source), read_parallel(source, target), place, lowercase=data.lowercase)
 
 
 def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
     """Reads own files. A split without one is held out of the training file."""
-    pairs = _own_file(data, train)
     own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
-    rows = hold_out(len(pairs), {"valid", "test"} - own.keys(), data.split_seed)
-    splits = {
-        split: Pairs(f"{train} ({split})", [pairs[row] for row in drawn], lowercase=data.lowercase)
-        for split, drawn in rows.items()
+    require_different_files({split: _own_files(data, path) for split, path in ({"train": train} | own).items()})
+    whole = _own_split(data, train)
+    rows = hold_out(len(whole), {"valid", "test"} - own.keys(), data.split_seed)
+    return {split: whole.take(drawn, split) for split, drawn in rows.items()} | {
+        split: _own_split(data, path) for split, path in own.items()
     }
-    return splits | {split: _own_split(data, path) for split, path in own.items()}
+
+
+def _own_files(data: TranslationData, path: str) -> list[Path]:
+    """Returns the file of a table, or the two files `path.<source>` and `path.<target>`."""
+    if any(path.endswith((kind, f"{kind}.gz", f"{kind}.xz")) for kind in TABLES):
+        return [Path(path)]
+    folder, name = Path(path).parent, Path(path).name
+    return [find_file(folder, f"{name}.{language}") for language in (data.source, data.target)]
 
 
 def _own_split(data: TranslationData, path: str) -> Pairs:
-    return Pairs(path, _own_file(data, path), lowercase=data.lowercase)
-
-
-def _own_file(data: TranslationData, path: str) -> list[Pair]:
-    """Reads a table with a column for each language, or the two files `path.<source>` and `path.<target>`."""
-    if not any(path.endswith((kind, f"{kind}.gz", f"{kind}.xz")) for kind in TABLES):
-        folder, name = Path(path).parent, Path(path).name
-        return read_parallel(*(find_file(folder, f"{name}.{language}") for language in (data.source, data.target)))
-    rows = read_table(path, (data.source, data.target))
+    files = _own_files(data, path)
+    if len(files) == 2:
+        return _parallel_files(data, *files)
+    languages = (data.source, data.target)
+    rows = read_table(path, languages, keys={data.source: "data.source", data.target: "data.target"})
     for row in rows:
-        for language in (data.source, data.target):
-            if not row.values[language].strip():
+        for language in languages:
+            if is_blank(row.values[language]):
                 raise DataError(f"{row.where}: {language} is empty; give it text, or delete the line")
-    return [(row.values[data.source], row.values[data.target]) for row in rows]
+    pairs = [(row.values[data.source], row.values[data.target]) for row in rows]
+    return Pairs(path, pairs, lambda row, side: rows[row].where, lowercase=data.lowercase)
 
 
 def _hub_pairs(data: TranslationData, hub: str) -> dict[str, Pairs]:
@@ -155,5 +177,6 @@ def _hub_pairs(data: TranslationData, hub: str) -> dict[str, Pairs]:
         else:
             dataset = load_hub(hub, data.hub_config, hub_split)
         where = f"{hub} ({data.hub_config}) {hub_split}"
-        splits[split] = Pairs(where, HubPairs(dataset, where, data.source, data.target), lowercase=data.lowercase)
+        pairs = HubPairs(dataset, where, data.source, data.target)
+        splits[split] = Pairs(where, pairs, pairs.place, lowercase=data.lowercase)
     return splits

@@ -24,6 +24,7 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
     forward_logits,
     search_and_loss,
 )
+from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded, usable
 from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
@@ -69,7 +70,7 @@ class Translation:
         if not len(self._used):
             raise DataError(f"{pairs['train'].where}: data.max_length and data.max_ratio skip every pair; raise them")
         for split in ("valid", "test"):
-            self._require_scorable(pairs[split].where, self._splits[split])
+            self._require_scorable(pairs[split], split)
         self._sources = [source for source, _ in pairs["test"]]
         self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
         for split, references in self._references.items():
@@ -77,6 +78,7 @@ class Translation:
         self._bleu = BleuScorer(data.target, tokenized=data.tokenized, lowercase=data.lowercase)
         self.predictions: Predictions | None = None
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
+        self.notes |= notes_on_repeats(pairs, "pairs")
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
 
     def build_model(self) -> nn.Module:
@@ -160,12 +162,15 @@ class Translation:
     def _longest_output(self, sources: Sequence[Sequence[int]]) -> int:
         return min(2 * max(map(len, sources)) + 10, self._model.positions - 1)
 
-    def _require_scorable(self, where: str, split: Split) -> None:
-        for side in split:
-            for row in np.flatnonzero((side.lengths == 0) | (side.lengths >= self._model.positions)):
+    def _require_scorable(self, pairs: Pairs, split: str) -> None:
+        longest = max(int(tokens.lengths.max()) for tokens in self._splits[split])
+        for side, tokens in enumerate(self._splits[split]):
+            for row in np.flatnonzero((tokens.lengths == 0) | (tokens.lengths >= self._model.positions)).tolist():
+                remedy = f"shorten it, delete the pair, or set model.positions={longest + 1}"
                 raise DataError(
-                    f"{where}: pair {row + 1} has a side of {side.lengths[row]} tokens, but what is scored has 1 to "
-                    f"{self._model.positions - 1}; correct it, or raise model.positions"
+                    f"{pairs.place(row, side)}: {(self._data.source, self._data.target)[side]} has "
+                    f"{tokens.lengths[row]} tokens, but a sentence of {split} has 1 to {self._model.positions - 1}; "
+                    f"{remedy if tokens.lengths[row] else 'delete the pair'}"
                 )
 
     def _require_words(self, where: str, references: Sequence[str]) -> None:
