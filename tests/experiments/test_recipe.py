@@ -49,7 +49,8 @@ def test_the_digest_has_12_hexadecimal_digits_and_ignores_how_a_number_is_writte
 
 def test_every_key_changes_the_digest() -> None:
     other = {
-        "name": '"other"', "alpha": "2", "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
+        "name": '"other"', "alpha": "2", "alpha_schedule": '"linear"',
+        "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
         "dropout": "[0.1,0.3]", "task_passes": '"first"', "divergence": '"from-first"',
         "optimizer": '"sgd"', "beta1": "0.8", "beta2": "0.98", "epsilon": "1e-6", "compile": "true", "fused": "true",
         "encoder_once": "true", "patience": "3", "average_last": "5",

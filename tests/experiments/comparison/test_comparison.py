@@ -176,6 +176,7 @@ def test_what_is_trained_in_another_way_is_another_arm():
     """Every combination of the keys of the method."""
     values = {
         "alpha": (0.5, 1.0),
+        "alpha_schedule": ("constant", "linear"),
         "passes": (2, 3),
         "every": (1, 2),
         "dropout": (None, [0.1, 0.3]),

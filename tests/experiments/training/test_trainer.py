@@ -512,7 +512,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}
     assert result["cost"]["parameters"] == sum(parameter.numel() for parameter in TinyNetwork(0.0).parameters())
     common = {"kind", "step", "epoch", "seconds"}
-    names = {"loss", "task_loss", "divergence", "learning_rate", "gradient_norm"}
+    names = {"loss", "task_loss", "divergence", "alpha", "learning_rate", "gradient_norm"}
     for row in run.metrics():
         assert set(row) == common | (names if row["kind"] == "train" else {"loss"})
     assert [(row["kind"], row["step"]) for row in run.metrics()] == [
@@ -543,3 +543,45 @@ def test_the_checkpoint_with_the_best_valid_score_is_the_one_scored(
     assert largest_difference(models[-1], models[1]) == 0
     assert result["valid"] == {"loss": 1.0}
     assert result["test"] == {"loss": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [("constant", [2.0, 2.0, 2.0, 2.0]), ("linear", [0.5, 1.0, 1.5, 2.0]), ("quadratic", [0.125, 0.5, 1.125, 2.0])],
+)
+def test_alpha_rises_to_its_value_at_the_last_update(tmp_path: Path, schedule: str, weights: list[float]) -> None:
+    recipe = RECIPE.replace(updates=4, evaluate_every=1, alpha_schedule=schedule)
+    assert [recipe.method.alpha_at(step, 4) for step in range(4)] == weights
+    train(recipe, tmp_path)
+    rows = [row for row in RunFolder(tmp_path).metrics() if row["kind"] == "train"]
+    assert [row["alpha"] for row in rows] == weights
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["task_loss"] + row["alpha"] / 2 * row["divergence"], rel=1e-5)
+
+
+def test_a_run_whose_alpha_rises_ends_in_the_same_bits_after_a_stop(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(alpha_schedule="quadratic")
+    train(recipe, tmp_path / "whole")
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            send()
+
+    with pytest.raises(Preempted):
+        train(recipe, tmp_path / "stopped", on_progress=stop)
+    train(recipe, tmp_path / "stopped")
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
+def test_a_constant_alpha_is_the_run_that_it_was_before_there_were_schedules() -> None:
+    assert RECIPE.replace(alpha_schedule="constant").digest() == RECIPE.digest()
+    assert "alpha_schedule" not in RECIPE.saved()["method"]
+    assert RECIPE.replace(alpha_schedule="linear").digest() != RECIPE.digest()
+    assert RECIPE.replace(alpha_schedule="linear").method.label() == "R-Drop (alpha 2, linear)"
+
+
+def test_training_that_ends_early_says_how_far_alpha_rose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 4.0, 4.5, 3.0, 3.0])
+    monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
+    result = train(RECIPE.replace(patience=1, updates=12, alpha_schedule="linear"), tmp_path)
+    assert result["notes"]["alpha"] == "rose to 1 of 2: training ended after 6 of 12 updates"

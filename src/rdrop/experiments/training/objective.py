@@ -11,6 +11,7 @@ All are sums over positions divided by `num_items`, so that an update does not d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +53,26 @@ class Objective:
             return LossTerms(loss, loss.detach(), torch.zeros_like(loss))
         self._require_exact(batch)
         if self._fused is not None:
-            return self._fused_terms(self._fused, batch, target, num_items)
+            return self._fused_terms(self._fused, batch, target, self._options(step, num_items))
         task_passes = None if self._method.task_passes == "all" else task_passes_of(self._views)
-        return self._terms(batch, target, num_items, task_passes)
+        return self._terms(batch, target, task_passes, self._options(step, num_items))
 
-    def unlabeled_terms(self, batch: Batch, num_items: Tensor) -> LossTerms:
-        """Of examples without labels, in an update that uses R-Drop: the divergence alone, by the same weight."""
-        return self._terms(batch, self._target(batch), num_items, task_passes=())
+    def unlabeled_terms(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
+        """Returns the divergence alone, of examples without labels, in an update that uses R-Drop."""
+        return self._terms(batch, self._target(batch), (), self._options(step, num_items))
+
+    def _options(self, step: int, num_items: Tensor) -> dict[str, Any]:
+        alpha = self._method.alpha_at(step, self._recipe.updates)
+        return {"alpha": alpha, "label_smoothing": self._recipe.label_smoothing, "num_items": num_items}
 
     def _target(self, batch: Batch) -> Target:
         return Target(self._task.labels(batch), task_loss=self._task.task_loss, divergence=self._divergence)
 
-    def _terms(self, batch: Batch, target: Target, num_items: Tensor, task_passes: tuple[int, ...] | None) -> LossTerms:
-        recipe, method = self._recipe, self._method
+    def _terms(
+        self, batch: Batch, target: Target, task_passes: tuple[int, ...] | None, options: dict[str, Any]
+    ) -> LossTerms:
+        method = self._method
         logits = self._one_forward(batch) if method.dropout is None else self._forward_each(batch, method.dropout)
-        options = {"alpha": method.alpha, "label_smoothing": recipe.label_smoothing, "num_items": num_items}
         try:
             return target.rdrop_loss(logits, task_passes=task_passes, **options)
         except ValueError as error:  # on CPU, rdrop_loss names the logit that is not finite
@@ -87,10 +93,8 @@ class Objective:
                 passes.append(self._forward(batch))
         return torch.cat(passes)
 
-    def _fused_terms(self, fused: Fused, batch: Batch, target: Target, num_items: Tensor) -> LossTerms:
-        recipe, method = self._recipe, self._method
+    def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
         hidden, bias = fused.run(lambda: self._one_forward(batch))
-        options = {"alpha": method.alpha, "label_smoothing": recipe.label_smoothing, "num_items": num_items}
         try:
             return target.linear_rdrop_loss(hidden, fused.layer, bias, **options)
         except ValueError as error:  # on CPU, it names the position whose loss is not finite

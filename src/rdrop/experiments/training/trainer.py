@@ -52,7 +52,7 @@ from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
 from rdrop.terms import LossTerms
 
-TRAIN_KEYS = ("loss", "task_loss", "divergence", "learning_rate", "gradient_norm")
+TRAIN_KEYS = ("loss", "task_loss", "divergence", "alpha", "learning_rate", "gradient_norm")
 
 
 class TrainingError(RuntimeError):
@@ -198,9 +198,11 @@ class _Training:
             terms = self.accumulate_gradient(step)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
             loss, task_loss, divergence, gradient_norm = [*terms.tolist(), norm.item()]
-            measured = dict(zip(TRAIN_KEYS, (loss, task_loss, divergence, learning_rate, gradient_norm), strict=True))
-            if not self.recipe.method.acts_at(step):
-                del measured["divergence"]
+            measured = {"loss": loss, "task_loss": task_loss}
+            if self.recipe.method.acts_at(step):
+                alpha = self.recipe.method.alpha_at(step, self.recipe.updates)
+                measured |= {"divergence": divergence, "alpha": alpha}
+            measured |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
             self.require_finite(measured)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -263,7 +265,7 @@ class _Training:
         try:
             with _refusals():
                 if not part.is_labeled:
-                    return self.objective.unlabeled_terms(part.batch, num_items)
+                    return self.objective.unlabeled_terms(part.batch, step, num_items)
                 return self.objective.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
@@ -358,7 +360,7 @@ class _Training:
             "test": test,
             "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
             "metrics": metrics.rows(test),
-            "notes": self.task.notes,
+            "notes": self.task.notes | self.note_on_alpha(),
             "data": state.data,
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes),
@@ -373,6 +375,15 @@ class _Training:
             tracker.finish()
         self.accelerator.wait_for_everyone()
         return result
+
+    def note_on_alpha(self) -> dict[str, str]:
+        """Returns a word for the reader where alpha has not risen to its value, as training ended before."""
+        step, recipe, method = self.state.step, self.recipe, self.recipe.method
+        if method.is_plain or method.alpha_schedule == "constant" or step == recipe.updates:
+            return {}
+        reached = method.alpha_at(step - 1, recipe.updates)
+        ended = f"training ended after {step} of {recipe.updates} updates"
+        return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {ended}"}
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
