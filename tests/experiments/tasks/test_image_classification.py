@@ -450,6 +450,26 @@ def test_a_test_file_may_lack_classes_and_it_is_noted(tmp_path: Path) -> None:
     assert notes["classes of test"] == "all 4 examples are '2': scores of it say nothing"
 
 
+@pytest.mark.parametrize("name", [b"b\xff", b"b\x1b[31m", b"b\nc", "b\u0085".encode()])
+def test_a_class_whose_name_cannot_be_shown_is_refused(name: bytes, tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 3})
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(folder)
+    message = refusal(read_class_folders, tmp_path)
+    assert message.startswith(f"{tmp_path}: the folder {os.fsdecode(name)!a} has characters that cannot be shown")
+
+
+def test_a_file_name_of_other_bytes_than_utf_8_is_kept_with_its_prediction(tmp_path: Path) -> None:
+    write_classes(tmp_path / "photos", {"a": 15, "b": 15})
+    for label in ("a", "b"):
+        path = tmp_path / "photos" / label / "00.png"
+        os.rename(path, os.path.join(os.fsencode(path.parent), b"x\xff.png"))
+    recipe = SMALL.replace(updates=2, warmup_updates=1, batch_size=8, **{"data.train": str(tmp_path / "photos")})
+    train(recipe, tmp_path / "run")
+    names = {ImageClassification(recipe).splits["train"].images.name(index) for index in range(30)}
+    assert {"a/x\\udcff.png", "b/x\\udcff.png"} < names
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("cat", "c\u200bat"), ("a b", "a  b")]
 )

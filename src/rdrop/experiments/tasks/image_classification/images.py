@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdrop.experiments.tasks.files import DataError, load_hub
-from rdrop.experiments.tasks.image_classification.labels import require_labels, require_one_spelling
+from rdrop.experiments.tasks.image_classification.labels import (
+    require_labels,
+    require_names_that_can_be_shown,
+    require_one_spelling,
+)
 from rdrop.experiments.tasks.image_classification.npz import read_arrays, require_memory
 from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
 from rdrop.experiments.tasks.image_classification.sources import Files, HubImages, Pixels, Source
@@ -87,6 +91,7 @@ def read_class_folders(root: Path) -> ImageSet:
     if len(entries) < 2:
         raise DataError(f"{root}: has {len(entries)} sub-folders; it needs one for each class, two or more")
     classes = tuple(entry.name for entry in entries)
+    require_names_that_can_be_shown(classes, str(root))
     require_one_spelling(classes, str(root))
     files = [_images_of(Path(entry.path)) for entry in entries]
     names = [f"{label}/{file}" for label, of_class in zip(classes, files, strict=True) for file in of_class]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,13 @@ def require_classes_in_use(labels: NDArray[np.int64], classes: Sequence[str], wh
             f"{where}: no image has the label {missing}, and the highest is {used[-1]}; number the classes from 0 "
             "without gaps, e.g. labels = numpy.unique(labels, return_inverse=True)[1]"
         )
+
+
+def require_names_that_can_be_shown(names: Sequence[str], where: str) -> None:
+    """Refuses names of folders that are not UTF-8 or would do something to a terminal."""
+    for name in names:
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise DataError(f"{where}: the folder {name!a} has characters that cannot be shown; rename it")
 
 
 def require_one_spelling(names: Sequence[str], where: str) -> None:

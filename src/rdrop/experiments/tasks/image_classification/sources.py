@@ -45,7 +45,7 @@ class Files:
         return read_image_file(self._root / self._names[index])
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return self._names[index].encode(errors="backslashreplace").decode()  # bytes that are not UTF-8
 
     def stored(self, index: int) -> bytes:
         return _of_file(self._root / self._names[index], Path.read_bytes)
