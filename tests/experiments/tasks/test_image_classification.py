@@ -491,6 +491,11 @@ def test_a_class_is_found_in_test_by_what_its_name_looks_like(tmp_path: Path) ->
     assert found["test"].images.labels.tolist() == [0, 0, 1, 1]
 
 
+def test_recorded_runs_keep_their_splits_and_their_names() -> None:
+    assert not CIFAR_10_4K.data.stratified
+    assert "stratified" not in CIFAR_10_4K.to_json()
+
+
 def test_a_rare_class_is_in_each_split_that_it_can_be_in(tmp_path: Path) -> None:
     """5 of 200 images: at random most splits of 20 have none."""
     labels = np.zeros(200, dtype=int)
@@ -511,10 +516,12 @@ def test_a_class_that_cannot_be_in_each_split_is_noted(tmp_path: Path) -> None:
     assert any(value == "all 6 examples are '0': scores of it say nothing" for value in notes.values())
 
 
-def test_splits_with_every_class_are_those_that_were_drawn_before(tmp_path: Path) -> None:
-    path = write_npz(tmp_path / "x.npz", 60)
+@pytest.mark.parametrize("rare", [False, True])
+def test_splits_are_drawn_as_before_without_the_key_and_where_no_class_is_missing(rare: bool, tmp_path: Path) -> None:
+    labels = np.arange(60) // 58 if rare else np.arange(60) % 3
+    path = write_npz(tmp_path / "x.npz", 60, labels=labels)
     order = np.random.default_rng(0).permutation(60)
-    found = splits(IMAGE_CLASSIFICATION, train=str(path))
+    found = splits(IMAGE_CLASSIFICATION, train=str(path), stratified=not rare)
     for name, rows in (("valid", order[:6]), ("test", order[6:12]), ("train", order[12:])):
         assert found[name].rows.tolist() == sorted(rows.tolist())
 
@@ -539,13 +546,11 @@ def test_images_that_stand_in_two_splits_are_counted(kind: str, tmp_path: Path) 
             (paths[name] / f"{label}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise[row]).save(paths[name] / f"{label}" / f"{name}-{place}.png")
     task = ImageClassification(SMALL.replace(**{f"data.{name}": str(path) for name, path in paths.items()}))
-    assert task.notes == {
-        "test images that are in train": "3 of 6, byte for byte: they do not tell how the model does on new images"
-    }
+    assert task.notes == {"test images that are trained on too": "3 of 6, byte for byte"}
 
 
 def test_images_of_the_hub_that_stand_in_two_splits_are_counted(hub: list[tuple[Any, ...]]) -> None:
-    assert notes_on(splits(HUB))["test images that are in train"].startswith(("5 of 6", "6 of 6"))
+    assert notes_on(splits(HUB))["test images that are trained on too"].startswith(("5 of 6", "6 of 6"))
 
 
 def test_a_copy_of_the_training_images_scores_nothing(tmp_path: Path) -> None:
@@ -564,7 +569,7 @@ def test_a_copy_of_the_training_images_scores_nothing(tmp_path: Path) -> None:
 def test_too_many_images_to_compare_are_noted(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"rdrop.experiments.tasks.image_classification.repeats.{limit}", 20)
     task = ImageClassification(SMALL.replace(**{"data.train": str(write_npz(tmp_path / "x.npz"))}))
-    assert task.notes["test images that are in train"].startswith("not counted: above 100,000 images or 1 GiB")
+    assert task.notes["test images that are trained on too"].startswith("not counted: above 100,000 images or 1 GiB")
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation

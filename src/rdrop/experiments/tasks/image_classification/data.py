@@ -21,7 +21,7 @@ from rdrop.experiments.tasks.image_classification.images import ImageSet, entrie
 from rdrop.experiments.tasks.image_classification.labels import require_classes_in_use
 from rdrop.experiments.tasks.image_classification.repeats import MOST_BYTES, MOST_IMAGES, are_the_same, count_repeated
 from rdrop.experiments.tasks.spelling import note_on_case
-from rdrop.experiments.tasks.splits import with_every_class
+from rdrop.experiments.tasks.splits import WHERE_REPEATED, with_every_class
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.image_classification.recipes import ImageData
@@ -61,10 +61,10 @@ def notes_on(splits: Mapping[str, Split]) -> dict[str, str]:
         if count is None:
             said = f"not counted: above {MOST_IMAGES:,} images or {MOST_BYTES >> 30} GiB nothing is compared"
         elif count:
-            said = f"{count} of {size}, byte for byte: they do not tell how the model does on new images"
+            said = f"{count} of {size}, byte for byte"
         else:
             continue
-        notes[f"{second} images that are in {first}"] = said
+        notes[f"{second} images that are {WHERE_REPEATED[first]}"] = said
     return notes
 
 
@@ -182,7 +182,9 @@ def _with_held_out(found: Mapping[str, ImageSet], data: ImageData) -> dict[str, 
     drawn = {}
     for name, size in sizes.items():
         drawn[name], order = np.split(order, [size])
-    rows = with_every_class({"train": order, **drawn}, train.labels, data.split_seed)
+    rows = {"train": order, **drawn}
+    if data.stratified:
+        rows = with_every_class(rows, train.labels, data.split_seed)
     splits = {name: Split(train, np.sort(own)) for name, own in rows.items()}
     for name in sorted(found.keys() - rows.keys()):
         own = found[name].with_classes(train.classes)

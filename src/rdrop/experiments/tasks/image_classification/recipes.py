@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, NewOrPretrainedModel, Recipe
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.published import Published
-from rdrop.experiments.recipe.settings import Count, Probability, RecipeError
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, added
 
 
 class ImageData(DataFiles):
@@ -23,6 +23,11 @@ class ImageData(DataFiles):
     )
     valid_size: Count | None = Field(description="Images to hold out, where valid has no source. null: a tenth.")
     test_size: Count | None = Field(description="Images to hold out, where test has no source. null: a tenth.")
+    stratified: bool = added(
+        False,
+        "Whether images are held out so that valid and test have every class that has enough of them: drawn again "
+        "where one is missing.",
+    )
     expected_train: Count | None = Field(description="Images that train of the folder or hub must have. null: any.")
     expected_test: Count | None = Field(description="Images that test of the folder or hub must have. null: any.")
     image_column: str = Field(description="Column of the hub's data set with the images.")
@@ -175,6 +180,7 @@ IMAGE_CLASSIFICATION = CIFAR_100_VIT_B16.replace(  # your own images
         "data.valid_split": "valid",
         "data.test_split": "test",
         "data.valid_size": None,
+        "data.stratified": True,
         "data.expected_train": None,
         "data.expected_test": None,
         "data.image_column": "image",  # the hub's usual names
@@ -198,6 +204,7 @@ CIFAR_10_4K = IMAGE_CLASSIFICATION.replace(
         "data.test_split": None,
         "data.valid_size": 1000,
         "data.test_size": 1000,  # 2,000 are left to train on
+        "data.stratified": False,  # as its recorded runs: each split has hundreds of each class
         "data.expected_train": 4000,
         "data.image_size": 32,
         "data.crop": "padded",  # as usual for CIFAR from scratch
