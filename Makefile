@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Two threads on two cores fight each other in the tests; one each is faster and repeatable.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 RUNS ?= runs
+# Runs of the demo at a time, with a core each.
+JOBS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
 
 .PHONY: help demo demo-short test test-long bench docs notebook lint types check clean
 
@@ -21,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed  ## train with and without R-Drop on scikit-learn's digits; write runs/report.html
-	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --seeds 12 --runs $(RUNS)
+	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --seeds 12 --jobs $(JOBS) --runs $(RUNS)
 
 demo-short: $(VENV)/installed  ## the same code path in seconds: two seeds, few updates
 	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --runs $(RUNS)/short --seeds 2 updates=40 warmup_steps=4 evaluate_every=10

@@ -262,11 +262,12 @@ def test_a_run_that_cannot_go_on_is_one_line_and_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*_: Any, **__: Any) -> None:
-        raise trainer.TrainingError("step 3: loss is nan. Lower learning_rate.")
+        raise trainer.TrainingError("the recipe does not fit its task. Lower updates.")
 
     monkeypatch.setattr(trainer, "train", failing)
-    assert cli.run(["compare", "digits", "--runs", str(tmp_path)]) == 1
-    assert complaint(capsys) == "baseline, seed 0: step 3: loss is nan. Lower learning_rate."
+    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 1
+    alpha = f"{DIGITS.method.alpha:g}"
+    assert complaint(capsys) == f"digits, alpha {alpha}, seed 0: the recipe does not fit its task. Lower updates."
 
 
 @pytest.mark.usefixtures("no_training")
@@ -441,10 +442,11 @@ def test_bars_show_the_run_and_all_runs_in_80_columns() -> None:
     recipes = [DIGITS.replace(seed=seed) for seed in range(3)]
     with show_progress(console, recipes, recipes[1:]) as display:
         assert isinstance(display, Bars)
-        display.start("baseline, twice the batch, seed 1", recipes[1])
-        display.update(trainer.Progress(10, recipes[1].updates, 0.5, {"accuracy": 0.75, "loss": 0.6}, 0.01))
+        label = "baseline, twice the batch, seed 1"
+        display.start(label, recipes[1])
+        display.update(label, trainer.Progress(10, recipes[1].updates, 0.5, {"accuracy": 0.75, "loss": 0.6}, 0.01))
         console.print(display.live.get_renderable())
-        display.finish("2/3  baseline, twice the batch, seed 1: done")
+        display.finish(label, "2/3  baseline, twice the batch, seed 1: done")
     lines = console.export_text().splitlines()
     assert any("all runs" in line and "1/3" in line and line.rstrip().endswith("left") for line in lines)
     assert any("baseline, twice the batch, seed 1" in line and f"10/{recipes[1].updates}" in line for line in lines)
@@ -458,7 +460,7 @@ def test_lines_are_sparse() -> None:
     display = Lines(console, clock=lambda: next(times))
     display.start("baseline, seed 0", DIGITS)
     for step in (1, 2, 3):
-        display.update(trainer.Progress(step, 400, 0.5, None, 0.01))
+        display.update("baseline, seed 0", trainer.Progress(step, 400, 0.5, None, 0.01))
     assert console.export_text() == "baseline, seed 0: 2/400, 4 s left, 100 updates/s, loss 0.5\n"
 
 

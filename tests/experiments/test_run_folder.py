@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs, saved
+from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs, lock, saved
 from rdrop.experiments.run_folder import folder as results
 
 ROW = {"kind": "train", "step": 4, "epoch": 1.0, "seconds": 0.5, "loss": 0.25, "divergence": None}
@@ -111,15 +111,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, m
 
 
 def test_results_imports_the_standard_library_only() -> None:
-    for module in (results, saved):
+    own = {f"rdrop.experiments.run_folder.{name}" for name in ("saved", "lock", "lock.RunLock")}
+    for module in (results, saved, lock):
         tree = ast.parse(Path(module.__file__).read_text())
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {
             f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".") for node in imports for alias in node.names
         }
-        assert {
-            name.split(".")[0] for name in names - {"rdrop.experiments.run_folder.saved"}
-        } <= sys.stdlib_module_names
+        assert {name.split(".")[0] for name in names - own} <= sys.stdlib_module_names
 
 
 def _disk_full(_descriptor: int) -> None:

@@ -106,6 +106,9 @@ class TinyTask:
         return {"loss": F.cross_entropy(logits.flatten(0, 1), self.targets[rows].flatten()).item()}
 
 
+TinyRecipe.TASK = TinyTask  # so that it is a task of one's own, `tests.experiments.tiny_runs:RECIPE`
+
+
 class TinyNetwork(nn.Module):
     def __init__(self, dropout: float, fixed: bool = False) -> None:
         super().__init__()

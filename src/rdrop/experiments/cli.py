@@ -1,8 +1,8 @@
-"""The command line: `rdrop list | train | compare | evaluate | report | check | bench`.
+"""The command line: `rdrop list | train | compare | tune | evaluate | report | check | bench`.
 
 What needs torch or draws plots is imported in the command that needs it, so that the others answer at once. A command
 raises; `run` turns what it raised into one line on the standard error and an exit status: 0 done, 1 a negative answer
-or a run that failed, 2 a mistake in the command, 130 stopped by Ctrl-C.
+or a run that failed, 2 a mistake in the command, 3 a run that diverged, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,17 +24,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.plan import FailedRunError, Run, StoppedError, plan_comparison, train_all
+from rdrop.experiments.jobs import (
+    FailedRunsError,
+    Failure,
+    MistakeError,
+    StoppedError,
+    find_places,
+    train_all,
+    train_supervised,
+)
+from rdrop.experiments.plan import Command, Run, plan_comparison, with_larger_batch
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
-from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, RunRecord, find_runs
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 
 if TYPE_CHECKING:
     from rdrop.check import CheckReport
     from rdrop.experiments.comparison.finished_runs import UnusableRun
+    from rdrop.experiments.comparison.tuning import Tuning
 
 # typer imports click or brings its own, by version. This is the UsageError of the one it uses.
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -63,9 +73,14 @@ Trackers = Annotated[
     list[str] | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ...; may be given twice.")
 ]
 RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the folders of the runs are.")]
+Jobs = Annotated[
+    str,
+    typer.Option("--jobs", metavar="N|auto", help="Runs at a time, a process each; a GPU each, if there are several."),
+]
 DEFAULT_RUNS = Path("runs")
 MOST_SEEDS = 1000
 CHECKED_EXAMPLES = 8
+_OLD_SPELLING = re.compile(r"^--unlabelled(?==|$)")
 SEEDS = re.compile(r"\d{1,10}(,\d{1,10})*,?", re.ASCII)
 
 
@@ -74,16 +89,23 @@ def run(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode shows "?" for "±", and does not crash
             stream.reconfigure(errors="replace")
+    current = [_OLD_SPELLING.sub("--unlabeled", argument) for argument in arguments]
     try:
-        return int(app(list(arguments) or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
+        return int(app(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error.format_message(), status=2)
-    except (RecipeError, ResultsError, DataError, TrackerError) as error:
+    except (RecipeError, ResultsError, DataError, TrackerError, RunLockedError) as error:
         return _fail(str(error), status=2)
+    except MistakeError as error:
+        return _fail(str(error), error.status)
     except StoppedError as error:
         again = "the same command" if "RANK" in os.environ else shlex.join(["rdrop", *arguments])
         return _fail(f"{error}; go on with: {again}", status=error.status)
-    except (FailedRunError, OSError) as error:
+    except FailedRunsError as error:
+        for failure in error.failures:
+            _fail(str(failure), error.status)
+        return error.status
+    except OSError as error:
         return _fail(str(error), status=1)
 
 
@@ -135,11 +157,16 @@ def train(
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
+    side_by_side: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     run = Run.of(_label_of(chosen.saved()), chosen, runs)
-    train_all([run], _progress_console(), trackers=tracker or ())
+    if side_by_side:  # `rdrop.experiments.jobs` started this process
+        raise typer.Exit(train_supervised(run, side_by_side, tracker or ()))
+    failures = train_all([run], _progress_console(), trackers=tracker or ())
+    if failures:
+        raise FailedRunsError(failures)
     if _is_first_process():
         _show_result(run)
 
@@ -160,19 +187,94 @@ def compare(
     no_double_batch: Annotated[
         bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
     ] = False,
+    jobs: Jobs = "1",
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Train nothing: print a command for each run that is not finished.")
+    ] = False,
 ) -> None:
     """Train the recipe with and without R-Drop over several seeds, and show whether R-Drop helped.
 
-    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated.
+    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated. Several
+    such commands on one folder share the work.
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
-    train_all(plan, _progress_console(), trackers=tracker or ())
-    if _is_first_process():
-        _show_comparisons([record for run in plan for record in find_runs(run.folder)])
+    command = Command(recipe, runs, tuple(tracker or ()))
+    if commands:
+        for run in plan:
+            if run.result() is None and run.failure() is None:
+                sys.stdout.write(shlex.join(["rdrop", *command.arguments(run)]) + "\n")
+        return
+    console = _progress_console()
+    places = find_places(parse_jobs(jobs), console)
+    failures = train_all(plan, console, trackers=tracker or (), places=places, command=command)
+    failed = {failure.folder for failure in failures}
+    if _is_first_process() and len(failed) < len(plan):
+        _show_comparisons([record for run in plan if run.folder not in failed for record in find_runs(run.folder)])
         _write_page(runs)
+    if failures:
+        raise FailedRunsError(failures)
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]", help="What is tried, and what is changed: alpha=0.3,1,3 updates=400"
+        ),
+    ] = None,
+    tune_seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of the search, from 1000.")] = 3,
+    seeds: Annotated[str, typer.Option(metavar="N|A,B,...", help="Fresh seeds that compare what was chosen.")] = "10",
+    data: DataFolder = None,
+    train: TrainFile = None,
+    valid: ValidFile = None,
+    test: TestFile = None,
+    unlabeled: UnlabeledFile = None,
+    model: ModelName = None,
+    tracker: Trackers = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    no_double_batch: Annotated[
+        bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
+    ] = False,
+    jobs: Jobs = "1",
+) -> None:
+    """Find the best settings of R-Drop and of plain training on valid; compare the two on seeds they have not seen.
+
+    Plain training is tried with the same values of the keys that are not R-Drop's own. Finished runs are not repeated.
+    """
+    from rdrop.experiments import tune as tuning
+
+    fixed, grid = tuning.split_grid(settings or [])
+    fresh = parse_seeds(seeds)
+    if max(fresh) >= tuning.FIRST_SEED:
+        raise typer.BadParameter(
+            f"{max(fresh)} is a seed of the search, which has those from 1000", param_hint="--seeds"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise typer.BadParameter("a search runs in one process, or in several by --jobs; not under torchrun")
+    chosen = _chosen(recipe, fixed, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
+    candidates = tuning.make_grid(chosen, grid)
+    if not no_double_batch:
+        for candidate in candidates.plain:
+            with_larger_batch(candidate.recipe)
+    console = _progress_console()
+    places = find_places(parse_jobs(jobs), console)
+
+    def train_in(root: Path) -> tuning.Train:
+        command = Command(recipe, root, tuple(tracker or ()))
+        return lambda plan: train_all(plan, console, trackers=tracker or (), places=places, command=command)
+
+    tried, rdrop, plain = tuning.search(candidates, tune_seeds, runs, train_in(runs / TUNING))
+    arms = tuning.plan_fresh(rdrop, plain, fresh, runs, larger_batch=not no_double_batch)
+    # Seed by seed, so that a comparison that is stopped has whole seeds to show.
+    failures = train_in(runs)([run for of_seed in zip(*arms.values(), strict=True) for run in of_seed])
+    _show_tuning(tuning.tuning_of(candidates, tune_seeds, tried, rdrop, plain, arms), runs)
+    if failures:
+        raise FailedRunsError(failures)
 
 
 @app.command()
@@ -184,12 +286,17 @@ def evaluate(
     ] = None,
     data: DataFolder = None,
     test: Annotated[str | None, typer.Option("--test", metavar="FILE", help="Another test file: data.test.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Of runs of your own task: its recipe, package.module:NAME.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
 ) -> None:
     """Score the test split again with the weights of finished runs: on another file, with another search.
 
     It writes no file. Several runs are compared, as in `compare`, by the new scores.
     """
+    if recipe is not None:
+        find_recipe(recipe)  # which imports the class that reads the recipes of its task
     scored = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
     if as_json:
         found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
@@ -297,6 +404,17 @@ def parse_seeds(text: str) -> list[int]:
     )
 
 
+def parse_jobs(text: str) -> int | None:
+    """`"3"` is three runs at a time; None, for `"auto"`, as many as the machine has room for."""
+    if text == "auto":
+        return None
+    if re.fullmatch(r"[1-9]\d{0,2}", text, re.ASCII):
+        if int(text) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise typer.BadParameter("torchrun has started the processes of one run; leave it out", param_hint="--jobs")
+        return int(text)
+    raise typer.BadParameter(f"{text!r} is neither a number of runs (2) nor auto", param_hint="--jobs")
+
+
 def _keys(recipe: Recipe) -> Table:
     table = _table("key", "value", "what it means")
     for key, description in recipe.descriptions().items():
@@ -333,7 +451,8 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
     from rdrop.experiments.comparison.finished_runs import split_usable
-    from rdrop.experiments.plan import quiet_transformers, summary
+    from rdrop.experiments.jobs import quiet_transformers
+    from rdrop.experiments.progress import summary
     from rdrop.experiments.training.checkpoints import CheckpointError
     from rdrop.experiments.training.evaluation import rescore
 
@@ -350,7 +469,7 @@ def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
         try:
             result = rescore(run, settings)
         except CheckpointError as error:
-            raise FailedRunError(f"{label}: {error}") from error
+            raise FailedRunsError([Failure(label, run.path, str(error), 1)]) from error
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
     return scored
@@ -403,6 +522,20 @@ def _show_comparisons(records: list[RunRecord]) -> None:
         console.print(Text(comparison.verdict(), "bold"))
         console.print()
     _show_unusable(split_usable(records)[1], console)
+
+
+def _show_tuning(tuning: Tuning, runs: Path) -> None:
+    from rdrop.experiments.comparison.terminal_table import terminal_table
+    from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
+    from rdrop.experiments.report.tuning import write_tuning
+
+    console = Console(highlight=False)
+    console.print(table_of_search(tuning))
+    console.print(terminal_table(tuning.fresh))
+    for sentence in tuning.sentences():
+        console.print(Text(sentence, "bold"))
+    console.print()
+    console.print(Text(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}"), soft_wrap=True)
 
 
 def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:

@@ -1,41 +1,50 @@
-"""How far the training is: bars in a terminal, a line now and then anywhere else."""
+"""How far the runs are, one or several at a time: bars in a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 
 from rdrop.experiments.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rdrop.experiments.training import trainer
+from rdrop.experiments.training.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 SPEED_WINDOW_SECONDS = 120.0  # spans several runs of an arm, so that the time left does not jump between the arms
 
 
 class Display(Protocol):
-    """Told of each run: `start`, `update` after some of its updates, `finish` with a line that stays."""
+    """Told of each run by its label: `start`, `update` after some of its updates, `finish` with a line that stays."""
 
     def start(self, label: str, recipe: Recipe) -> None: ...
-    def update(self, progress: trainer.Progress) -> None: ...
-    def finish(self, line: str) -> None: ...
+    def update(self, label: str, progress: Progress) -> None: ...
+    def finish(self, label: str, line: str | None) -> None: ...
+
+    def drop(self, label: str) -> None:
+        """Forgets a run that ended without a result."""
+
+    def say(self, line: str) -> None:
+        """Shows a line that stays."""
+
+    def wait(self, reason: str) -> None:
+        """Shows why nothing seems to happen."""
 
 
 class Bars:
-    """One bar for all runs, if there are several, and one for the current run; above them a line per finished run."""
+    """One bar for all runs, if there are several, and one for each that is on; above them a line per finished run."""
 
     def __init__(self, console: Console, recipes: list[Recipe], waiting: list[Recipe]) -> None:
         self.live = Live(console=console, transient=True, refresh_per_second=8)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
+        self._bars = Bar(
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}", justify="right"),
             TimeRemainingColumn(compact=True),
@@ -51,52 +60,99 @@ class Bars:
         self._overall = self._bars.add_task(
             "all runs", total=total, completed=int(self._finished_cost), count="", visible=len(recipes) > 1
         )
-        self._current = self._bars.add_task("", total=None, count="")
-        self._cost = 0.0
+        self._on: dict[str, _Bar] = {}
+        self._reason = ""
 
     def start(self, label: str, recipe: Recipe) -> None:
-        self._cost = forward_examples(recipe)
-        self._bars.reset(self._current, description=label, total=recipe.updates, count=f"0/{recipe.updates}")
-        self._bars.update(self._overall, count=f"{self._finished_runs}/{self._runs}")
-        self._show("loading the data, building the model")
+        self._reason = ""
+        task = self._bars.add_task(label, total=recipe.updates, count=f"0/{recipe.updates}")
+        self._on[label] = _Bar(task, forward_examples(recipe))
+        self._show()
 
-    def update(self, progress: trainer.Progress) -> None:
-        share = progress.step / progress.updates
-        self._bars.update(self._current, completed=progress.step, count=f"{progress.step}/{progress.updates}")
-        self._bars.update(self._overall, completed=self._finished_cost + share * self._cost)
-        self._show(pace(progress))
+    def update(self, label: str, progress: Progress) -> None:
+        bar = self._on[label]
+        bar.share, bar.pace = progress.step / progress.updates, pace(progress)
+        self._bars.update(bar.task, completed=progress.step, count=f"{progress.step}/{progress.updates}")
+        self._show()
 
-    def finish(self, line: str) -> None:
+    def finish(self, label: str, line: str | None) -> None:
+        bar = self._on.get(label)
+        self._finished_cost += bar.cost if bar is not None else 0.0
         self._finished_runs += 1
-        self._finished_cost += self._cost
+        self.drop(label)
+        if line is not None:
+            self.say(line)
+
+    def drop(self, label: str) -> None:
+        bar = self._on.pop(label, None)
+        if bar is not None:
+            self._bars.remove_task(bar.task)
+        self._show()
+
+    def say(self, line: str) -> None:
         self.live.console.print(line, markup=False, highlight=False)
 
-    def _show(self, text: str) -> None:
-        self.live.update(Group(self._bars, Text(text, style="dim")))
+    def wait(self, reason: str) -> None:
+        self._reason = reason
+        self._show()
+
+    def _show(self) -> None:
+        on = self._on.values()
+        completed = self._finished_cost + sum(bar.share * bar.cost for bar in on)
+        self._bars.update(self._overall, completed=completed, count=f"{self._finished_runs}/{self._runs}")
+        paces = [self._reason] if self._reason else [bar.pace for bar in on]
+        self.live.update(Group(self._bars, *(Text(line, style="dim") for line in paces)))
+
+
+@dataclass
+class _Bar:
+    """A run that is on."""
+
+    task: TaskID
+    cost: float
+    share: float = 0.0
+    pace: str = "loading the data, building the model"
 
 
 class Lines:
-    """A line for each finished run, and one in half a minute while a run is on, with the time left of that run."""
+    """A line for each finished run, and in half a minute one for each that is on, with the time left of that run."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._label = ""
+        self._on: dict[str, Progress | None] = {}
+        self._reason = ""
         self._last = clock()
 
     def start(self, label: str, recipe: Recipe) -> None:
-        self._label = label
+        self._on[label] = None
 
-    def update(self, progress: trainer.Progress) -> None:
+    def update(self, label: str, progress: Progress) -> None:
+        self._on[label] = progress
         if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
-            line = f"{self._label}: {progress.step}/{progress.updates}, {time_left(progress)} left, {pace(progress)}"
-            self._print(line)
+            for name, known in self._on.items():
+                if known is not None:
+                    self._print(f"{name}: {known.step}/{known.updates}, {time_left(known)} left, {pace(known)}")
+            self._last = self._clock()
 
-    def finish(self, line: str) -> None:
+    def finish(self, label: str, line: str | None) -> None:
+        self.drop(label)
+        if line is not None:
+            self.say(line)
+
+    def drop(self, label: str) -> None:
+        self._on.pop(label, None)
+
+    def say(self, line: str) -> None:
+        self._last = self._clock()
         self._print(line)
 
+    def wait(self, reason: str) -> None:
+        if reason != self._reason:
+            self._reason = reason
+            self.say(reason)
+
     def _print(self, line: str) -> None:
-        self._last = self._clock()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -117,7 +173,7 @@ def forward_examples(recipe: Recipe) -> float:
     return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * (1 + extra_passes)
 
 
-def time_left(progress: trainer.Progress) -> str:
+def time_left(progress: Progress) -> str:
     """Until the last update, in whole seconds, minutes or tenths of hours: "45 s", "12 min", "3.5 h"."""
     seconds = (progress.updates - progress.step) * progress.seconds_per_step
     if seconds < 99.5:
@@ -126,9 +182,21 @@ def time_left(progress: trainer.Progress) -> str:
     return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
-def pace(progress: trainer.Progress) -> str:
+def pace(progress: Progress) -> str:
     """What changes from update to update, in one line."""
     parts = [f"{1 / progress.seconds_per_step:.3g} updates/s", f"loss {progress.loss:.4g}"]
     if progress.valid is not None:
         parts += [f"valid {metric} {score:.4g}" for metric, score in progress.valid.items()]
     return ", ".join(parts)
+
+
+def summary(result: dict[str, Any], *, cost: bool = True) -> str:
+    """The outcome of a run in one line: "test accuracy 87.3 %, trained in 14 s"."""
+    from rdrop.experiments.comparison.wording import NumberStyle, words
+
+    metric = result["metric"]
+    style = NumberStyle.of(metric, [])
+    unit = " %" if style.percent else ""
+    seconds = result["cost"]["train_seconds"] if cost else None
+    trained = "" if seconds is None else f", trained in {seconds:.0f} s"
+    return f"test {words(metric)} {style.score(result['test'][metric])}{unit}{trained}"

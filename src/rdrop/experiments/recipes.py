@@ -129,7 +129,10 @@ def _parse(fields: dict[str, object]) -> Recipe:
     fields = saved.upgraded(fields)
     task = fields.get("task")
     if not isinstance(task, str) or task not in _CLASSES:
-        rule = f"must be one of {', '.join(_CLASSES)}; for a task of your own, name its recipe as package.module:NAME"
+        rule = (
+            f"must be one of {', '.join(_CLASSES)}; for a task of your own, name its recipe as package.module:NAME, "
+            "in evaluate by --recipe package.module:NAME"
+        )
         raise RecipeError("task", rule, value=task)
     return _CLASSES[task].parse(fields)
 

@@ -141,6 +141,11 @@ class Comparison:
         own, plain = arm.cost(key), None if self.baseline is None else self.baseline.cost(key)
         return own / plain if own is not None and plain else None
 
+    def side_by_side(self) -> int:
+        """The most runs that shared the machine while one of these was trained, as time and memory depend on it."""
+        found = [run.result["machine"].get("side_by_side", 1) for arm in self.arms for run in arm.runs]
+        return max([1, *(count for count in found if isinstance(count, int))])
+
     def contests(self) -> tuple[tuple[Arm, Arm], ...]:
         """The pairs (arm, reference) worth a sentence: each R-Drop arm against the baseline, then against plain
         training with the larger batch; without any R-Drop arm, the larger batch against the baseline.

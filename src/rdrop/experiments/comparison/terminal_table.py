@@ -57,4 +57,6 @@ def _cost_ratios(comparison: Comparison, arm: Arm) -> list[str]:
 
 def _caption(comparison: Comparison) -> str:
     lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
+    if comparison.side_by_side() > 1:
+        lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")
     return "\n".join((*lines, *map(str, comparison.gaps())))

@@ -42,7 +42,18 @@ def _page(
 ) -> str:
     names = [f"c{number}" for number in range(1, len(found) + 1)]
     settings = distinguishing_settings(found)
-    title = f"R-Drop report: {', '.join(dict.fromkeys(c.name for c in found)) or 'no finished run'}"
+    return document(
+        f"R-Drop report: {', '.join(dict.fromkeys(c.name for c in found)) or 'no finished run'}",
+        _header(found, settings, names, finished, unusable),
+        *(section(c, setting, name, root, place) for c, setting, name in zip(found, settings, names, strict=True)),
+        report_tables.unusable_runs(unusable, root),
+        glossary(),
+        element("footer", _versions_line(finished)),
+    )
+
+
+def document(title: str, *children: Markup | None) -> str:
+    """Returns a whole page that needs nothing but itself."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -52,16 +63,8 @@ def _page(
         element("title", title),
         element("style", Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8"))),
     )
-    body = element(
-        "body",
-        _header(found, settings, names, finished, unusable),
-        *(_section(c, setting, name, root, place) for c, setting, name in zip(found, settings, names, strict=True)),
-        report_tables.unusable_runs(unusable, root),
-        _glossary(),
-        element("footer", _versions_line(finished)),
-    )
     # "95" must not stand at the end of one line and its "%" on the next.
-    unbroken = body.replace("95 %", "95\N{NO-BREAK SPACE}%")
+    unbroken = element("body", *children).replace("95 %", "95\N{NO-BREAK SPACE}%")
     return f"<!DOCTYPE html>\n{element('html', head, Markup(unbroken), lang='en')}\n"
 
 
@@ -91,7 +94,7 @@ def _header(
     )
 
 
-def _section(comparison: Comparison, setting: dict[str, object], name: str, root: Path, place: Path) -> Markup:
+def section(comparison: Comparison, setting: dict[str, object], name: str, root: Path, place: Path) -> Markup:
     """`place` is the folder of the page, from which its links lead to the folders of the runs."""
     first, *others = comparison.verdict().split("\n")
     return element(
@@ -145,7 +148,7 @@ def _warnings(comparison: Comparison) -> Markup | None:
     return element("ul", *(element("li", s) for s in sentences), class_="warnings") if sentences else None
 
 
-def _glossary() -> Markup:
+def glossary() -> Markup:
     terms = {
         "Seed": "Decides initial weights, order of the data and dropout masks. Arms are compared seed by seed.",
         "Difference": "The arm's score minus the baseline's with the same seed, averaged over the seeds both have.",

@@ -25,22 +25,22 @@ from rdrop.experiments.comparison.wording import NumberStyle, words
 from rdrop.experiments.report.html import Markup
 
 # Drawn in a color that stands for a CSS variable, which replaces it in the finished SVG.
-_INK, _FAINT = "#010101", "#020202"
-_VARIABLES = {_INK: "--ink", _FAINT: "--rule"}
+INK, _FAINT = "#010101", "#020202"
+_VARIABLES = {INK: "--ink", _FAINT: "--rule"}
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.1
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
     "xtick.color": _FAINT,
     "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
@@ -62,8 +62,8 @@ class ArmStyle(NamedTuple):
 
     @property
     def stand_in(self) -> str:
-        """The color to draw with; `_finish` puts the variable in its place."""
-        return _STAND_INS[self.variable]
+        """The color to draw with; `finished_svg` puts the variable in its place."""
+        return STAND_INS[self.variable]
 
 
 _BASELINE = ArmStyle("--baseline", (4.0, 2.0), "o")
@@ -75,7 +75,7 @@ _LARGER_BATCH = (
 _RDROP_VARIABLES = ("--rdrop-1", "--rdrop-2", "--rdrop-3", "--rdrop-4")
 _RDROP_DASHES: tuple[tuple[float, ...], ...] = ((), (7.0, 1.5), (3.0, 1.2), (7.0, 1.5, 1.0, 1.5), (1.0, 1.0))
 _RDROP_MARKERS = "oD^vX"
-_STAND_INS = {
+STAND_INS = {
     variable: f"#{number:02x}{number:02x}{number:02x}"
     for number, variable in enumerate(("--baseline", "--larger", *_RDROP_VARIABLES), start=16)
 }
@@ -126,7 +126,7 @@ def draw_curves(comparison: Comparison, curve: Curve, style: NumberStyle, name: 
     drawn = [(arm_style, *curve_of(arm, curve, style.factor)) for arm, arm_style in _with_styles(comparison)]
     if not any(steps for _, steps, _ in drawn):
         return None
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure, axes = _figure(curve.axis)
         opacity = min(0.4, 1.2 / len(drawn))
         for arm_style, steps, values in drawn:
@@ -140,7 +140,7 @@ def draw_curves(comparison: Comparison, curve: Curve, style: NumberStyle, name: 
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         if curve.from_zero:
             axes.set_ylim(bottom=0)
-        return _finish(figure, name)
+        return finished_svg(figure, name)
 
 
 def draw_differences(comparison: Comparison, style: NumberStyle, name: str) -> Markup | None:
@@ -158,7 +158,7 @@ def draw_differences(comparison: Comparison, style: NumberStyle, name: str) -> M
     seeds = sorted({seed for _, difference in pairs for seed in difference.seeds})
     if not seeds:
         return None
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure, axes = _figure(
             f"difference in test {words(comparison.metric)}{',' if style.percent else ''}{style.points}"
         )
@@ -176,7 +176,7 @@ def draw_differences(comparison: Comparison, style: NumberStyle, name: str) -> M
         labeled = range(0, len(seeds), every)
         axes.set_xticks([*labeled, at_mean], [*(str(seeds[place]) for place in labeled), "mean"])
         axes.set_xlabel("seed", x=(at_mean - room + 0.6) / 2 / (at_mean + room + 0.6))
-        return _finish(figure, name)
+        return finished_svg(figure, name)
 
 
 def _draw_seeds(axes: Axes, at: list[float], difference: PairedDifference, arm_style: ArmStyle, factor: float) -> None:
@@ -215,7 +215,7 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(figure: Figure, name: str) -> Markup:
+def finished_svg(figure: Figure, name: str) -> Markup:
     written = io.StringIO()
     # Without a date in it, the same input gives the same bytes.
     figure.savefig(written, format="svg", metadata={"Date": None})
@@ -225,7 +225,7 @@ def _finish(figure: Figure, name: str) -> Markup:
     svg = re.sub(r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', _OPENING, svg)
     svg = re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"{name}-", svg)
     svg = re.sub(r"(?<=font-family: )[^;\"]+", "var(--sans)", svg)
-    for stand_in, variable in (_VARIABLES | {color: variable for variable, color in _STAND_INS.items()}).items():
+    for stand_in, variable in (_VARIABLES | {color: variable for variable, color in STAND_INS.items()}).items():
         svg = svg.replace(stand_in, f"var({variable})")
     return Markup(svg)
 

@@ -87,6 +87,7 @@ def costs(comparison: Comparison) -> Markup:
             measured = NOT_KNOWN if cost is None else spelled(cost)
             cells.append(joined((measured, element("span", f" {against}", class_="ratio"))))
         rows.append(_row(arm.label, *cells))
+    together = comparison.side_by_side()
     return _table(
         "Cost",
         ("", *(heading for _, heading, _ in measures)),
@@ -94,6 +95,7 @@ def costs(comparison: Comparison) -> Markup:
         caption=(
             "Medians over the seeds, with the ratio to the baseline. Evaluation and checkpoints are not counted. "
             "Memory is what training took above what was in use before its first step."
+            + (f" Up to {together} runs shared the machine, which makes each slower." if together > 1 else "")
         ),
     )
 

@@ -4,6 +4,8 @@
       recipe.json      the complete recipe
       metrics.jsonl    one JSON object a line
       result.json      written last: its presence says the run is finished
+      failed.json      of a run that cannot go on, whatever is tried: at which step, and what
+      lock.json        while a process trains the run: which
       checkpoints/     see `rdrop.experiments.training.checkpoints`
 
 Every file is valid JSON. JSON has no NaN and no infinity, and a run that met one must say so: such a number is written
@@ -15,6 +17,7 @@ This module needs the standard library only, so that a report can be made where 
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +25,26 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from rdrop.experiments.run_folder import saved
+from rdrop.experiments.run_folder import lock, saved
+from rdrop.experiments.run_folder.lock import RunLock
 
 FORMAT = 1
 """The version of the layout; `result.json` carries it."""
 
-RECIPE, METRICS, RESULT = "recipe.json", "metrics.jsonl", "result.json"
+RECIPE, METRICS, RESULT, FAILURE = "recipe.json", "metrics.jsonl", "result.json", "failed.json"
+
+TUNING = "_tuning"
+"""The folder of the runs of `rdrop tune`'s search, below that of the others. No recipe has a name like it."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class ResultsError(ValueError):
     """A file of a run folder that is not what it should be: which file, what is wrong, what to do."""
+
+
+class RunTakenOverWarning(RuntimeWarning):
+    """A run whose process is gone goes on in this one."""
 
 
 class StorageError(OSError):
@@ -45,6 +56,19 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+
+    @contextmanager
+    def held(self) -> Iterator[RunLock]:
+        """Keeps every other process from training this run. Raises `RunLockedError` if one does."""
+        with explain_failed_write(self.path / lock.FILE, lock.MOST_BYTES):
+            held, predecessor = RunLock.acquire(self.path)
+        if predecessor is not None:
+            message = f"{self.path}: taken over from {predecessor}, which is gone."
+            warnings.warn(message, RunTakenOverWarning, stacklevel=3)
+        try:
+            yield held
+        finally:
+            held.release()
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         write_atomically(self.path / RECIPE, _to_json(recipe, indent=2))
@@ -91,6 +115,20 @@ class RunFolder:
             result["recipe"] = saved.upgraded(result["recipe"])
         return result
 
+    def write_failure(self, step: int, what: str) -> None:
+        """Records that the run cannot go on: training it again would end at the same step."""
+        write_atomically(self.path / FAILURE, _to_json({"format": FORMAT, "step": step, "what": what}, indent=2))
+
+    def clear_failure(self) -> None:
+        (self.path / FAILURE).unlink(missing_ok=True)
+
+    def failure(self) -> str | None:
+        """Returns why the run cannot go on, or None if nothing is known against it."""
+        path = self.path / FAILURE
+        if not path.exists():
+            return None
+        return f"diverged: {_read_object(path).get('what')}"
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -104,7 +142,7 @@ class RunRecord:
 
 
 def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
-    """Every run folder at or below `root`, in the order of their paths.
+    """Every run folder at or below `root`, in the order of their paths; but not those of a search, below `_tuning`.
 
     An unfinished or damaged folder is a record with a `problem`, not an error: one bad run must not hide the good ones.
     Raises `ResultsError` if `root` is not a folder.
@@ -171,7 +209,8 @@ def sync_folder(path: Path) -> None:
 
 def _run_paths(root: Path) -> list[Path]:
     names = (RECIPE, METRICS, RESULT)
-    return sorted({path.parent for name in names for path in root.rglob(name)})
+    found = {path.parent for name in names for path in root.rglob(name)}
+    return sorted(path for path in found if TUNING not in path.relative_to(root).parts)
 
 
 def _read_record(path: Path) -> RunRecord:
@@ -181,9 +220,21 @@ def _read_record(path: Path) -> RunRecord:
     result = _attempt(folder.result, problems)
     metrics = _attempt(folder.metrics, problems) or []
     if not problems and result is None:
-        step = metrics[-1]["step"] if metrics else 0
-        problems.append(f"{path}: unfinished, last row at step {step}. Run it again to resume it.")
+        problems += [_unfinished(folder, metrics[-1]["step"] if metrics else 0)]
     return RunRecord(path, recipe, result, metrics, " ".join(problems) or None)
+
+
+def _unfinished(folder: RunFolder, step: int) -> str:
+    problems: list[str] = []
+    failure = _attempt(folder.failure, problems)
+    if problems:
+        return problems[0]
+    if failure is not None:
+        return f"{folder.path}: {failure}"
+    holder = lock.holder_of(folder.path)
+    if holder is not None:
+        return f"{folder.path}: unfinished, last row at step {step}. It is being trained by {holder}."
+    return f"{folder.path}: unfinished, last row at step {step}. Run it again to resume it."
 
 
 def _attempt(read: Any, problems: list[str]) -> Any:

@@ -17,6 +17,7 @@ Three properties hold for every task, and tests hold them:
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,7 @@ from rdrop.experiments.training.optimization import build_optimizer, learning_ra
 from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.training.prefetch import Prefetched
+from rdrop.experiments.training.progress import Progress as Progress
 from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
 from rdrop.terms import LossTerms
@@ -59,17 +61,12 @@ class TrainingError(RuntimeError):
     """A run that cannot start, or cannot go on: what, at which step, and how to fix it."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What `on_progress` is told after every update and every score."""
+class DivergedError(TrainingError):
+    """A run in which a number is not finite. Its folder says so: trained again, it would end at the same step."""
 
-    step: int
-    updates: int
-    loss: float
-    valid: dict[str, float] | None
-    """The newest scores on the valid split."""
-    seconds_per_step: float
-    """Of this session, evaluation and checkpoints included: times the steps left, the time left."""
+    def __init__(self, step: int, what: str, advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.step = step
 
 
 @dataclass
@@ -106,14 +103,18 @@ def train(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     trackers: Sequence[str] = (),
+    side_by_side: int = 1,
 ) -> dict[str, Any]:
     """Trains the recipe in `folder`, or resumes it there, and returns its result (the content of `result.json`).
 
     A finished run is not repeated: its result is returned. Under `torchrun` or `accelerate launch` every process calls
     this; the first one writes. Python's, numpy's and torch's global generators are seeded. `trackers` are names that
-    Accelerate knows ("tensorboard", "wandb", ...): they are told what `metrics.jsonl` is told.
+    Accelerate knows ("tensorboard", "wandb", ...): they are told what `metrics.jsonl` is told. `side_by_side` is how
+    many runs share the machine, which its times and memory depend on; the result says so.
 
     Raises:
+        RunLockedError: another process trains this run.
+        DivergedError: a number is not finite; the run folder says so, until the run is trained again.
         TrainingError: the folder belongs to another recipe, the recipe does not fit its task, R-Drop has nothing to act
             on, a number is not finite.
         TrackerError: Accelerate does not know a tracker, or does not find its package.
@@ -124,18 +125,40 @@ def train(
     """
     require_trackers(trackers)
     run = RunFolder(folder)
-    result = run.result()
+    result = _finished(recipe, run)
     if result is not None:
-        _require_same_recipe(recipe, result["recipe"], run.path)
         return result
-    return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
+    if not is_first_process():
+        return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
+
+    with run.held() as lock:
+        result = _finished(recipe, run)  # by another process, before this one had the lock
+        if result is not None:
+            return result
+
+        def still_ours(progress: Progress) -> None:
+            lock.require_held()
+            if on_progress is not None:
+                on_progress(progress)
+
+        run.clear_failure()
+        try:
+            return _Training(recipe, run, still_ours, trackers, side_by_side).run()
+        except DivergedError as error:
+            run.write_failure(error.step, str(error))
+            raise
 
 
 class _Training:
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, on_progress: Callable[[Progress], None], trackers: Sequence[str]
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        on_progress: Callable[[Progress], None],
+        trackers: Sequence[str],
+        side_by_side: int = 1,
     ) -> None:
-        self.recipe, self.folder, self.on_progress = recipe, folder, on_progress
+        self.recipe, self.folder, self.on_progress, self.side_by_side = recipe, folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
         # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
         self.accelerator = Accelerator(
@@ -269,7 +292,7 @@ class _Training:
                 return self.objective.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
-            raise TrainingError(f"step {step + 1}: {error}. {self.advice()}") from error
+            raise DivergedError(step + 1, f"step {step + 1}: {error}", self.advice()) from error
 
     def logits(self, batch: Batch) -> Tensor:
         device = self.accelerator.device.type
@@ -280,7 +303,8 @@ class _Training:
         wrong = [f"{name} is {value}" for name, value in measured.items() if not math.isfinite(value)]
         if wrong:
             self.append_row("train", self.state.step + 1, dict.fromkeys(TRAIN_KEYS) | measured)
-            raise TrainingError(f"step {self.state.step + 1}: {' and '.join(wrong)}. {self.advice()}")
+            step = self.state.step + 1
+            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", self.advice())
 
     def advice(self) -> str:
         recipe = self.recipe
@@ -336,7 +360,8 @@ class _Training:
             metrics.rows(scores)
         wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
         if wrong:
-            raise TrainingError(f"step {self.state.step}, {split} split: {' and '.join(wrong)}. {self.advice()}")
+            step = self.state.step
+            raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", self.advice())
         return scores
 
     def finish(self) -> dict[str, Any]:
@@ -363,7 +388,8 @@ class _Training:
             "notes": self.task.notes | self.note_on_alpha(),
             "data": state.data,
             "cost": self.cost.report(self.model),
-            "machine": machine(self.accelerator.device, self.accelerator.num_processes),
+            "machine": machine(self.accelerator.device, self.accelerator.num_processes)
+            | ({} if self.side_by_side == 1 else {"side_by_side": self.side_by_side}),
             "versions": versions(),
             "resumed": state.resumed,
         }
@@ -405,9 +431,11 @@ class _Training:
     def require_finite_weights(self) -> None:
         wrong = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
         if wrong:
-            raise TrainingError(
+            raise DivergedError(
+                self.state.step,
                 f"step {self.state.step}: the update overflowed {wrong[0]} ({len(wrong)} such parameters); it is not "
-                f"saved. Lower learning_rate (={self.recipe.learning_rate})."
+                "saved",
+                f"Lower learning_rate (={self.recipe.learning_rate}).",
             )
 
     def resume(self) -> None:
@@ -462,6 +490,19 @@ class _Training:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.sum_over_processes(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
+
+def is_first_process() -> bool:
+    """Whether this process writes: the only one, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
+    """Returns the result of a run that is finished already."""
+    result = run.result()
+    if result is not None:
+        _require_same_recipe(recipe, result["recipe"], run.path)
+    return result
 
 
 def _parse_state(checkpoint: checkpoints.Checkpoint) -> RunState:

@@ -1,0 +1,157 @@
+"""A search for settings as its reader sees it: what was tried, what was chosen, and what fresh seeds say of the choice.
+
+The best of a search looks better than it is, because its seeds chose it. So the search has seeds of its own, ranks on
+the valid split, and the comparison of what it chose is made on other seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rdrop.experiments import metrics
+from rdrop.experiments.comparison.comparison import Comparison
+from rdrop.experiments.comparison.paired import PairedDifference, mean, paired_difference, sd
+from rdrop.experiments.comparison.wording import NumberStyle, counted, words
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of the grid, and its scores on the valid split by seed."""
+
+    values: Mapping[str, Any]
+    """Of the keys of the grid that it has: plain training has none of the method's."""
+    is_plain: bool
+    scores: Mapping[int, float]
+    problem: str | None = None
+    """Why one of its runs has no score; it is not chosen then."""
+
+    @property
+    def mean(self) -> float | None:
+        return mean(tuple(self.scores.values()))
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it: "R-Drop, alpha 1, model.dropout 0.3"."""
+        method = "plain training" if self.is_plain else "R-Drop"
+        return ", ".join((method, *(f"{key} {spelled(value)}" for key, value in self.values.items())))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A search, and the comparison on fresh seeds of what it chose."""
+
+    name: str
+    metric: str
+    keys: tuple[str, ...]
+    """Of the grid: those of the method first."""
+    method_keys: tuple[str, ...]
+    seeds: tuple[int, ...]
+    """Of the search."""
+    tried: tuple[Tried, ...]
+    best_rdrop: Tried
+    best_plain: Tried
+    fresh: Comparison
+
+    @property
+    def style(self) -> NumberStyle:
+        """How scores and differences on the valid split are printed."""
+        return NumberStyle.of(self.metric, [self.gain_in_search()])
+
+    def ranked(self) -> list[Tried]:
+        """What was tried, the best first; those that were dropped early or failed come last."""
+        sign = -1 if metrics.find(self.metric).higher_is_better else 1
+        return sorted(self.tried, key=lambda t: (t.problem is not None, -len(t.scores), sign * (t.mean or 0.0)))
+
+    def gain_in_search(self) -> PairedDifference:
+        """The best R-Drop minus the best plain training, on valid, over the seeds that chose both."""
+        return paired_difference(
+            self.best_rdrop.scores, self.best_plain.scores, metrics.find(self.metric).higher_is_better
+        )
+
+    def gain_on_fresh_seeds(self) -> PairedDifference:
+        """The same two, on valid, over the seeds that chose nothing."""
+        baseline, rdrop = self.fresh.arms[:2]
+        return self.fresh.difference(rdrop, baseline, split="valid")
+
+    def sentences(self) -> list[str]:
+        """What the search says, and the verdict of the fresh seeds on test."""
+        return [*self.sentences_of_search(), *self.fresh.verdict().split("\n")]
+
+    def sentences_of_search(self) -> list[str]:
+        """What was tried, what was chosen, and what was left of the gain on fresh seeds."""
+        plain = sum(tried.is_plain for tried in self.tried)
+        halved = any(len(tried.scores) < len(self.seeds) and tried.problem is None for tried in self.tried)
+        failed = [tried for tried in self.tried if tried.problem is not None]
+        said = [
+            f"{counted(len(self.tried), 'setting')} tried: {len(self.tried) - plain} of R-Drop, {plain} of plain "
+            f"training, ranked by valid {words(self.metric)} on {counted(len(self.seeds), 'seed')} from "
+            f"{self.seeds[0]}{'; the worse half was dropped early, with the seeds it had' if halved else ''}."
+        ]
+        said += [f"Not ranked: {tried.name}: {tried.problem}" for tried in failed]
+        said.append(f"Chosen: {self.best_rdrop.name}; {self.best_plain.name}.")
+        return [*said, self._what_was_left()]
+
+    def _what_was_left(self) -> str:
+        found, left, style = self.gain_in_search().mean, self.gain_on_fresh_seeds().mean, self.style
+        seeds = counted(len(self.gain_on_fresh_seeds().seeds), "fresh seed")
+        if found is None or left is None:
+            return "How much of the search's gain was left cannot be said: a score is missing."
+        shown = f"{style.difference(found)}{style.points} in the search, {style.difference(left)} on {seeds}"
+        line = f"R-Drop's gain in valid {words(self.metric)}: {shown}"
+        is_gain = found > 0 if metrics.find(self.metric).higher_is_better else found < 0
+        return f"{line}, {100 * left / found:.0f} % of it." if is_gain else f"{line}; the search had found no gain."
+
+    def record(self) -> dict[str, Any]:
+        """Returns the search as one JSON object."""
+        return {
+            "name": self.name,
+            "metric": self.metric,
+            "seeds": list(self.seeds),
+            "tried": [
+                {"values": dict(t.values), "plain": t.is_plain, "valid": dict(t.scores), "problem": t.problem}
+                for t in self.tried
+            ],
+            "chosen": {"rdrop": dict(self.best_rdrop.values), "plain": dict(self.best_plain.values)},
+            "fresh": [
+                {
+                    "arm": arm.label,
+                    "valid": arm.scores(self.metric, "valid"),
+                    "test": arm.scores(self.metric, "test"),
+                    "train_seconds": arm.cost("train_seconds"),
+                }
+                for arm in self.fresh.arms
+            ],
+            "versions": self.fresh.arms[0].runs[0].result["versions"],
+            "machine": self.fresh.arms[0].runs[0].result["machine"],
+            "says": self.sentences(),
+        }
+
+
+def terminal_table(tuning: Tuning) -> Table:
+    """What was tried, the best first: a column for each key of the grid, then valid and the seeds that it is of."""
+    style = NumberStyle.of(tuning.metric, [])
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("", *tuning.keys, f"valid {style.heading(tuning.metric)}", "seeds"):
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for tried in tuning.ranked():
+        chosen = tried in (tuning.best_rdrop, tuning.best_plain)
+        scores = tuple(tried.scores.values())
+        score = style.spread(mean(scores), sd(scores)) if tried.problem is None else "failed"
+        cells = [spelled(tried.values[key]) if key in tried.values else "" for key in tuning.keys]
+        name = "plain training" if tried.is_plain else "R-Drop"
+        table.add_row(*map(Text, (name, *cells, score, str(len(scores)))), style="bold" if chosen else None)
+    return table
+
+
+def spelled(value: object) -> str:
+    """Returns a value of a setting as a reader writes it: 0.3, [0.1, 0.3], text."""
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

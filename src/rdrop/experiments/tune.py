@@ -1,0 +1,226 @@
+"""The search for the best settings of R-Drop and of plain training, and the comparison of the two on fresh seeds.
+
+    rdrop tune RECIPE alpha=0.3,1,3 model.dropout=0.1,0.3
+
+A key with several values is one of the grid. R-Drop is tried with every combination, plain training with every one of
+the keys that are not the method's: R-Drop must beat the best plain training. The runs of the search are in a folder
+of their own, which `rdrop report` leaves out: their seeds chose the settings, so they say nothing about them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdrop.experiments import metrics
+from rdrop.experiments.comparison.comparison import Arm, Comparison
+from rdrop.experiments.comparison.finished_runs import split_usable
+from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
+from rdrop.experiments.jobs import FailedRunsError, Failure
+from rdrop.experiments.plan import Run, with_larger_batch
+from rdrop.experiments.recipe import Method, Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder import TUNING, find_runs
+
+FIRST_SEED = 1000
+MOST_IN_FULL = 8
+"""Settings of R-Drop, or of plain training, that are all tried on all seeds; of more, the worse half goes early."""
+
+Train = Callable[[Sequence[Run]], list[Failure]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting of the grid."""
+
+    recipe: Recipe
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All settings that are tried."""
+
+    recipe: Recipe
+    """What they change."""
+    keys: tuple[str, ...]
+    method_keys: tuple[str, ...]
+    rdrop: tuple[Candidate, ...]
+    plain: tuple[Candidate, ...]
+
+
+def split_grid(settings: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Returns the settings with one value, and the values of those with several: `alpha=0.3,1,3`.
+
+    A comma within brackets or quotes is part of a value: `dropout=[0.1,0.3],[0.1,0.1]` has two.
+    """
+    fixed, grid = [], {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        values = _split(text)
+        if len(values) == 1:
+            fixed.append(setting)
+        elif key in grid:
+            raise RecipeError(key, "given twice", value=text)
+        else:
+            grid[key] = values
+    return fixed, grid
+
+
+def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
+    """Returns every combination of the values, for R-Drop and for plain training.
+
+    Raises `RecipeError` where a combination cannot be, or there is nothing to choose from.
+    """
+    if not grid:
+        raise RecipeError("alpha", "a search needs several values of a key, e.g. alpha=0.3,1,3")
+    if "seed" in grid:
+        raise RecipeError("seed", "a search has its own; say how many with --tune-seeds and --seeds")
+    method_keys = tuple(key for key in grid if key.removeprefix("method.") in Method.model_fields)
+    other_keys = tuple(key for key in grid if key not in method_keys)
+    rdrop = _candidates(recipe, grid, (*method_keys, *other_keys))
+    for candidate in rdrop:
+        if candidate.recipe.method.is_plain:
+            rule = "a search tries plain training anyway; leave 0 out, and have an alpha above 0"
+            raise RecipeError("alpha", rule, value=0)
+    plain = recipe.replace(method=recipe.method.plain())
+    return Grid(
+        recipe, (*method_keys, *other_keys), method_keys, tuple(rdrop), tuple(_candidates(plain, grid, other_keys))
+    )
+
+
+def search(grid: Grid, seeds: int, root: Path, train: Train) -> tuple[tuple[Tried, ...], Candidate, Candidate]:
+    """Trains the settings of the grid on the search's seeds; returns what each scored, the best R-Drop, the best plain.
+
+    Raises `FailedRunsError` if no setting of one of them has all its scores.
+    """
+    failures: list[Failure] = []
+    in_race = {True: list(grid.plain), False: list(grid.rdrop)}
+    in_full = {side: len(candidates) <= MOST_IN_FULL for side, candidates in in_race.items()}
+    for count in _rungs(seeds):
+        runs = [
+            run
+            for side, candidates in in_race.items()
+            for candidate in candidates
+            for run in _runs_of(candidate, seeds if in_full[side] else count, root)
+        ]
+        failures = train(runs)
+        for side, candidates in in_race.items():
+            if not in_full[side] and count < seeds:
+                ranked = _ranked(candidates, count, root)
+                in_race[side] = ranked[: -(-len(candidates) // 2)]
+    tried = tuple(
+        _tried(candidate, seeds, root, is_plain=side)
+        for side, candidates in ((False, grid.rdrop), (True, grid.plain))
+        for candidate in candidates
+    )
+    best = {side: _ranked(candidates, seeds, root)[:1] for side, candidates in in_race.items()}
+    if not best[False] or not best[True]:
+        raise FailedRunsError(failures)
+    return tried, best[False][0], best[True][0]
+
+
+def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: Path, *, larger_batch: bool) -> Arms:
+    """Returns the arms that are compared: the best plain training, the best R-Drop, plain training of its cost."""
+    arms = {"baseline": plain.recipe, rdrop.recipe.method.label(): rdrop.recipe}
+    if larger_batch:
+        passes = rdrop.recipe.method.passes
+        times = plain.recipe.replace(method=Method(alpha=0.0, passes=passes))
+        arms[times.method.label(passes)] = with_larger_batch(times)
+    return {
+        label: [Run.of(f"{label}, seed {seed}", recipe.replace(seed=seed), root) for seed in seeds]
+        for label, recipe in arms.items()
+    }
+
+
+Arms = dict[str, list[Run]]
+
+
+def tuning_of(
+    grid: Grid, seeds: int, tried: tuple[Tried, ...], rdrop: Candidate, plain: Candidate, arms: Arms
+) -> Tuning:
+    """Returns the search with the comparison of the finished runs of the `arms`."""
+    compared = []
+    for label, runs in arms.items():
+        records = [record for run in runs if run.folder.is_dir() for record in find_runs(run.folder)]
+        finished = split_usable(records)[0]
+        if not finished:
+            raise FailedRunsError([Failure(label, runs[0].folder, "no seed has finished", 1)])
+        compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished)))
+    metric = compared[0].runs[0].result["metric"]
+    by_values = {(entry.is_plain, tuple(entry.values.items())): entry for entry in tried}
+    return Tuning(
+        name=grid.recipe.name,
+        metric=metric,
+        keys=grid.keys,
+        method_keys=grid.method_keys,
+        seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
+        tried=tried,
+        best_rdrop=by_values[False, tuple(rdrop.values.items())],
+        best_plain=by_values[True, tuple(plain.values.items())],
+        fresh=Comparison(f"{grid.recipe.name} on fresh seeds", metric, tuple(compared)),
+    )
+
+
+def _candidates(recipe: Recipe, grid: Mapping[str, list[str]], keys: Sequence[str]) -> list[Candidate]:
+    found: dict[str, Candidate] = {}
+    for texts in itertools.product(*(grid[key] for key in keys)):
+        changed = override(recipe, [f"{key}={text}" for key, text in zip(keys, texts, strict=True)])
+        values = {key: changed.value(key.removeprefix("method.")) for key in keys}
+        found.setdefault(changed.digest(), Candidate(changed, values))
+    return list(found.values())
+
+
+def _runs_of(candidate: Candidate, seeds: int, root: Path) -> Iterator[Run]:
+    words = [f"{key} {spelled(value)}" for key, value in candidate.values.items()]
+    method = "baseline" if candidate.recipe.method.is_plain else "R-Drop"
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        label = ", ".join((method, *words, f"seed {seed}"))
+        yield Run.of(label, candidate.recipe.replace(seed=seed), root / TUNING)
+
+
+def _tried(candidate: Candidate, seeds: int, root: Path, *, is_plain: bool) -> Tried:
+    """Reads the valid scores of a setting, as far as it was trained."""
+    scores, problem = {}, None
+    for run in _runs_of(candidate, seeds, root):
+        result = run.result()
+        if result is not None:
+            scores[run.recipe.seed] = float(result["valid"][result["metric"]])
+        elif run.failure() is not None:
+            problem = run.failure()
+    return Tried(candidate.values, is_plain, scores, problem)
+
+
+def _ranked(candidates: Sequence[Candidate], seeds: int, root: Path) -> list[Candidate]:
+    """Returns the settings that have all of the first `seeds` scores, the best mean first."""
+    means = {}
+    better = True
+    for candidate in candidates:
+        results = [run.result() for run in _runs_of(candidate, seeds, root)]
+        if all(result is not None for result in results):
+            scores = [result["valid"][result["metric"]] for result in results if result is not None]
+            means[candidate.recipe.digest()] = sum(scores) / len(scores)
+            better = all(metrics.find(result["metric"]).higher_is_better for result in results if result is not None)
+    whole = [candidate for candidate in candidates if candidate.recipe.digest() in means]
+    return sorted(whole, key=lambda candidate: means[candidate.recipe.digest()], reverse=better)
+
+
+def _rungs(seeds: int) -> list[int]:
+    """1, 2, 4, ... and at last all seeds."""
+    return [*itertools.takewhile(lambda count: count < seeds, (2**power for power in range(20))), seeds]
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, quoted = [""], 0, False
+    for place, character in enumerate(text):
+        if character == '"' and text[place - 1 : place] != "\\":
+            quoted = not quoted
+        depth += 0 if quoted else (character in "[{") - (character in "]}")
+        if character == "," and depth == 0 and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

@@ -1,0 +1,361 @@
+"""Several runs at a time: the same bits, none is lost, none is left alone, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.experiments.tiny_runs import RECIPE, final_state
+
+from rdrop.experiments import cli, jobs, recipes
+from rdrop.experiments.jobs import find_places, train_all
+from rdrop.experiments.plan import Command, Run, plan_comparison, settings_between
+from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.run_folder import RunFolder, find_runs
+from rdrop.experiments.run_folder.lock import FILE, RunLockedError, holder_of
+from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.training import trainer
+
+ROOT = Path(__file__).parents[2]
+TINY = "tests.experiments.tiny_runs:RECIPE"
+ENDLESS = ["updates=1000000", "warmup_updates=0", "evaluate_every=100", "checkpoint_every=1000000"]
+COMPARE = [sys.executable, "-m", "rdrop", "compare", TINY]
+
+
+def plan(runs: Path, *settings: str) -> list[Run]:
+    return plan_comparison(override(RECIPE, settings), [0], runs, larger_batch=True)
+
+
+@contextmanager
+def comparing(runs: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*COMPARE, *arguments, "--seeds", "1", "--runs", str(runs), "--jobs", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def wait_for_rows(runs: Sequence[Run]) -> list[int]:
+    """Waits until each of the runs trains; returns their processes."""
+    wait_until(lambda: all(RunFolder(run.folder).metrics() for run in runs))
+    holders = [holder_of(run.folder) for run in runs]
+    return [holder.pid for holder in holders if holder is not None]
+
+
+def checkpoints(run: Run) -> list[Path]:
+    return list((run.folder / "checkpoints").glob("step-*[0-9]"))
+
+
+def test_two_at_a_time_end_in_the_same_bits_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
+    alone, together = plan(tmp_path / "alone"), plan(tmp_path / "together")
+    assert train_all(alone, Console(quiet=True)) == []
+    damaged = together[1].folder / "checkpoints" / "step-00000002"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{")
+    with comparing(tmp_path / "together") as process:
+        shown, said = process.communicate(timeout=300)
+        assert process.returncode == 1
+    last = said.splitlines()[-1]
+    assert last.startswith(f"rdrop: {together[1].label}: ")
+    assert str(damaged) in last
+    assert last.endswith("(exit status 1)")
+    for run, twin in ((together[0], alone[0]), (together[2], alone[2])):
+        assert final_state(run.folder) == final_state(twin.folder)
+        result = run.result()
+        assert result is not None
+        assert result["machine"].pop("side_by_side") == 2
+        expected = twin.result()
+        assert expected is not None
+        assert result["machine"] == expected["machine"]  # the threads, above all
+    assert "up to 2 runs side by side" in shown
+    assert f"1/3  {together[0].label}: test" in said
+
+
+def test_ctrl_c_saves_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    runs = plan(tmp_path, *ENDLESS)
+    with comparing(tmp_path, *ENDLESS) as process:
+        processes = wait_for_rows(runs[:2])
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert "0 of 3 runs finished; go on with: rdrop compare" in said
+    for run, pid in zip(runs, processes, strict=False):
+        assert len(checkpoints(run)) >= 1
+        assert holder_of(run.folder) is None
+        assert not is_running(pid)
+
+
+@pytest.mark.parametrize("killed", ["parent", "child"])
+def test_what_is_killed_takes_nobody_along_and_leaves_nobody_alone(tmp_path: Path, killed: str) -> None:
+    runs = plan(tmp_path, *ENDLESS)
+    with comparing(tmp_path, *ENDLESS) as process:
+        processes = wait_for_rows(runs[:2])
+        if killed == "parent":
+            process.kill()
+        else:
+            os.kill(processes[0], signal.SIGKILL)
+            wait_for_rows(runs[2:])  # its place is taken by the third
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    if killed == "child":
+        assert process.returncode == 143
+        assert f"failed: {runs[0].label}: killed by SIGKILL" in said
+    wait_until(lambda: not any(map(is_running, processes)))
+    saved = runs[:2] if killed == "parent" else runs[1:]
+    assert all(checkpoints(run) for run in saved)
+    assert not [path for run in saved for path in run.folder.glob(FILE)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def test_the_lines_for_xargs_train_every_run_and_the_report_compares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "many-runs.md").read_text()
+    (line,) = [line for line in page.splitlines() if "| xargs" in line]
+    line = line.replace("compare digits --seeds 5", f"compare {TINY} --seeds 2 --no-double-batch")
+    program = tmp_path / "bin" / "rdrop"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rdrop "$@"\n')
+    program.chmod(0o755)
+    folder = tmp_path / "runs of mine"  # the quotes must hold
+    line = line.replace("--runs runs", f"--runs {shlex.quote(str(folder))}")
+    path = f"{program.parent}:{os.environ['PATH']}"
+    done = subprocess.run(line, shell=True, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [run.problem for run in find_runs(folder)] == [None] * 4
+
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    again = ["compare", TINY, "--seeds", "2", "--no-double-batch", "--runs", str(folder), "--commands"]
+    assert cli.run(again) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.run(["report", str(folder)]) == 0
+    assert "tiny: 2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["digits", "translation", "text-classification"])
+def test_a_command_makes_the_recipe_again_from_what_was_typed(name: str, tmp_path: Path) -> None:
+    for settings in ([], ["tiny=true"], ["alpha=0.3", "seed=7"], ["name=a.b", "dropout=[0.1,0.3]"]):
+        chosen = override(RECIPES[name], settings)
+        for run in plan_comparison(chosen, [0, 3], tmp_path, larger_batch=True):
+            kind, given, *changes, option, folder = Command(name, tmp_path).arguments(run)
+            assert (kind, given, option, folder) == ("train", name, "--runs", str(tmp_path))
+            assert override(RECIPES[name], changes) == run.recipe
+
+
+def test_a_text_that_looks_like_a_number_stays_a_text() -> None:
+    changed = DIGITS.replace(name="3")
+    assert settings_between(DIGITS, changed) == ['name="3"']
+
+
+def test_commands_print_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan_comparison(DIGITS.replace(alpha=0.5), [0, 1], tmp_path, larger_batch=False)
+    RunFolder(runs[0].folder).write_result({"format": 1})
+    RunFolder(runs[1].folder).write_failure(3, "step 3: loss is nan")
+    arguments = ["compare", "digits", "alpha=0.5", "--seeds", "2", "--no-double-batch", "--runs", str(tmp_path)]
+    assert cli.run([*arguments, "--tracker", "tensorboard", "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tail = f"--runs {tmp_path} --tracker tensorboard"
+    assert lines == [
+        f"rdrop train digits alpha=0.0 seed=1 {tail}",
+        f"rdrop train digits alpha=0.5 seed=1 {tail}",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ in this process
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, train: Callable[[Recipe, Path], None]) -> list[Recipe]:
+    trained: list[Recipe] = []
+
+    def noted(recipe: Recipe, folder: Path, **_: Any) -> dict[str, Any]:
+        trained.append(recipe)
+        train(recipe, folder)
+        RunFolder(folder).write_result(RESULT)
+        return RESULT
+
+    monkeypatch.setattr(trainer, "train", noted)
+    return trained
+
+
+RESULT: dict[str, Any] = {"format": 1, "metric": "accuracy", "test": {"accuracy": 0.5}, "cost": {"train_seconds": 1.0}}
+
+
+def test_a_run_that_diverges_is_recorded_shown_and_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = ["compare", TINY, "--seeds", "1", "--no-double-batch", "--runs", str(tmp_path)]
+    overflow = trainer._Training.loss
+
+    def diverging(self: Any, part: Any, step: int, num_items: Any) -> Any:
+        terms = overflow(self, part, step, num_items)
+        return terms._replace(loss=terms.loss * float("nan")) if self.recipe.method.alpha and step == 2 else terms
+
+    monkeypatch.setattr(trainer._Training, "loss", diverging)
+    assert cli.run(arguments) == 3
+    shown, said = capsys.readouterr()
+    assert "tiny: 1 seed" in shown  # the baseline was trained all the same
+    assert said.splitlines()[-1].startswith("rdrop: R-Drop (alpha 2), seed 0: step 3: loss is nan")
+    failed = plan_comparison(RECIPE, [0], tmp_path, larger_batch=False)[1].folder / "failed.json"
+    assert json.loads(failed.read_text())["step"] == 3
+    assert cli.run(["report", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "diverged: step 3: loss is nan" in shown
+    assert "Run it again" not in shown
+
+    monkeypatch.setattr(trainer._Training, "loss", overflow)
+    assert cli.run(arguments) == 3
+    assert f"It is not trained again; to try it, delete {failed}" in capsys.readouterr().err
+    failed.unlink()
+    assert cli.run(arguments) == 0
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(recipe: Recipe, _: Path) -> None:
+        if recipe.method.alpha:
+            raise trainer.TrainingError("no room for it")
+        if recipe.seed == 1:
+            raise ZeroDivisionError("nobody foresaw it")
+
+    trained = fake(monkeypatch, train)
+    runs = plan_comparison(DIGITS, [0, 1, 2], tmp_path, larger_batch=False)
+    (runs[4].folder).mkdir(parents=True)
+    (runs[4].folder / "result.json").write_text("{")
+    console = Console(file=io.StringIO())
+    failures = train_all(runs, console)
+    assert [(failure.label, failure.status) for failure in failures] == [
+        (runs[4].label, 2), (runs[1].label, 1), (runs[2].label, 1), (runs[3].label, 1), (runs[5].label, 1),
+    ]  # fmt: skip
+    assert "ZeroDivisionError: nobody foresaw it" in failures[2].what
+    assert len(trained) == 5
+    assert jobs.FailedRunsError(failures).status == 1
+
+
+def test_a_run_that_another_has_is_waited_for_and_taken_over_if_it_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = plan_comparison(DIGITS, [0, 1], tmp_path, larger_batch=False)
+    theirs = {runs[0].folder: "finishes", runs[1].folder: "leaves"}
+    alive = set(theirs)
+
+    def train(_: Recipe, folder: Path) -> None:
+        if folder in alive:
+            raise RunLockedError("held")
+
+    def sleep(_: float) -> None:
+        folder = sorted(alive)[0]
+        alive.remove(folder)
+        if theirs[folder] == "finishes":
+            RunFolder(folder).write_result(RESULT)
+
+    trained = fake(monkeypatch, train)
+    monkeypatch.setattr(jobs, "holder_of", lambda folder: "somebody" if folder in alive else None)
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
+    assert train_all(runs, Console(quiet=True)) == []
+    assert all(run.result() is not None for run in runs)
+    tries = [Run.of("", recipe, tmp_path).folder for recipe in trained]
+    assert tries == [run.folder for run in runs] + [runs[1].folder]
+
+
+def test_a_single_run_that_another_process_has_is_refused_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Run.of("", DIGITS, tmp_path).folder
+    with RunFolder(folder).held():
+        assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 2
+    assert f"is being trained by process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_runs_of_a_task_of_ones_own_are_scored_again_by_naming_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert train_all(plan_comparison(RECIPE, [0], tmp_path, larger_batch=False), Console(quiet=True)) == []
+    monkeypatch.setattr(recipes, "_CLASSES", {})  # as in a new process
+    capsys.readouterr()
+    assert cli.run(["evaluate", str(tmp_path)]) == 2
+    assert "--recipe package.module:NAME" in capsys.readouterr().err
+    assert cli.run(["evaluate", str(tmp_path), "--recipe", TINY]) == 0
+    assert "tiny: 1 seed" in capsys.readouterr().out
+
+
+def test_the_spelling_of_the_first_version_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["--unlabelled", "x.txt"], ["--unlabelled=x.txt"]):
+        assert cli.run(["train", "digits", *given]) == 2
+        assert "data.unlabeled" in capsys.readouterr().err
+    assert cli.run(["train", "--help"]) == 0
+    assert "unlabelled" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- how many at a time
+
+
+def places(monkeypatch: pytest.MonkeyPatch, jobs_asked: int | None, cores: int, **environment: str) -> tuple[Any, str]:
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "_cores", lambda: cores)
+    console = Console(record=True, width=200, file=io.StringIO())
+    return find_places(jobs_asked, console), console.export_text()
+
+
+def test_each_run_has_a_gpu_of_its_own_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = {"CUDA_VISIBLE_DEVICES": "2,GPU-7"}
+    own = [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "GPU-7"}]
+    assert places(monkeypatch, None, 8, **gpus)[0] == own
+    assert places(monkeypatch, 3, 8, **gpus)[0] == [*own, own[0]]
+
+
+def test_without_a_gpu_auto_is_as_many_as_the_cores_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    assert places(monkeypatch, None, 8, OMP_NUM_THREADS="1", **cpu)[0] == [{}] * 8
+    found, said = places(monkeypatch, None, 8, **cpu)
+    assert found == [{"OMP_NUM_THREADS": "2"}] * 4
+    assert said == "4 runs at a time, OMP_NUM_THREADS=2 each\n"
+    assert places(monkeypatch, None, 1, **cpu) == ([{}], "")
+
+
+def test_runs_that_would_share_cores_are_told_how_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    found, said = places(monkeypatch, 2, 4, **cpu)
+    assert found == [{}, {}]  # the threads that each would have alone
+    assert "2 runs at a time, with 4 threads each, share 4 cores" in said
+    assert "OMP_NUM_THREADS=2 before the command" in said
+    assert places(monkeypatch, 2, 4, OMP_NUM_THREADS="2", **cpu)[1] == ""
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", "1000", "٣"])
+def test_what_is_no_number_of_jobs_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["compare", "digits", f"--jobs={text}"]) == 2
+    assert "neither a number of runs (2) nor auto" in capsys.readouterr().err

@@ -1,0 +1,192 @@
+"""The search chooses on valid, by seeds of its own; what it chose is compared on others; nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdrop.experiments import cli
+from rdrop.experiments.plan import Run
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.run_folder import TUNING, RunFolder, find_runs
+from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.training import trainer
+from rdrop.experiments.tune import FIRST_SEED, MOST_IN_FULL, make_grid, search, split_grid
+
+BEST = {"alpha": 1.0, "model.dropout": 0.3}
+
+
+def valid_score(recipe: Recipe) -> float:
+    """R-Drop is best at alpha 1 with dropout 0.3, plain training with 0.1; the search's seeds flatter the former."""
+    alpha, dropout = recipe.method.alpha, recipe.value("model.dropout")
+    luck = 0.03 if alpha == 1.0 and recipe.seed >= FIRST_SEED else 0.0
+    if alpha == 0:
+        return 0.8 - abs(dropout - 0.1) / 10 + recipe.seed % 7 / 1000
+    return 0.81 - abs(alpha - 1.0) / 100 - abs(dropout - 0.3) / 10 + luck + recipe.seed % 5 / 1000
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Training takes no time and scores by `valid_score`; on test it is the worse, the better it is on valid."""
+    recipes: list[Recipe] = []
+
+    def train(recipe: Recipe, folder: Path, **_: Any) -> dict[str, Any]:
+        recipes.append(recipe)
+        valid = valid_score(recipe)
+        result = {
+            "format": 1, "recipe": recipe.saved(), "digest": recipe.digest(), "finished": "2026-01-01T00:00:00Z",
+            "metric": "accuracy", "higher_is_better": True, "updates": recipe.updates, "best_step": recipe.updates,
+            "averaged_steps": [], "valid": {"accuracy": valid, "loss": 0.5},
+            "test": {"accuracy": 1 - valid, "loss": 0.5},
+            "cost": {"train_seconds": 1.0, "step_milliseconds": 1.0, "peak_extra_bytes": 1000, "parameters": 10},
+            "machine": {}, "versions": {"rdrop": "0"}, "resumed": 0,
+        }  # fmt: skip
+        RunFolder(folder).write_recipe(recipe.saved())
+        RunFolder(folder).write_result(result)
+        return result
+
+    monkeypatch.setattr(trainer, "train", train)
+    return recipes
+
+
+COMMAND = ["tune", "digits", "alpha=0.3,1,3", "model.dropout=0.1,0.3", "--tune-seeds", "3", "--seeds", "6"]
+
+
+def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    searched = [recipe for recipe in trained if recipe.seed >= FIRST_SEED]
+    assert len(searched) == (3 * 2 + 2) * 3
+    assert {recipe.seed for recipe in searched} == {1000, 1001, 1002}
+    fresh = [recipe for recipe in trained if recipe.seed < FIRST_SEED]
+    batch = DIGITS.batch_size
+    assert batch is not None
+    arms = {(recipe.method.alpha, recipe.value("model.dropout"), recipe.batch_size) for recipe in fresh}
+    assert arms == {(0.0, 0.1, batch), (1.0, 0.3, batch), (0.0, 0.1, 2 * batch)}
+    assert len(fresh) == 3 * 6
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8 settings tried: 6 of R-Drop, 2 of plain training, ranked by valid accuracy on 3 seeds from 1000." in shown
+    assert "Chosen: R-Drop, alpha 1, model.dropout 0.3; plain training, model.dropout 0.1." in shown
+    assert "R-Drop's gain in valid accuracy: +3.9 points in the search, +0.9 on 6 fresh seeds, 24 % of it" in shown
+    record = json.loads((tmp_path / "digits-tuning.json").read_text())
+    assert record["chosen"] == {"rdrop": BEST, "plain": {"model.dropout": 0.1}}
+    assert [arm["arm"] for arm in record["fresh"]] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
+
+
+def test_nothing_is_run_twice_and_the_page_is_the_same(trained: list[Recipe], tmp_path: Path) -> None:
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    page, count = (tmp_path / "digits-tuning.html").read_text(), len(trained)
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    assert len(trained) == count
+    assert (tmp_path / "digits-tuning.html").read_text() == page
+    # The fresh runs are those of a comparison by the same settings.
+    compared = ["compare", "digits", "alpha=1", "model.dropout=0.3", "--seeds", "6", "--no-double-batch"]
+    assert cli.run([*compared, "--runs", str(tmp_path)]) == 0
+    assert len(trained) == count + 6  # the baseline with that dropout
+
+
+def test_the_report_leaves_the_runs_of_the_search_out(trained: list[Recipe], tmp_path: Path) -> None:
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    assert len(find_runs(tmp_path)) == 18
+    assert len(find_runs(tmp_path / TUNING)) == 24
+
+
+def test_the_page_shows_the_grid_as_a_picture(trained: list[Recipe], tmp_path: Path) -> None:
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    page = (tmp_path / "digits-tuning.html").read_text()
+    picture = page[page.index("<svg") : page.index("</svg>")]
+    for text in ("plain", ">0.3<", ">1<", ">3<", "model.dropout"):
+        assert text in picture
+    assert "<script" not in page
+    assert page.count('class="verdict') >= 4
+
+
+def test_a_large_grid_is_halved_over_the_seeds(trained: list[Recipe], tmp_path: Path) -> None:
+    recipe = DIGITS
+    fixed, values = split_grid(["alpha=0.2,0.4,0.6,0.8,1,1.2,1.4,1.6,1.8,2", "updates=500"])
+    assert fixed == ["updates=500"]
+    grid = make_grid(recipe, values)
+    assert len(grid.rdrop) > MOST_IN_FULL
+    rungs: list[int] = []
+
+    def train(runs: Sequence[Run]) -> list[Any]:
+        rungs.append(sum(run.recipe.method.alpha > 0 for run in runs))
+        for run in runs:
+            if run.result() is None:
+                trainer.train(run.recipe, run.folder)
+        return []
+
+    tried, rdrop, _ = search(grid, 3, tmp_path, train)
+    assert rungs == [10 * 1, 5 * 2, 3 * 3]
+    assert rdrop.values == {"alpha": 1}
+    assert sorted(len(entry.scores) for entry in tried if not entry.is_plain) == [1] * 5 + [2] * 2 + [3] * 3
+    assert [len(entry.scores) for entry in tried if entry.is_plain] == [3]
+
+
+def test_a_setting_of_which_a_run_failed_is_not_chosen(
+    trained: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = trainer.train
+
+    def failing(recipe: Recipe, folder: Path, **options: Any) -> dict[str, Any]:
+        if recipe.method.alpha == 1.0 and recipe.seed == FIRST_SEED + 1:
+            RunFolder(folder).write_failure(4, "step 4: loss is nan")
+            raise trainer.DivergedError(4, "step 4: loss is nan", "Lower it.")
+        return train(recipe, folder, **options)
+
+    monkeypatch.setattr(trainer, "train", failing)
+    assert cli.run(["tune", "digits", "alpha=1,3", "--seeds", "1", "--runs", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Chosen: R-Drop, alpha 3" in shown
+    assert "Not ranked: R-Drop, alpha 1: diverged: step 4: loss is nan" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["alpha=1"], "a search needs several values of a key, e.g. alpha=0.3,1,3"),
+        (["alpha=0,1"], "a search tries plain training anyway; leave 0 out"),
+        (["seed=1,2"], "a search has its own; say how many with --tune-seeds and --seeds"),
+        (["alpah=1,2"], "no such key; the nearest is alpha"),
+        (["alpha=1,2", "--seeds", "1000,"], "1000 is a seed of the search"),
+        (["alpha=1,2", "--tune-seeds", "0"], "--tune-seeds"),
+        (["alpha=1,2", "batch_size=160", "data.train_labels=200"], "--no-double-batch omits it"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
+    arguments: list[str], words: str, trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["tune", "digits", *arguments, "--runs", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("dropout=[0.1,0.3],[0.1,0.1]", ["[0.1,0.3]", "[0.1,0.1]"]),
+        ('data.folder="a,b",c', ['"a,b"', "c"]),
+        ("cutoff=null,token", ["null", "token"]),
+    ],
+)
+def test_a_comma_within_brackets_or_quotes_is_part_of_a_value(setting: str, values: list[str]) -> None:
+    assert list(split_grid([setting])[1].values()) == [values]
+
+
+def test_a_search_end_to_end_in_a_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["tiny=true", "updates=4", "warmup_updates=0", "evaluate_every=2", "alpha=1,2", "model.dropout=0.1,0.2"]
+    command = ["tune", "digits", *small, "--tune-seeds", "1", "--seeds", "1", "--runs", str(tmp_path)]
+    assert cli.run(command) == 0
+    first = capsys.readouterr().out
+    assert "6 settings tried" in first
+    assert (tmp_path / "digits-tiny-tuning.html").exists()
+    assert cli.run(command) == 0
+    again, progress = capsys.readouterr()
+    assert again == first
+    assert "6 of 6 runs finished already" in progress
