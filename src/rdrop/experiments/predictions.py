@@ -1,3 +1,0 @@
-"""Moved."""
-
-from rdrop.experiments.run_folder.predictions import *  # noqa: F403

@@ -1,3 +1,0 @@
-"""Moved to `rdrop.experiments.recipe.published`."""
-
-from rdrop.experiments.recipe.published import *  # noqa: F403

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from rdrop.experiments.run_folder.saved import *  # noqa: F403
