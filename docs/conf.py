@@ -32,7 +32,7 @@ PAGES = {
         "docs/api/integrations",
         "docs/api/experiments",
     ],
-    "Project": ["docs/architecture", "CONTRIBUTING", "CHANGELOG"],
+    "Project": ["docs/architecture", "docs/extending", "CONTRIBUTING", "CHANGELOG"],
 }
 """The sidebar: a caption and its pages, below the README."""
 

@@ -19,7 +19,13 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """Blocks marked as a file, or as part of one, are for a test of that page."""
+    found = re.findall(
+        rf"(<!-- (?:file|append).* -->\n)?^```{language}\n(.*?)^```",
+        page.read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    return [block for mark, block in found if not mark]
 
 
 class Classifier(nn.Module):
