@@ -90,10 +90,12 @@ recipe = override(find_recipe("text-classification"), settings)
 # %%
 from rich.console import Console
 
-from rdrop.experiments.plan import plan_comparison, train_all
+from rdrop.experiments.jobs import train_all
+from rdrop.experiments.plan import plan_comparison
 
 plan = plan_comparison(recipe, range(SEEDS), folder / "runs", larger_batch=False)
-train_all(plan, Console(quiet=True))
+failed = train_all(plan, Console(quiet=True))
+assert not failed, failed
 
 # %% [markdown]
 # ## The comparison

@@ -44,7 +44,9 @@ CHECKED_MICRO_BATCHES = 8
 
 
 class RDropMixin(Trainer):
-    """R-Drop for a Hugging Face trainer: write it before the trainer's class.
+    """Adds R-Drop to a trainer of Hugging Face: write it before the trainer's class.
+
+    Example::
 
         class MyTrainer(RDropMixin, TheirTrainer): ...
 
@@ -347,18 +349,22 @@ class RDropMixin(Trainer):
 
 
 class RDropTrainer(RDropMixin, Trainer):
-    """`transformers.Trainer` with R-Drop; arguments of `RDropMixin`.
+    """Trains with R-Drop as `transformers.Trainer` does without; `RDropMixin` has the arguments.
 
-    RDropTrainer(model=model, args=args, train_dataset=train, alpha=1.0).train()
+    Example::
+
+        RDropTrainer(model=model, args=args, train_dataset=train, alpha=1.0).train()
     """
 
 
 class RDropSeq2SeqTrainer(RDropMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` with R-Drop; arguments of `RDropMixin`.
+    """Trains with R-Drop as `transformers.Seq2SeqTrainer` does without; `RDropMixin` has the arguments.
 
-    args = Seq2SeqTrainingArguments("out", label_smoothing_factor=0.1)
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
-    RDropSeq2SeqTrainer(model=model, args=args, data_collator=collator, train_dataset=train, alpha=5.0).train()
+    Example::
+
+        args = Seq2SeqTrainingArguments("out", label_smoothing_factor=0.1)
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+        RDropSeq2SeqTrainer(model=model, args=args, data_collator=collator, train_dataset=train, alpha=5.0).train()
     """
 
 
