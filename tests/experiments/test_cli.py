@@ -454,6 +454,25 @@ def test_bars_show_the_run_and_all_runs_in_80_columns() -> None:
     assert any(line.startswith("2/3  baseline") for line in lines)
 
 
+def test_each_of_several_runs_has_a_bar_and_a_speed() -> None:
+    console = Console(record=True, force_terminal=True, width=80)
+    recipes = [DIGITS.replace(seed=seed) for seed in range(4)]
+    with show_progress(console, recipes, recipes) as display:
+        assert isinstance(display, Bars)
+        for number, recipe in enumerate(recipes[:3]):
+            display.start(f"seed {number}", recipe)
+        display.update("seed 1", trainer.Progress(400, 800, 0.5, None, 0.01))
+        display.finish("seed 0", "1/4  seed 0: done")
+        console.print(display.live.get_renderable())
+    lines = console.export_text().splitlines()[-5:]
+    assert "all runs" in lines[0]
+    assert "1/4" in lines[0]
+    assert [line.split("━")[0].strip() for line in lines[1:3]] == ["seed 1", "seed 2"]
+    assert "400/800" in lines[1]
+    assert lines[3] == "seed 1: 100 updates/s, loss 0.5"
+    assert lines[4] == "seed 2: loading the data, building the model"
+
+
 def test_lines_are_sparse() -> None:
     console = Console(record=True, width=80)
     times = iter([0.0, 1.0, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES + 1])

@@ -194,8 +194,9 @@ def compare(
 ) -> None:
     """Train the recipe with and without R-Drop over several seeds, and show whether R-Drop helped.
 
-    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated. Several
-    such commands on one folder share the work.
+    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated.
+
+    Several such commands on one folder share the work.
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")

@@ -100,8 +100,9 @@ class Bars:
         on = self._on.values()
         completed = self._finished_cost + sum(bar.share * bar.cost for bar in on)
         self._bars.update(self._overall, completed=completed, count=f"{self._finished_runs}/{self._runs}")
-        paces = [self._reason] if self._reason else [bar.pace for bar in on]
-        self.live.update(Group(self._bars, *(Text(line, style="dim") for line in paces)))
+        paces = [bar.pace if len(on) == 1 else f"{label}: {bar.pace}" for label, bar in self._on.items()]
+        lines = [self._reason] if self._reason else paces
+        self.live.update(Group(self._bars, *(Text(line, style="dim") for line in lines)))
 
 
 @dataclass
