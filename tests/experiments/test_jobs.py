@@ -261,12 +261,20 @@ def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(
     assert jobs.FailedRunsError(failures).status == 1
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
 def test_a_run_that_another_has_is_waited_for_and_taken_over_if_it_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_seen: bool
 ) -> None:
     runs = plan_comparison(DIGITS, [0, 1], tmp_path, larger_batch=False)
     theirs = {runs[0].folder: "finishes", runs[1].folder: "leaves"}
     alive = set(theirs)
+    asked: set[Path] = set() if not is_seen else set(theirs)
+
+    def holder(folder: Path) -> str | None:
+        """Who has a run; not yet, when it is asked for the first time, if that is not seen."""
+        was_asked = folder in asked
+        asked.add(folder)
+        return "somebody" if folder in alive and was_asked else None
 
     def train(_: Recipe, folder: Path) -> None:
         if folder in alive:
@@ -279,12 +287,12 @@ def test_a_run_that_another_has_is_waited_for_and_taken_over_if_it_is_left(
             RunFolder(folder).write_result(RESULT)
 
     trained = fake(monkeypatch, train)
-    monkeypatch.setattr(jobs, "holder_of", lambda folder: "somebody" if folder in alive else None)
+    monkeypatch.setattr(jobs, "holder_of", holder)
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert train_all(runs, Console(quiet=True)) == []
     assert all(run.result() is not None for run in runs)
     tries = [Run.of("", recipe, tmp_path).folder for recipe in trained]
-    assert tries == [run.folder for run in runs] + [runs[1].folder]
+    assert tries == [run.folder for run in (runs[2:] if is_seen else runs)] + [runs[1].folder]
 
 
 def test_a_single_run_that_another_process_has_is_refused_with_its_name(

@@ -7,6 +7,7 @@ or a run that failed, 2 a mistake in the command, 3 a run that diverged, 130 sto
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rdrop.experiments.jobs import (
+    DIVERGED_STATUS,
     FailedRunsError,
     Failure,
     MistakeError,
@@ -33,7 +35,7 @@ from rdrop.experiments.jobs import (
     train_all,
     train_supervised,
 )
-from rdrop.experiments.plan import Command, Run, plan_comparison, with_larger_batch
+from rdrop.experiments.plan import Command, Run, plan_comparison
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
@@ -260,8 +262,8 @@ def tune(
     chosen = _chosen(recipe, fixed, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     candidates = tuning.make_grid(chosen, grid)
     if not no_double_batch:
-        for candidate in candidates.plain:
-            with_larger_batch(candidate.recipe)
+        for plain, rdrop in itertools.product(candidates.plain, candidates.rdrop):
+            tuning.of_equal_cost(plain, rdrop)  # which may be refused, and before anything is trained
     console = _progress_console()
     places = find_places(parse_jobs(jobs), console)
 
@@ -269,11 +271,13 @@ def tune(
         command = Command(recipe, root, tuple(tracker or ()))
         return lambda plan: train_all(plan, console, trackers=tracker or (), places=places, command=command)
 
-    tried, rdrop, plain = tuning.search(candidates, tune_seeds, runs, train_in(runs / TUNING))
-    arms = tuning.plan_fresh(rdrop, plain, fresh, runs, larger_batch=not no_double_batch)
+    found = tuning.search(candidates, tune_seeds, runs, train_in(runs / TUNING))
+    arms = tuning.plan_fresh(found.rdrop, found.plain, fresh, runs, larger_batch=not no_double_batch)
     # Seed by seed, so that a comparison that is stopped has whole seeds to show.
     failures = train_in(runs)([run for of_seed in zip(*arms.values(), strict=True) for run in of_seed])
-    _show_tuning(tuning.tuning_of(candidates, tune_seeds, tried, rdrop, plain, arms), runs)
+    _show_tuning(tuning.tuning_of(candidates, tune_seeds, found, arms), runs)
+    # That a setting diverges is a finding of the search, which the table shows.
+    failures += [failure for failure in found.failures if failure.status != DIVERGED_STATUS]
     if failures:
         raise FailedRunsError(failures)
 

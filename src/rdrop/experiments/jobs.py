@@ -164,6 +164,7 @@ class _Session:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
+        self.shares = len(runs) > 1 and not _in_several_processes()
         self.elsewhere: list[Run] = []
         self.failures: list[Failure] = []
         self.waiting = deque(run for run in runs if not self.is_settled(run))
@@ -185,6 +186,9 @@ class _Session:
             if _is_finished(run):
                 self.show_finished(run)
             return
+        if self.shares and holder_of(run.folder) is not None:
+            self.elsewhere.append(run)
+            return
         self.display.start(run.label, run.recipe)
         self.workers.start(run)
 
@@ -198,10 +202,10 @@ class _Session:
             self.failures.append(outcome.failure)
             if len(self.runs) > 1:
                 self.display.say(f"failed: {outcome.failure}")
-        elif len(self.runs) == 1 or _in_several_processes():
-            raise RunLockedError(outcome.holder)
-        else:
+        elif self.shares:
             self.elsewhere.append(run)
+        else:
+            raise RunLockedError(outcome.holder)
 
     def look_elsewhere(self) -> None:
         """Waits for what other processes train; a run that its process leaves unfinished is ours."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.comparison import Arm, Comparison
@@ -23,7 +24,7 @@ from rdrop.experiments.jobs import FailedRunsError, Failure
 from rdrop.experiments.plan import Run, with_larger_batch
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.run_folder import TUNING, find_runs
+from rdrop.experiments.run_folder import TUNING, ResultsError, find_runs
 
 FIRST_SEED = 1000
 MOST_IN_FULL = 8
@@ -92,12 +93,22 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
     )
 
 
-def search(grid: Grid, seeds: int, root: Path, train: Train) -> tuple[tuple[Tried, ...], Candidate, Candidate]:
-    """Trains the settings of the grid on the search's seeds; returns what each scored, the best R-Drop, the best plain.
+class Found(NamedTuple):
+    """What a search has found."""
 
-    Raises `FailedRunsError` if no setting of one of them has all its scores.
+    tried: tuple[Tried, ...]
+    rdrop: Candidate
+    plain: Candidate
+    failures: tuple[Failure, ...]
+    """Of the runs of the search."""
+
+
+def search(grid: Grid, seeds: int, root: Path, train: Train) -> Found:
+    """Trains the settings of the grid on the search's seeds; returns what each scored and the best of each side.
+
+    Raises `FailedRunsError` if no setting of R-Drop, or none of plain training, has all its scores.
     """
-    failures: list[Failure] = []
+    failures: dict[Path, Failure] = {}
     in_race = {True: list(grid.plain), False: list(grid.rdrop)}
     in_full = {side: len(candidates) <= MOST_IN_FULL for side, candidates in in_race.items()}
     for count in _rungs(seeds):
@@ -107,29 +118,34 @@ def search(grid: Grid, seeds: int, root: Path, train: Train) -> tuple[tuple[Trie
             for candidate in candidates
             for run in _runs_of(candidate, seeds if in_full[side] else count, root)
         ]
-        failures = train(runs)
+        failures |= {failure.folder: failure for failure in train(runs)}
         for side, candidates in in_race.items():
             if not in_full[side] and count < seeds:
                 ranked = _ranked(candidates, count, root)
                 in_race[side] = ranked[: -(-len(candidates) // 2)]
     tried = tuple(
-        _tried(candidate, seeds, root, is_plain=side)
+        _tried(candidate, seeds, root, failures, is_plain=side)
         for side, candidates in ((False, grid.rdrop), (True, grid.plain))
         for candidate in candidates
     )
     best = {side: _ranked(candidates, seeds, root)[:1] for side, candidates in in_race.items()}
     if not best[False] or not best[True]:
-        raise FailedRunsError(failures)
-    return tried, best[False][0], best[True][0]
+        raise FailedRunsError(list(failures.values()))
+    return Found(tried, best[False][0], best[True][0], tuple(failures.values()))
+
+
+def of_equal_cost(plain: Candidate, rdrop: Candidate) -> Recipe:
+    """Returns plain training whose batch has as many examples as R-Drop's has passes."""
+    method = Method(alpha=0.0, passes=rdrop.recipe.method.passes)
+    return with_larger_batch(plain.recipe.replace(method=method))
 
 
 def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: Path, *, larger_batch: bool) -> Arms:
     """Returns the arms that are compared: the best plain training, the best R-Drop, plain training of its cost."""
     arms = {"baseline": plain.recipe, rdrop.recipe.method.label(): rdrop.recipe}
     if larger_batch:
-        passes = rdrop.recipe.method.passes
-        times = plain.recipe.replace(method=Method(alpha=0.0, passes=passes))
-        arms[times.method.label(passes)] = with_larger_batch(times)
+        larger = of_equal_cost(plain, rdrop)
+        arms[larger.method.label(larger.method.passes)] = larger
     return {
         label: [Run.of(f"{label}, seed {seed}", recipe.replace(seed=seed), root) for seed in seeds]
         for label, recipe in arms.items()
@@ -139,9 +155,7 @@ def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: P
 Arms = dict[str, list[Run]]
 
 
-def tuning_of(
-    grid: Grid, seeds: int, tried: tuple[Tried, ...], rdrop: Candidate, plain: Candidate, arms: Arms
-) -> Tuning:
+def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms) -> Tuning:
     """Returns the search with the comparison of the finished runs of the `arms`."""
     compared = []
     for label, runs in arms.items():
@@ -151,16 +165,16 @@ def tuning_of(
             raise FailedRunsError([Failure(label, runs[0].folder, "no seed has finished", 1)])
         compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished)))
     metric = compared[0].runs[0].result["metric"]
-    by_values = {(entry.is_plain, tuple(entry.values.items())): entry for entry in tried}
+    by_values = {(entry.is_plain, tuple(entry.values.items())): entry for entry in found.tried}
     return Tuning(
         name=grid.recipe.name,
         metric=metric,
         keys=grid.keys,
         method_keys=grid.method_keys,
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
-        tried=tried,
-        best_rdrop=by_values[False, tuple(rdrop.values.items())],
-        best_plain=by_values[True, tuple(plain.values.items())],
+        tried=found.tried,
+        best_rdrop=by_values[False, tuple(found.rdrop.values.items())],
+        best_plain=by_values[True, tuple(found.plain.values.items())],
         fresh=Comparison(f"{grid.recipe.name} on fresh seeds", metric, tuple(compared)),
     )
 
@@ -182,30 +196,39 @@ def _runs_of(candidate: Candidate, seeds: int, root: Path) -> Iterator[Run]:
         yield Run.of(label, candidate.recipe.replace(seed=seed), root / TUNING)
 
 
-def _tried(candidate: Candidate, seeds: int, root: Path, *, is_plain: bool) -> Tried:
+def _tried(candidate: Candidate, seeds: int, root: Path, failures: Mapping[Path, Failure], *, is_plain: bool) -> Tried:
     """Reads the valid scores of a setting, as far as it was trained."""
     scores, problem = {}, None
     for run in _runs_of(candidate, seeds, root):
-        result = run.result()
-        if result is not None:
+        if run.folder in failures:
+            problem = failures[run.folder].what
+        elif (result := run.result()) is not None:
             scores[run.recipe.seed] = float(result["valid"][result["metric"]])
-        elif run.failure() is not None:
-            problem = run.failure()
     return Tried(candidate.values, is_plain, scores, problem)
 
 
 def _ranked(candidates: Sequence[Candidate], seeds: int, root: Path) -> list[Candidate]:
     """Returns the settings that have all of the first `seeds` scores, the best mean first."""
-    means = {}
-    better = True
+    means, better = {}, True
     for candidate in candidates:
-        results = [run.result() for run in _runs_of(candidate, seeds, root)]
-        if all(result is not None for result in results):
-            scores = [result["valid"][result["metric"]] for result in results if result is not None]
-            means[candidate.recipe.digest()] = sum(scores) / len(scores)
-            better = all(metrics.find(result["metric"]).higher_is_better for result in results if result is not None)
+        results = _results(candidate, seeds, root)
+        if len(results) == seeds:
+            metric = results[0]["metric"]
+            means[candidate.recipe.digest()] = sum(result["valid"][metric] for result in results) / seeds
+            better = metrics.find(metric).higher_is_better
     whole = [candidate for candidate in candidates if candidate.recipe.digest() in means]
     return sorted(whole, key=lambda candidate: means[candidate.recipe.digest()], reverse=better)
+
+
+def _results(candidate: Candidate, seeds: int, root: Path) -> list[dict[str, Any]]:
+    """Returns the results of the finished runs; a damaged one is none, and a failure that has been told."""
+    found = []
+    for run in _runs_of(candidate, seeds, root):
+        with suppress(ResultsError):
+            result = run.result()
+            if result is not None:
+                found.append(result)
+    return found
 
 
 def _rungs(seeds: int) -> list[int]:
