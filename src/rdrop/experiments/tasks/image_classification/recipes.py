@@ -21,8 +21,8 @@ class ImageData(DataFiles):
     test_split: str | None = Field(
         description="Split of the folder or hub for the final score. null: held out of train."
     )
-    valid_size: Count | None = Field(description="Images to hold out, where valid has no source. null: a tenth.")
-    test_size: Count | None = Field(description="Images to hold out, where test has no source. null: a tenth.")
+    valid_size: Count | None = Field(description="Images to hold out, where valid has no source. null: 10 %.")
+    test_size: Count | None = Field(description="Images to hold out, where test has no source. null: 10 %.")
     stratified: bool = added(
         False,
         "Whether images are held out so that valid and test have every class that has enough of them: drawn again "
