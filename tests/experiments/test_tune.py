@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from rdrop.experiments import cli
+from rdrop.experiments.comparison.comparison import Arm, Comparison
+from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.comparison.tuning import Tried, Tuning
 from rdrop.experiments.plan import Run
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import TUNING, RunFolder, find_runs
@@ -73,7 +76,10 @@ def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
     shown = " ".join(capsys.readouterr().out.split())
     assert "8 settings tried: 6 of R-Drop, 2 of plain training, ranked by valid accuracy on 3 seeds from 1000." in shown
     assert "Chosen: R-Drop, alpha 1, model.dropout 0.3; plain training, model.dropout 0.1." in shown
-    assert "R-Drop's gain in valid accuracy: +3.9 points in the search, +0.9 on 6 fresh seeds, 24 % of it" in shown
+    assert (
+        "R-Drop's gain in valid accuracy: +3.9 points in the search, +0.9 on 6 fresh seeds: 24 % of it was left."
+        in shown
+    )
     record = json.loads((tmp_path / "digits-tuning.json").read_text())
     assert record["chosen"] == {"rdrop": BEST, "plain": {"model.dropout": 0.1}}
     assert [arm["arm"] for arm in record["fresh"]] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
@@ -172,6 +178,40 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
     assert cli.run(["tune", "digits", *arguments, "--runs", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
     assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("in_search", "on_fresh", "words"),
+    [
+        (0.04, 0.01, "+4.0 points in the search, +1.0 on 2 fresh seeds: 25 % of it was left."),
+        (0.02, 0.03, ": all of it was left."),
+        (0.02, -0.01, "\N{MINUS SIGN}1.0 on 2 fresh seeds: none of it was left."),
+        (-0.02, 0.03, "; the search had found no gain."),
+    ],
+)
+def test_what_was_left_of_the_gain_is_said_in_words(
+    in_search: float, on_fresh: float, words: str, trained: list[Recipe], tmp_path: Path
+) -> None:
+    def finished(seed: int, alpha: float, valid: float) -> FinishedRun:
+        recipe = DIGITS.replace(seed=seed, alpha=alpha)
+        trainer.train(recipe, tmp_path / f"{seed}-{alpha}")
+        (record,) = find_runs(tmp_path / f"{seed}-{alpha}")
+        assert record.recipe is not None
+        assert record.result is not None
+        result = record.result | {"valid": {"accuracy": valid}}
+        return FinishedRun(record.path, record.recipe, result, [], recipe.method)
+
+    arms = [
+        Arm(label, DIGITS.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed in (0, 1)))
+        for label, alpha, gain in (("baseline", 0.0, 0.0), ("R-Drop", 1.0, on_fresh))
+    ]
+    rdrop, plain = (
+        Tried({}, is_plain, dict.fromkeys((1000, 1001), 0.8 + gain))
+        for is_plain, gain in ((False, in_search), (True, 0.0))
+    )
+    fresh = Comparison("digits", "accuracy", tuple(arms))
+    tuning = Tuning("digits", "accuracy", (), (), (1000, 1001), (rdrop, plain), rdrop, plain, fresh)
+    assert tuning.sentences_of_search()[-1].endswith(words)
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,12 @@ class Tuning:
             return "How much of the search's gain was left cannot be said: a score is missing."
         shown = f"{style.difference(found)}{style.points} in the search, {style.difference(left)} on {seeds}"
         line = f"R-Drop's gain in valid {words(self.metric)}: {shown}"
-        is_gain = found > 0 if metrics.find(self.metric).higher_is_better else found < 0
-        return f"{line}, {100 * left / found:.0f} % of it." if is_gain else f"{line}; the search had found no gain."
+        if not (found > 0 if metrics.find(self.metric).higher_is_better else found < 0):
+            return f"{line}; the search had found no gain."
+        share = left / found
+        if share > 1:
+            return f"{line}: all of it was left."
+        return f"{line}: {100 * share:.0f} % of it was left." if share > 0 else f"{line}: none of it was left."
 
     def record(self) -> dict[str, Any]:
         """Returns the search as one JSON object."""
@@ -128,6 +132,7 @@ class Tuning:
                 }
                 for arm in self.fresh.arms
             ],
+            "finished": max(run.result["finished"] for arm in self.fresh.arms for run in arm.runs),
             "versions": self.fresh.arms[0].runs[0].result["versions"],
             "machine": self.fresh.arms[0].runs[0].result["machine"],
             "says": self.sentences(),

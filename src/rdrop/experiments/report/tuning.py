@@ -38,16 +38,17 @@ def draw_grid(tuning: Tuning, name: str) -> Markup:
     """Draws the mean valid score of each setting: a column for plain training and one for each value of the method's
     keys, a row for each value of the others. What was chosen has a frame.
     """
-    columns = ["plain", *dict.fromkeys(_place(t, tuning.method_keys) for t in tuning.tried if not t.is_plain)]
+    columns = _columns(tuning)
     other_keys = tuple(key for key in tuning.keys if key not in tuning.method_keys)
     rows = list(dict.fromkeys(_place(t, other_keys) for t in tuning.tried))
     means = [t.mean for t in tuning.tried if t.mean is not None and t.problem is None]
     style = NumberStyle.of(tuning.metric, [])
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
-        size = (1.4 + _COLUMN_INCHES * len(columns), 0.9 + _ROW_INCHES * len(rows))
+        size = (_width_inches(len(columns)), 0.9 + _ROW_INCHES * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
+        axes.patch.set_visible(False)
         for tried in tuning.tried:
             x = 0 if tried.is_plain else columns.index(_place(tried, tuning.method_keys))
             _draw_cell(axes, x, rows.index(_place(tried, other_keys)), tried, tuning, means, style)
@@ -112,8 +113,10 @@ def _page(tuning: Tuning, runs: Path) -> str:
             *(element("p", sentence, class_="verdict") for sentence in tuning.sentences_of_search()),
             element(
                 "figure",
-                element("div", draw_grid(tuning, "grid"), role="img", aria_label=_described(tuning)),
-                element("figcaption", "A frame: what was chosen. A darker cell is a better score."),
+                element(
+                    "div", draw_grid(tuning, "grid"), role="img", aria_label=_described(tuning), style=_no_wider(tuning)
+                ),
+                element("figcaption", "A frame: what was chosen. The stronger the color, the better the score."),
             ),
             _table(tuning),
             class_="comparison",
@@ -121,6 +124,19 @@ def _page(tuning: Tuning, runs: Path) -> str:
         section(tuning.fresh, {}, "c1", runs, runs),
         glossary(),
     )
+
+
+def _columns(tuning: Tuning) -> list[str]:
+    return ["plain", *dict.fromkeys(_place(t, tuning.method_keys) for t in tuning.tried if not t.is_plain)]
+
+
+def _width_inches(columns: int) -> float:
+    return 1.4 + _COLUMN_INCHES * columns
+
+
+def _no_wider(tuning: Tuning) -> str:
+    """A small grid keeps the size of the page's letters."""
+    return f"max-width: {_width_inches(len(_columns(tuning))):.1f}in"
 
 
 def _described(tuning: Tuning) -> str:
