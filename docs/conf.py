@@ -49,6 +49,7 @@ default_role = "backticks"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_type_aliases = {name: name for name in ("Divergence", "Implementation", "Reduction", "TaskLoss")}
 maximum_signature_line_length = 88
@@ -77,6 +78,12 @@ def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
             source[0] += "\n".join(lines) + "\n"
 
 
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keeps napoleon from reading what stands before a colon in an attribute's docstring as the attribute's type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = f":{lines[0]}"  # before the first colon there is nothing now
+
+
 def copy_first_page(app: Sphinx, error: Exception | None) -> None:
     """Makes the first page what a server shows for the folder."""
     if error is None and app.builder.name == "html":
@@ -87,4 +94,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_role("backticks", backticks)
     app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", keep_colons, priority=0)
     app.connect("build-finished", copy_first_page)

@@ -90,6 +90,24 @@ def layer_of(module: str) -> Layer:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
+def test_the_tree_of_the_page_is_the_tree():
+    """Each line names a file or folder that is there, and of each folder with lines below it none is missing."""
+    block = PAGE.read_text(encoding="utf-8").split("## The tree")[1].split("##")[0]
+    named: list[Path] = []
+    open_folders: list[tuple[int, Path]] = []
+    for indent, name in re.findall(r"^ {4}( *)([\w./]+)", block, re.MULTILINE):
+        while open_folders and open_folders[-1][0] >= len(indent):
+            open_folders.pop()
+        path = (open_folders[-1][1] if open_folders else ROOT) / name
+        assert path.is_dir() if name.endswith("/") else path.is_file(), path
+        named.append(path)
+        if name.endswith("/"):
+            open_folders.append((len(indent), path))
+    for folder in {path.parent for path in named} - {ROOT, SOURCE}:
+        there = {path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+        assert {path for path in there if not path.name.startswith("__")} - set(named) == set()
+
+
 def test_every_module_is_in_a_layer_and_every_member_exists():
     assert {member for layer in LAYERS for member in layer.members} <= set(MODULES)
     assert {layer_of(module).name for module in MODULES} == {layer.name for layer in LAYERS}

@@ -1,5 +1,6 @@
 """The README and the pages keep their promises: Python blocks run, commands and files exist."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -101,6 +102,19 @@ def test_every_public_name_stands_in_the_reference():
         public = set(package.__all__) - {"__version__"}
         assert "RDropTrainer" in public or "rdrop_loss" in public
         assert public - described == set()
+
+
+def test_no_docstring_opens_without_a_subject():
+    """Its first line is a verb and its object, "Whether ..." or "Returns ...", or names the thing."""
+    openings = re.compile(r"(What|Of|As|By|Where|In|How|That|Not|Its|To|From|With|For|On|At)\b")
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first, *_ = (ast.get_docstring(node) or "-").splitlines()
+                if openings.match(first):
+                    found.append(f"{path.relative_to(ROOT)}: {first}")
+    assert found == []
 
 
 def test_file_map_of_the_readme_is_the_tree():

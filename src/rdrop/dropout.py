@@ -1,4 +1,4 @@
-"""Where a model drops: list its sources of dropout, and run it for a while at another rate."""
+"""Lists the sources of dropout of a model, and runs it for a while at another rate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What the same symbol alpha means elsewhere: from another implementation's setting to the paper's alpha.
+"""Converts another implementation's alpha to the paper's: the same symbol means other things elsewhere.
 
 Most implementations mix a mean cross-entropy with a sum (or another mean) of the KL, so the strength they really apply
 follows the batch, or the number of classes. docs/alpha.md has the derivation.

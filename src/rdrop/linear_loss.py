@@ -312,7 +312,7 @@ def _terms_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient that waits for its upstream: a loss scale is in it, which float16 needs before it rounds."""
+    """Returns the dtype of a gradient that waits for its upstream: float16 needs the loss scale before it rounds."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -469,7 +469,7 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cpu_multiplies_bfloat16() -> bool:
-    """Where PyTorch has no such product of its own it takes ten times as long as float32."""
+    """Whether PyTorch has a bfloat16 product of its own here; without, it takes ten times as long as float32."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 

@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 
 
 class LossTerms(NamedTuple):
-    """What both losses return: `loss = task_loss + alpha / 2 * divergence`. Only `loss` carries gradient."""
+    """The result of both losses: `loss = task_loss + alpha / 2 * divergence`. Only `loss` carries gradient."""
 
     loss: Tensor
     task_loss: Tensor
@@ -183,7 +183,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Not torch's: on CPU its running sum is off by 2e-5 at V = 250,000."""
+    """Computes the softmax. Not torch's: on CPU its running sum is off by 2e-5 at V = 250,000."""
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     return p / p.sum(-1, keepdim=True)
 

@@ -33,7 +33,7 @@ B = TypeVar("B", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class Cutoff:
-    """What one pass does not get to see. Drawn anew for each example and each batch."""
+    """The part of the input that one pass does not get to see, drawn again for each example and each batch."""
 
     kind: CutoffKind
     """`token`: the embeddings of single tokens are zero, and attention leaves them out;
@@ -282,7 +282,7 @@ def _random_count(expected: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Zeroing:
-    """What is left out when the ids of one side are embedded."""
+    """The positions that are left out when the ids of one side are embedded."""
 
     side: _Side
     drawn: dict[int, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What the loss costs from hidden states.
+"""Measures what the loss costs from hidden states.
 
 Each form projects N pairs of hidden states of D features to V classes, computes the loss (label smoothing 0.1, alpha 5,
 no label ignored unless its name says so) and the gradients in the hidden states and the weight. Memory includes both
@@ -39,7 +39,7 @@ class _Parameter(torch.autograd.Function):
 
 
 def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
-    """By name, in the order of the tables. Each takes hidden states `(2N, D)` and labels `(N,)`."""
+    """Returns the forms by name, in the order of the tables. Each takes hidden states `(2N, D)` and labels `(N,)`."""
 
     def parameter() -> Tensor:
         anchor = torch.zeros((), requires_grad=True)

@@ -46,12 +46,12 @@ Prepare = Callable[[], Call]
 
 
 class BenchError(ValueError):
-    """What was asked for cannot be measured here; the message says what to change."""
+    """A measurement that cannot be made here; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How to measure.
+    """The conditions of a measurement.
 
     Args:
         clock: "wall", or "processor": the time all threads of this process were on a core, which other processes hardly
@@ -102,7 +102,7 @@ class Conditions:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """With as many threads as asked for, and memory that can be measured."""
+        """Runs the block with as many threads as asked for, and with memory that can be measured."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         _return_freed_memory(True)
@@ -185,7 +185,7 @@ def _peak_extra_bytes(call: Call, device: str) -> int | None:
 
 
 def _return_freed_memory(at_once: bool) -> None:
-    """With glibc: whether blocks of 64 kB and more are the system's again as soon as they are freed. Then what is
+    """Sets for glibc whether blocks of 64 kB and more are the system's again as soon as they are freed. Then what is
     resident is what is in use, not what a heap holds between its blocks; but each block takes the time to be cleared.
     Otherwise they are kept, up to 32 MB each, which is where a process of large tensors arrives by itself.
     """
@@ -259,7 +259,7 @@ def _versions(device: str) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package lies in, "-dirty" where its source differs from that; None where it is installed."""
+    """Returns the commit of the checkout, with "-dirty" where the source differs from it; None where installed."""
     root = Path(__file__).resolve().parents[3]
     if not (root / "src/rdrop/bench/measure.py").exists() or shutil.which("git") is None:
         return None

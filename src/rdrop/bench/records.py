@@ -1,4 +1,4 @@
-"""What is kept of a measurement: one JSON object a line; and which of them are compared with each other."""
+"""Keeps the records of measurements, one JSON object a line, and says which are compared with each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss costs from logits.
+"""Measures what the loss costs from logits.
 
 Each form computes the loss of N pairs of rows (label smoothing 0.1, alpha 5, one label in ten ignored) and its gradient
 in the logits, on fresh logits each time; the logits themselves are not counted as memory. Everything is compared with
@@ -88,7 +88,7 @@ def compiled(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def forms(conditions: Conditions) -> dict[str, Form]:
-    """By name, in the order of the tables; "copy" is added by `measure_rows`."""
+    """Returns the forms by name, in the order of the tables; "copy" is added by `measure_rows`."""
     kernel = conditions.kernel
     table: dict[str, Form] = {
         "cross_entropy": cross_entropy,

@@ -1,4 +1,4 @@
-"""What a training step costs.
+"""Measures what a training step costs.
 
 A step is forward, loss, backward and AdamW, of a translation model (Marian, 6 + 6 layers of width 512) with a small and
 a large vocabulary, and of an encoder classifier (BERT); dropout 0.1, label smoothing 0.1, alpha 5, ragged lengths.
@@ -151,7 +151,7 @@ def ours(model: nn.Module, batch: Batch, conditions: Conditions, **method: Any) 
 
 
 def ways(model: nn.Module, batch: Batch, conditions: Conditions) -> dict[str, Way]:
-    """By name, in the order of the tables."""
+    """Returns the ways to make a step by name, in the order of the tables."""
     trainer = partial(ours, model, batch, conditions)
     table: dict[str, Callable[[], Way]] = {
         "plain": lambda: partial(_backward, plain, model, batch, conditions),

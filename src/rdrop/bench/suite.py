@@ -22,7 +22,7 @@ Measuring = Callable[[Conditions], list[Record]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs from the sizes that the benchmarks have of their own.
+    """The sizes that differ from the benchmarks' own.
 
     With `pairs`, `classes` or `features` one size is measured in place of three; in a step `features` is the width.
     """
@@ -72,7 +72,7 @@ def _check(benchmarks: Sequence[str], conditions: Conditions) -> None:
 
 
 def _measurements(benchmarks: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, Measuring]]:
-    """What is measured, in words, and the measuring of it."""
+    """One benchmark: its description, and the function that measures."""
     if "logits" in benchmarks:
         from rdrop.bench import rows
 

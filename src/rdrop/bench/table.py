@@ -14,7 +14,7 @@ from rdrop.bench.records import Record
 
 @dataclass(frozen=True)
 class Layout:
-    """How the records of one benchmark are shown: the words of each form, in order, and what they are compared with."""
+    """The layout of one benchmark's table: the words of each form, in order, and what they are compared with."""
 
     heading: str
     words: dict[str, str]

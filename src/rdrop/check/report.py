@@ -1,4 +1,4 @@
-"""What `check_rdrop` found: findings, and the report as people and programs read it."""
+"""The findings of `check_rdrop`, and the report as people and programs read it."""
 
 import json
 import textwrap
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Trial:
-    """What two forwards and a backward showed; as it stands here, nothing was tried."""
+    """The outcome of two forwards and a backward; with these defaults, nothing was tried."""
 
     findings: tuple[Finding, ...] = ()
     passes_differ: bool | None = None
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_rdrop` found: `print(report)` is for people, `report.as_dict()` for programs."""
+    """The report of `check_rdrop`: `print(report)` is for people, `report.as_dict()` for programs."""
 
     model: str
     findings: tuple[Finding, ...]

@@ -1,4 +1,4 @@
-"""What two forwards and a backward of a repeated batch show."""
+"""Runs two forwards and a backward of a repeated batch, and reports what they show."""
 
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -87,7 +87,7 @@ class FailedRunsError(Exception):
 
 
 class MistakeError(Exception):
-    """What a child process says of its command, its data or the disk, which the other runs share."""
+    """An error of a child process about its command, its data or the disk, which the other runs share."""
 
     def __init__(self, what: str, status: int) -> None:
         super().__init__(what)
@@ -95,7 +95,7 @@ class MistakeError(Exception):
 
 
 class Outcome(NamedTuple):
-    """How the training of a run ended. `busy`: another process has it."""
+    """The end of a run's training. `busy`: another process has it."""
 
     run: Run
     kind: Literal["finished", "busy", "failed"]
@@ -157,7 +157,7 @@ def train_all(
 
 
 class _Session:
-    """What is waiting, what others have, what failed."""
+    """The runs that wait, those that other processes have, and those that failed."""
 
     workers: Workers
     display: Display
@@ -310,7 +310,7 @@ def train_run(run: Run, on_progress: Callable[[Progress], None], **options: Any)
 
 
 def quiet_transformers() -> None:
-    """Its bars would break ours, and that a classifier on top is new is no news."""
+    """Silences transformers: its bars would break ours, and that a classifier on top is new is no news."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -342,7 +342,7 @@ class Processes:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Processes:
-        """From here on Ctrl-C and SIGTERM stop all, each saved; a second one kills."""
+        """Lets Ctrl-C and SIGTERM stop all processes from here on, each saved; a second one kills them."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {signum: signal.signal(signum, self._note_signal) for signum in STOP_SIGNALS}
         return self

@@ -67,7 +67,7 @@ def with_larger_batch(baseline: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class Command:
-    """How `rdrop train` is told of runs: from which recipe they are changed, where they go, and who is told of them."""
+    """The command line of a run: the recipe that is changed, where runs go, and the trackers that are told."""
 
     recipe: str
     """As on the command line: a name, a path, or package.module:NAME."""

@@ -1,4 +1,4 @@
-"""How far the runs are, one or several at a time: bars in a terminal, a line now and then anywhere else."""
+"""Shows how far the runs are, one or several at a time: bars in a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def time_left(progress: Progress) -> str:
 
 
 def pace(progress: Progress) -> str:
-    """What changes from update to update, in one line."""
+    """Returns what changes from update to update, in one line."""
     parts = [f"{1 / progress.seconds_per_step:.3g} updates/s", f"loss {progress.loss:.4g}"]
     if progress.valid is not None:
         parts += [f"valid {metric} {score:.4g}" for metric, score in progress.valid.items()]

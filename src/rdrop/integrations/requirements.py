@@ -1,4 +1,4 @@
-"""What R-Drop needs of a model that trains: passes that differ, masks that backward sees again, a loss that is known.
+"""Checks a model that trains: its passes must differ, backward must see their masks again, its loss must be known.
 
 Each is looked at as training begins, whichever trainer or loop it is.
 """

@@ -1,4 +1,4 @@
-"""What a model is trained with: a `Target` for each of its outputs, whichever trainer or loop turns it into a loss.
+"""Says what a model is trained with: a `Target` for each output, whichever trainer or loop turns it into a loss.
 
 Needs torch alone; which classes of transformers have which targets is looked up when a model of theirs is asked about.
 """
@@ -181,7 +181,7 @@ def question_answering(config: Any, inputs: Batch) -> list[Target]:
     """Returns two softmaxes over the T positions of the sequence: where the answer starts and where it ends."""
 
     def position(name: str, length: int) -> Tensor:
-        """As the models: below 0 means 0, beyond the sequence means ignored."""
+        """Returns the positions as the models read them: below 0 means 0, beyond the sequence means ignored."""
         found = _required(inputs, name).reshape(-1).clamp(0, length)
         return found.masked_fill(found == length, IGNORE_INDEX)
 

@@ -51,7 +51,7 @@ def _mean_cross_entropy(rows: Tensor, labels: Tensor, weight: Tensor | None, lab
 
 
 def _cross_entropy_gradient(rows: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-    """Of each row's own cross-entropy: `(m, N, T, V)`."""
+    """Returns the gradient of each row's own cross-entropy: `(m, N, T, V)`."""
     probabilities = (rows - rows.amax(-1, keepdim=True)).exp_()
     probabilities /= probabilities.sum(-1, keepdim=True)
     classes = rows.shape[-1]

@@ -3,13 +3,13 @@
 Two paths compute the same quantities, as on CPU (rows_vector.h has the formulas, and the same names); the forward
 chooses, the statistics say which.
 
-NEAR (float32, one exp and m - 1 expm1 a class). One visit. Everything is a sum under p_1 = softmax(z_1) of
+NEAR (float32, one exp and m - 1 expm1 a class). A single pass over the rows. All are sums under p_1 = softmax(z_1) of
     d_a = (z_a - z_1) - (z_a[k] - z_1[k]),    x_a = expm1(d_a),    f_a = d_a - mean_b d_b
 where any class k gives the same results, and a likely one small numbers. As in an online softmax, k is the likeliest
 class of pass 1 so far, and the sums move with it.
 
-FAR (float64, three visits, in small blocks so that its registers do not slow the other path). Where the above would
-lose digits: a pass far above pass 1 at some class, or class k an outlier.
+FAR (float64, three passes over the rows, in small blocks so that its registers do not slow the other path). Where the
+above would lose digits: a pass far above pass 1 at some class, or class k an outlier.
 
 One program computes one position, so the grid never changes a bit of the result. Inside the loops no sum crosses
 threads: each thread adds the GROUP neighboring classes it holds, and the partial sums meet after the last block.
@@ -221,7 +221,7 @@ def _grouped_max(x, GROUP: tl.constexpr):
 
 
 class _Sums(NamedTuple):
-    """What the near forward knows of one pass a."""
+    """Computes what the near forward knows of one pass a."""
 
     at: tl.tensor  # z_a[k], exactly: with z_1[k] it gives the same differences again in the backward
     rise: tl.tensor  # the largest d_a
@@ -417,7 +417,7 @@ def _near_gradient(
 
 @triton.jit
 def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
-    """For each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
+    """Computes for each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
     zs = ()
     highest = tl.full((BLOCK,), -INFINITY, tl.float32)
     for a in tl.static_range(M):

@@ -160,7 +160,7 @@ class Comparison:
         )
 
     def verdict(self) -> str:
-        """What the comparison shows, in plain language: a sentence for each contest, one a line."""
+        """Returns what the comparison shows, in plain language: a sentence for each contest, one a line."""
         if self.baseline is None:
             return "Nothing to compare: no run of the baseline (alpha 0) has finished."
         if not self.challengers:
@@ -197,7 +197,7 @@ def comparisons(records: Iterable[RunRecord]) -> list[Comparison]:
 
 
 def _family(run: FinishedRun) -> str:
-    """What all runs of one comparison share, as text that sorts by the recipe's name."""
+    """Returns what all runs of one comparison share, as text that sorts by the recipe's name."""
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
     return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
 
@@ -221,7 +221,7 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
 
 
 class _Key(NamedTuple):
-    """What the runs of one arm share."""
+    """Returns what the runs of one arm share."""
 
     method: Method
     batch: int

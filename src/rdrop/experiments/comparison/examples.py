@@ -1,7 +1,7 @@
 """Two arms compared test example by test example, from the predictions that their runs keep.
 
 The seeds say whether a method is better when it is trained again. The examples say whether the models that were
-trained differ on this test set: a paired bootstrap draws the examples anew, with replacement, the same for both arms.
+trained differ on this test set: a paired bootstrap draws the examples again, with replacement, the same for both arms.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KeptExamples:
 
 @dataclass(frozen=True)
 class ExampleDifference:
-    """What a paired bootstrap over the test examples says of the models of two arms."""
+    """The outcome of a paired bootstrap over the test examples, for the models of two arms."""
 
     seeds: tuple[int, ...]
     examples: int
@@ -217,7 +217,7 @@ def _bleu_score(counts: Array, *, of_sentence: bool = False) -> float:
 def example_difference(
     kept: KeptExamples, arm: Sequence[FinishedRun], reference: Sequence[FinishedRun]
 ) -> ExampleDifference | None:
-    """Draws the test examples anew, 1,000 times, and returns how far the difference of the two arms varies.
+    """Draws the test examples again, 1,000 times, and returns how far the difference of the two arms varies.
 
     Of each arm count the seeds of which both keep their predictions; None without any.
     """

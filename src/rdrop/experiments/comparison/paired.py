@@ -16,7 +16,7 @@ ROUNDING = 1e-12
 
 
 class Outcome(Enum):
-    """What the paired differences allow to be said about the arm."""
+    """The verdict that the paired differences allow about an arm."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -70,7 +70,7 @@ class PairedDifference:
 
     @property
     def wins_ties_losses(self) -> tuple[int, int, int] | None:
-        """On how many seeds the arm is better than, equal to and worse than its reference."""
+        """Counts the seeds on which the arm is better than, equal to and worse than its reference."""
         if self.higher_is_better is None:
             return None
         gains = self._gains()

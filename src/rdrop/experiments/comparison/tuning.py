@@ -38,7 +38,7 @@ class Tried:
 
     @property
     def name(self) -> str:
-        """What a reader calls it: "R-Drop, alpha 1, model.dropout 0.3"."""
+        """Returns what a reader calls it: "R-Drop, alpha 1, model.dropout 0.3"."""
         method = "plain training" if self.is_plain else "R-Drop"
         return ", ".join((method, *(f"{key} {spelled(value)}" for key, value in self.values.items())))
 
@@ -61,11 +61,11 @@ class Tuning:
 
     @property
     def style(self) -> NumberStyle:
-        """How scores and differences on the valid split are printed."""
+        """Returns how scores and differences on the valid split are printed."""
         return NumberStyle.of(self.metric, [self.gain_in_search()])
 
     def ranked(self) -> list[Tried]:
-        """What was tried, the best first; those that were dropped early or failed come last."""
+        """Returns what was tried, the best first; those that were dropped early or failed come last."""
         sign = -1 if metrics.find(self.metric).higher_is_better else 1
         return sorted(self.tried, key=lambda t: (t.problem is not None, -len(t.scores), sign * (t.mean or 0.0)))
 
@@ -81,11 +81,11 @@ class Tuning:
         return self.fresh.difference(rdrop, baseline, split="valid")
 
     def sentences(self) -> list[str]:
-        """What the search says, and the verdict of the fresh seeds on test."""
+        """Returns what the search says, and the verdict of the fresh seeds on test."""
         return [*self.sentences_of_search(), *self.fresh.verdict().split("\n")]
 
     def sentences_of_search(self) -> list[str]:
-        """What was tried, what was chosen, and what was left of the gain on fresh seeds."""
+        """Returns what was tried, what was chosen, and what was left of the gain on fresh seeds."""
         plain = sum(tried.is_plain for tried in self.tried)
         halved = any(len(tried.scores) < len(self.seeds) and tried.problem is None for tried in self.tried)
         failed = [tried for tried in self.tried if tried.problem is not None]
@@ -140,7 +140,7 @@ class Tuning:
 
 
 def terminal_table(tuning: Tuning) -> Table:
-    """What was tried, the best first: a column for each key of the grid, then valid and the seeds that it is of."""
+    """Returns a table of what was tried, the best first: a column for each key of the grid, then valid and seeds."""
     style = NumberStyle.of(tuning.metric, [])
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("", *tuning.keys, f"valid {style.heading(tuning.metric)}", "seeds"):

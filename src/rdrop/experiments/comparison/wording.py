@@ -15,14 +15,14 @@ MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True)
 class NumberStyle:
-    """How the numbers of one metric are printed: percent or raw, with how many decimals."""
+    """The style in which the numbers of one metric are printed: percent or raw, and the decimals."""
 
     percent: bool
     decimals: int
 
     @classmethod
     def of(cls, metric: str, differences: Iterable[PairedDifference]) -> NumberStyle:
-        """As many decimals as the narrowest interval supports: one or two digits of its half width."""
+        """Returns a style whose decimals the narrowest interval supports: one or two digits of its half width."""
         row = metrics.find(metric)
         half_widths = [d.half_width * (100 if row.percent else 1) for d in differences if d.half_width]
         if not half_widths:
@@ -33,7 +33,7 @@ class NumberStyle:
 
     @property
     def factor(self) -> float:
-        """What a value in the files is multiplied with before it is shown."""
+        """Returns what a value in the files is multiplied by before it is shown."""
         return 100.0 if self.percent else 1.0
 
     @property

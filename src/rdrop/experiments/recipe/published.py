@@ -1,4 +1,4 @@
-"""What the literature reports for a recipe's data set, beside which our own runs stand."""
+"""The scores that the literature reports for a recipe's data set, beside which our own runs stand."""
 
 from dataclasses import dataclass
 

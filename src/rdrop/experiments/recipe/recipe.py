@@ -38,7 +38,7 @@ TYPE_RULES = {
 
 
 class DataFiles(Section):
-    """Where the examples come from, by the first of these that is set: `tiny`, `train` or `folder`, `hub`.
+    """The place of the examples, by the first of these that is set: `tiny`, `train` or `folder`, `hub`.
 
     What the folder and the files look like, docs/tasks/ says for each task.
     """
@@ -120,7 +120,7 @@ class DecodingSection(Section):
 
 
 class Recipe(Section):
-    """What determines a run completely: two runs of one recipe on one machine end in the same bits.
+    """The complete description of a run: two runs of one recipe on one machine end in the same bits.
 
     A task subclasses it, says where its `TASK` is, narrows `task` to a `Literal` and gives `data` and `model` their
     types. Change a recipe with `replace` (or `override`, from text): both validate, which pydantic's `model_copy` does

@@ -50,7 +50,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 class ArmStyle(NamedTuple):
-    """How an arm looks in every figure: a CSS variable for its color, a dash pattern and a marker as well."""
+    """The look of an arm in every figure: a CSS variable for its color, a dash pattern and a marker as well."""
 
     variable: str
     dashes: tuple[float, ...]
@@ -200,7 +200,7 @@ def _with_styles(comparison: Comparison) -> Iterable[tuple[Arm, ArmStyle]]:
 
 
 def _places(count: int) -> Sequence[float]:
-    """Where the arms stand beside each other, from -1 to 1."""
+    """Returns where the arms stand beside each other, from -1 to 1."""
     return [0.0] if count == 1 else [float(place) for place in np.linspace(-1, 1, count)]
 
 

@@ -155,7 +155,7 @@ def _direction(higher_is_better: bool | None) -> str:
 
 
 def _model(arm: Arm) -> str:
-    """Its name where it was pre-trained, and its size."""
+    """Returns the model's name where it was pre-trained, and its size."""
     run = arm.runs[0]
     count = run.result["cost"].get("parameters")
     size = f"{count / 1e6:.3g} M parameters" if isinstance(count, int) else ""

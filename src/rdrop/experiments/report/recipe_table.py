@@ -72,7 +72,7 @@ def _broken(name: str, width: int) -> str:
 
 
 def _model(recipe: Recipe) -> str:
-    """As the paper names it; else the pre-trained one, without its owner."""
+    """Returns the model as the paper names it; else the pre-trained one, without its owner."""
     published = PUBLISHED.get(recipe.name)
     if published:
         return published[0].model
@@ -88,7 +88,7 @@ def _published(published: Published, between: str) -> str:
 
 
 def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
-    """By the name of the recipe: the mean test score of the baseline and of its first R-Drop arm, a line a comparison.
+    """Returns, by recipe, the mean test score of the baseline and of its first R-Drop arm, a line for each comparison.
 
     Without the comparisons on other data than the recipe's: their scores do not belong beside what is published.
     """

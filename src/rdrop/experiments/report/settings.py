@@ -34,7 +34,7 @@ def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
 
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
-    """For each comparison the settings that tell it from others of the same name; empty if the name is unique."""
+    """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
     recipes = [flat(comparison.arms[0].runs[0].recipe) for comparison in found]
     settings: list[dict[str, object]] = []
     for comparison, recipe in zip(found, recipes, strict=True):

@@ -56,7 +56,7 @@ def _result_cells(
 
 
 def notes(comparison: Comparison) -> Markup | None:
-    """What a reader should know beside the scores; where the runs differ, every value with the number of its runs."""
+    """Lists what a reader should know beside the scores; where runs differ, every value with the number of its runs."""
     of_runs = [_notes_of(run) for arm in comparison.arms for run in arm.runs]
     facts = {
         key: _counts(Counter(shown(own[key]) if key in own else NOT_KNOWN for own in of_runs))

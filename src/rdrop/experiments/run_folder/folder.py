@@ -132,7 +132,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run folder holds. `problem` says what is missing or damaged; it is None for a whole, finished run."""
+    """The content of a run folder. `problem` says what is missing or damaged; it is None for a whole, finished run."""
 
     path: Path
     recipe: dict[str, Any] | None

@@ -46,7 +46,7 @@ BLEU_COUNTS = 10
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of each example of the test split, in its order; the module says which keys a row has."""
+    """The answers of a model to the examples of the test split, in its order; the module says which keys a row has."""
 
     kind: str
     rows: Sequence[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""What a reader sees of a string: whether it is blank, whether two labels are one, whether its script has spaces."""
+"""Tells what a reader sees of a string: whether it is blank, two labels look alike, its script has spaces."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class LearnsFromUnlabeled(Protocol):
         """Number of examples without labels; 0 where the recipe names none."""
 
     def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
-        """As `train_batch`. Its labels say nothing but which positions count: those that are not -100."""
+        """Returns a batch as `train_batch` does. Its labels only say which positions count: those that are not -100."""
 
 
 @runtime_checkable

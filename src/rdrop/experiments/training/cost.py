@@ -1,4 +1,4 @@
-"""What a run cost: its time and its memory, counted over the updates alone."""
+"""Counts what a run costs: its time and its memory, over the updates alone."""
 
 import ctypes
 import gc
@@ -84,7 +84,7 @@ class _NoGauge:
 
 
 class _CudaGauge(_NoGauge):
-    """What torch's allocator has handed out."""
+    """Counts what torch's allocator has handed out."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,7 +103,7 @@ class _LinuxGauge(_NoGauge):
     """The resident set's high-water mark, which the kernel lets a process reset."""
 
     def return_what_is_free(self) -> None:
-        """What an earlier run in this process has freed, and the C library kept, would be used unseen."""
+        """Returns freed memory to the system: what an earlier run left to the C library would be used unseen."""
         gc.collect()
         with suppress(OSError, AttributeError):  # a C library that is not glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -24,7 +24,7 @@ SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 
 
 def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
-    """Scores the run's weights on the test split anew: its result with other `test`, and the `notes` on the scores.
+    """Scores the run's weights on the test split again: its result with other `test`, and the `notes` on the scores.
 
     Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
     not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and

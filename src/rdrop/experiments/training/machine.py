@@ -1,4 +1,4 @@
-"""Where a run took place: device and versions, as they stand in `result.json`."""
+"""Describes where a run takes place: device and versions, as they stand in `result.json`."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,7 @@ def _kernel(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of rdrop, Python and the libraries that decide a run's numbers; null if one is not installed."""
+    """Returns the versions of rdrop, Python and the libraries that decide a run's numbers; null: not installed."""
     return {"rdrop": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
 
 

@@ -28,7 +28,7 @@ from rdrop.views import perturb_batch, task_passes_of, views_of
 
 
 class ObjectiveError(ValueError):
-    """What the recipe asks for cannot be done with this task or model: key, value, rule."""
+    """A method that cannot be used with this task or model: key, value, rule."""
 
 
 class Objective:
@@ -46,7 +46,7 @@ class Objective:
         self._require_fitting_task()
 
     def terms(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
-        """Of the update after `step` updates, in fp32. Only `loss` carries gradient."""
+        """Returns the terms of the update after `step` updates, in fp32. Only `loss` carries gradient."""
         target = self._target(batch)
         if not self._method.acts_at(step):
             loss = target.plain_loss(self._forward(batch), self._recipe.label_smoothing) / num_items

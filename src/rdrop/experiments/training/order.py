@@ -20,9 +20,9 @@ class DataOrder:
     """The batches of every epoch, of `batch_size` examples or of `batch_tokens` tokens.
 
     By examples, an epoch is a new permutation of all examples; what is left of it after the last whole batch is not
-    used. By tokens, examples of like length make a batch, padded to `batch_tokens` at most; the batches are made once,
-    and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps times processes) of at
-    least one example: a last one with fewer, of the shortest examples, is not used.
+    used. By tokens, examples of similar length make a batch (length bucketing), padded to `batch_tokens` at most; the
+    batches are made once, and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps
+    times processes) of at least one example: a last one with fewer, of the shortest examples, is not used.
 
     `lengths` are those of the `size` training examples, in tokens. Raises `OrderError` where no such batch can be made.
     """
@@ -70,7 +70,7 @@ class UnlabeledOrder:
 
 
 class _Epochs:
-    """For each epoch a permutation of `size` things, of which the last one asked for is kept."""
+    """Draws for each epoch a permutation of `size` things, and keeps the last one asked for."""
 
     def __init__(self, seed: int, what: str, size: int) -> None:
         self._seed, self._what, self._size = seed, what, size
@@ -84,7 +84,7 @@ class _Epochs:
 
 
 def batches_of_tokens(lengths: Indices, batch_tokens: int, seed: int, *, parts: int = 1) -> list[Indices]:
-    """Every example once, those of like length together: a batch's longest length times its size is <= `batch_tokens`.
+    """Buckets every example once by length: a batch's longest length times its size is <= `batch_tokens`.
 
     `seed` decides which of the examples of one length share a batch.
     """

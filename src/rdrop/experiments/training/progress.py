@@ -1,4 +1,4 @@
-"""How far a training is, as the loop tells it."""
+"""Describes how far a training is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """What `on_progress` is told after every update and every score."""
+    """The state that `on_progress` gets after every update and every score."""
 
     step: int
     updates: int

@@ -91,7 +91,7 @@ class RunState:
 
 
 class Microbatch(NamedTuple):
-    """What one forward and backward pass sees."""
+    """The examples of one forward and backward pass."""
 
     batch: Batch
     is_labeled: bool
@@ -323,7 +323,7 @@ class _Training:
         return self.is_due(self.recipe.evaluate_every) and self.state.evaluated_step < self.state.step
 
     def must_save(self) -> bool:
-        """For a resume; or because the final score may want these weights."""
+        """Whether a checkpoint is due: for a resume, or because the final score may want these weights."""
         wanted = (self.state.best_step, *self.state.averaged_steps)
         return self.is_due(self.recipe.checkpoint_every) or self.state.step in wanted
 

@@ -1,4 +1,4 @@
-"""What `RDropMixin` refuses: settings, trainers and batches with which R-Drop would act wrongly or not at all."""
+"""Refuses, for `RDropMixin`, settings, trainers and batches with which R-Drop would act wrongly or not at all."""
 
 from __future__ import annotations
 

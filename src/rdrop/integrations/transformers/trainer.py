@@ -163,7 +163,7 @@ class RDropMixin(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In training the R-Drop loss, or the plain one if this update is not regularized; else the stock Trainer's."""
+        """Returns in training the R-Drop loss, or the plain one in plain updates; else the stock Trainer's loss."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
@@ -251,7 +251,7 @@ class RDropMixin(Trainer):
         return logits_bytes > chunk_bytes(weight.device.type)
 
     def _inspect_head(self, fused: Fused, inputs: Batch, target: Target) -> str | None:
-        """In the first micro-batches, by one example: is it exact, and is the model's own loss the one we compute?"""
+        """Checks in the first micro-batches, by one example, that it is exact and that the model's own loss is ours."""
         if self._checks_left == 0:
             return None
         model, inner = self._unwrapped_model(), self._inner_model()
@@ -336,7 +336,7 @@ class RDropMixin(Trainer):
         return float(self.label_smoother.epsilon)
 
     def _check_model(self, outputs: Any, targets: list[Target]) -> None:
-        """In the first micro-batches: is anything random in the model, and is its loss the one we compute?"""
+        """Checks in the first micro-batches that something in the model is random and that its own loss is ours."""
         if self._checks_left == 0 or any(target.count()[0] == 0 for target in targets):
             return
         if self.alpha > 0:

@@ -97,7 +97,7 @@ DIGITS = DigitsRecipe(
         valid_size=500,
         test_size=1000,
         split_seed=0,
-        shift=1,  # without it the labels are learned by heart in the first third, and seeds differ by chance
+        shift=1,  # without it the labels are memorized in the first third, and seeds differ by chance
     ),
     model=DigitsModel(
         layers=2,

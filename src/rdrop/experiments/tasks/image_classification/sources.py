@@ -1,4 +1,4 @@
-"""Where the images of a set are, and how one is read: files in folders, an array, a data set of the hub."""
+"""Finds and reads the images of a set: files in folders, an array, a data set of the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images made up in a second, for `tiny=true`: stripes of three directions with noise, as files in class folders."""
+"""Makes synthetic images for `tiny=true`: stripes of three directions with noise, as files in class folders."""
 
 from pathlib import Path
 

@@ -223,7 +223,7 @@ WIKITEXT_103 = LanguageModelingRecipe(
 
 WIKITEXT_103_ADAPTIVE = WIKITEXT_103.replace(
     name="wikitext-103-adaptive",
-    # The paper's R-Drop goes on from its baseline's best checkpoint, of 286,000 updates, to 320,000; ours starts anew.
+    # The paper's R-Drop goes on from its baseline's best checkpoint, of 286,000 updates, to 320,000; ours starts again.
     updates=320_000,  # official settings; so are optimizer, beta1, learning_rate, schedule and data.block_size
     optimizer="nag",
     beta1=0.99,

@@ -1,4 +1,4 @@
-"""From lines of text to token ids: words, characters, a byte-level BPE learned here, or a model's own tokenizer.
+"""Makes token ids of lines of text: words, characters, a byte-level BPE learned here, or a model's own tokenizer.
 
 The end of a line is a token, or part of one, as it is part of the text: `<eos>` among words, a newline elsewhere.
 Where a text spells a special token, `<eos>` or `<|endoftext|>`, it is text like any other; but `<unk>` is the unknown

@@ -60,7 +60,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class _Columns:
-    """For each role the names its column may have."""
+    """The names that the column of each role may have."""
 
     text: tuple[str, ...]
     text2: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What is known of GLUE's tasks: their files, columns, classes and scores."""
+"""The facts about GLUE's tasks: their files, columns, classes and scores."""
 
 from dataclasses import dataclass
 

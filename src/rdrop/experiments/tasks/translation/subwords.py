@@ -34,7 +34,7 @@ class Subwords(Protocol):
 
 
 class LearnedSubwords:
-    """At most `size` tokens learned from `lines`; what they encode, they decode to the same text.
+    """Learns at most `size` tokens from `lines`; what they encode, they decode to the same text.
 
     A word begins with a space. In text that is written as usual, punctuation is a word of its own (`tokenized` false);
     in text whose words are apart already, as Moses leaves them, only spaces separate (`tokenized` true).
