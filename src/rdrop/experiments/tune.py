@@ -94,7 +94,7 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
 
 
 class Found(NamedTuple):
-    """What a search has found."""
+    """The outcome of a search."""
 
     tried: tuple[Tried, ...]
     rdrop: Candidate
