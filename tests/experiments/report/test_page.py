@@ -347,7 +347,7 @@ def test_many_arms_and_seeds_still_make_a_page(tmp_path):
 
 
 def test_report_imports_no_torch():
-    program = "assert not {'torch', 'transformers', 'rdrop.experiments.recipe'} & set(sys.modules)"
+    program = "assert not {'torch', 'transformers', 'rdrop.experiments.recipes', 'rdrop.experiments.tasks'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", REPORT_ALONE + program], check=True)
 
 
