@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
-from rdrop.experiments.comparison.paired import mean, sd
-from rdrop.experiments.comparison.wording import ratio, wins_ties_losses
+from rdrop.experiments.comparison.wording import p_value, ratio, wins_ties_losses
 from rdrop.experiments.run_folder import RunRecord, find_runs, saved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,26 +61,26 @@ def rewritten(page: str, found: dict[str, Comparison]) -> str:
 
 def result(comparison: Comparison) -> str:
     """The table, what it shows in words, and where it is from."""
-    return f"{table(comparison)}\n\n{' '.join(comparison.verdict().split())}\n\n{origin(comparison)}"
+    said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks()])
+    return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
 
 
 def table(comparison: Comparison) -> str:
     """Every metric on test, a row an arm; the main one first."""
-    rows = ["| test | | difference | 95 % interval | wins/ties/losses | time |", "|---|---|---|---|---|---|"]
-    for section in comparison.results():
+    rows = ["| test | | difference | 95 % interval | p | wins/ties/losses | time |", "|---|---|---|---|---|---|---|"]
+    for section in comparison.sections:
         if section.split != "test":
             continue
         style = section.style
-        for arm, difference in section.rows:
-            scores = tuple(arm.scores(section.metric, section.split).values())
-            cells = [f"{style.heading(section.metric)}, {arm.label}", style.spread(mean(scores), sd(scores))]
-            if difference is None:
-                cells += ["", "", ""]
+        for row in section.rows:
+            cells = [f"{style.heading(section.metric)}, {row.arm.marked_label}", style.spread(row.mean, row.sd)]
+            if row.difference is None:
+                cells += ["", "", "", ""]
             else:
-                cells += [style.difference(difference.mean), style.interval(difference.interval)]
-                cells += [wins_ties_losses(difference)]
+                cells += [style.difference(row.difference.mean), style.interval(row.difference.interval)]
+                cells += [p_value(row.p_value), wins_ties_losses(row.difference)]
             is_main = section.metric == comparison.metric
-            cells.append(ratio(comparison.cost_ratio(arm, "step_milliseconds")) if is_main else "")
+            cells.append(ratio(comparison.cost_ratio(row.arm, "step_milliseconds")) if is_main else "")
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

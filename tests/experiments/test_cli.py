@@ -18,6 +18,7 @@ from rdrop.experiments import cli
 from rdrop.experiments.plan import plan_comparison
 from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.report.page import write_report
 from rdrop.experiments.run_folder import RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
 from rdrop.experiments.training import trainer
@@ -203,13 +204,27 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
 def test_a_comparison_shows_table_and_verdict(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["compare", "digits", "--seeds", "3", "--runs", str(tmp_path)]) == 0
+    assert cli.run(["compare", "digits", "--seeds", "8", "--runs", str(tmp_path)]) == 0
     out, progress = capsys.readouterr()
-    assert "R-Drop is better than the baseline" in " ".join(
-        out.replace(f" (alpha {DIGITS.method.alpha:g})", "").split()
-    )
-    assert progress.splitlines()[0] == "1/9  baseline, seed 0: test accuracy 70.0 %, trained in 1 s"
-    assert len(progress.splitlines()) == len(trained) == 9
+    said = " ".join(out.replace(f" (alpha {DIGITS.method.alpha:g})", "").split())
+    assert "R-Drop is better than the baseline" in said
+    assert "p is corrected for 2 comparisons" in said
+    assert progress.splitlines()[0] == " 1/24  baseline, seed 0: test accuracy 70.0 %, trained in 1 s"
+    assert len(progress.splitlines()) == len(trained) == 24
+
+
+@pytest.mark.usefixtures("trained")
+def test_seeds_may_be_added_and_the_verdict_says_that_somebody_had_looked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "digits", "--no-double-batch", "--runs", str(tmp_path), "--seeds"]
+    assert cli.run([*command, "6"]) == 0
+    assert "Seeds were added" not in capsys.readouterr().out
+    write_report(tmp_path)
+    assert cli.run([*command, "9"]) == 0
+    out, progress = capsys.readouterr()
+    assert "12 of 18 runs finished already" in progress
+    assert "Seeds were added after the verdict on 6 seeds had been seen." in " ".join(out.split())
 
 
 def test_finished_runs_are_not_repeated(
@@ -314,7 +329,12 @@ def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
     assert done.stderr.count("1/2  baseline, seed 0: test accuracy") == 1
     assert done.stderr.count("2/2  R-Drop") == 1
     assert [run.result["machine"]["processes"] for run in find_runs(tmp_path) if run.result] == [2, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-tiny", "report.html", "results.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "digits-tiny",
+        "looks.jsonl",
+        "report.html",
+        "results.html",
+    ]
 
 
 def test_a_damaged_result_is_named_and_not_trained_over(

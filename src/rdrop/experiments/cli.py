@@ -215,7 +215,8 @@ def compare(
     failures = train_all(plan, console, trackers=tracker or (), places=places, command=command)
     failed = {failure.folder for failure in failures}
     if _is_first_process() and len(failed) < len(plan):
-        _show_comparisons([record for run in plan if run.folder not in failed for record in find_runs(run.folder)])
+        done = [record for run in plan if run.folder not in failed for record in find_runs(run.folder)]
+        _show_comparisons(done, root=runs)
         _write_page(runs)
     if failures:
         raise FailedRunsError(failures)
@@ -250,6 +251,7 @@ def tune(
     Plain training is tried with the same values of the keys that are not R-Drop's own. Finished runs are not repeated.
     """
     from rdrop.experiments import tune as tuning
+    from rdrop.experiments.comparison.looks import read_looks
 
     fixed, grid = tuning.split_grid(settings or [])
     fresh = parse_seeds(seeds)
@@ -275,7 +277,7 @@ def tune(
     arms = tuning.plan_fresh(found.rdrop, found.plain, fresh, runs, larger_batch=not no_double_batch)
     # Seed by seed, so that a comparison that is stopped has whole seeds to show.
     failures = train_in(runs)([run for of_seed in zip(*arms.values(), strict=True) for run in of_seed])
-    _show_tuning(tuning.tuning_of(candidates, tune_seeds, found, arms), runs)
+    _show_tuning(tuning.tuning_of(candidates, tune_seeds, found, arms, read_looks(runs)), runs)
     # That a setting diverges is a finding of the search, which the table shows.
     failures += [failure for failure in found.failures if failure.status != DIVERGED_STATUS]
     if failures:
@@ -315,7 +317,7 @@ def evaluate(
 @app.command()
 def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
     """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html and RUNS/results.html."""
-    _show_comparisons(find_runs(runs))
+    _show_comparisons(find_runs(runs), root=runs)
     _write_page(runs)
 
 
@@ -516,15 +518,19 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
         console.print(Text(f"{name}: {note}"), soft_wrap=True)
 
 
-def _show_comparisons(records: list[RunRecord]) -> None:
+def _show_comparisons(records: list[RunRecord], root: Path | None = None) -> None:
+    """`root` is the folder that remembers the verdicts on these runs; None for scores that no run has."""
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
+    from rdrop.experiments.comparison.looks import read_looks
     from rdrop.experiments.comparison.terminal_table import terminal_table
 
     console = Console(highlight=False)
-    for comparison in comparisons(records):
+    for comparison in comparisons(records, read_looks(root) if root else ()):
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
+        for remark in comparison.remarks():
+            console.print(Text(remark))
         console.print()
     _show_unusable(split_usable(records)[1], console)
 
@@ -539,6 +545,8 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
     console.print(terminal_table(tuning.fresh))
     for sentence in tuning.sentences():
         console.print(Text(sentence, "bold"))
+    for remark in tuning.fresh.remarks():
+        console.print(Text(remark))
     console.print()
     console.print(Text(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}"), soft_wrap=True)
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.comparison import Arm, Comparison
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.finished_runs import split_usable
+from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
 from rdrop.experiments.jobs import FailedRunsError, Failure
 from rdrop.experiments.plan import Run, with_larger_batch
@@ -155,8 +157,8 @@ def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: P
 Arms = dict[str, list[Run]]
 
 
-def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms) -> Tuning:
-    """Returns the search with the comparison of the finished runs of the `arms`."""
+def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[Look] = ()) -> Tuning:
+    """Returns the search with the comparison of the finished runs of the `arms`; `looks` as in `comparisons`."""
     compared = []
     for label, runs in arms.items():
         records = [record for run in runs if run.folder.is_dir() for record in find_runs(run.folder)]
@@ -175,7 +177,7 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms) -> Tuning:
         tried=found.tried,
         best_rdrop=by_values[False, tuple(found.rdrop.values.items())],
         best_plain=by_values[True, tuple(found.plain.values.items())],
-        fresh=Comparison(f"{grid.recipe.name} on fresh seeds", metric, tuple(compared)),
+        fresh=Comparison(f"{grid.recipe.name} on fresh seeds", metric, tuple(compared), looks=tuple(looks)),
     )
 
 

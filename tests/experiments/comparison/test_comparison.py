@@ -12,11 +12,15 @@ from rich.console import Console
 from scipy import stats
 from tests.experiments.run_folders import write_run, write_three_arms
 
+from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.comparison.contest import Outcome, judged
 from rdrop.experiments.comparison.finished_runs import split_usable
-from rdrop.experiments.comparison.paired import Outcome, paired_difference
+from rdrop.experiments.comparison.learning import has_learned
+from rdrop.experiments.comparison.paired import paired_difference
+from rdrop.experiments.comparison.sentences import verdict
 from rdrop.experiments.comparison.terminal_table import terminal_table
-from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, verdict, words
+from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, words
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import find_runs
@@ -41,6 +45,19 @@ def labels(comparison):
     return [arm.label for arm in comparison.arms]
 
 
+def contest(*differences, contests=1, looks=(), higher_is_better=True):
+    """An arm against a reference with these differences over the seeds, judged with as many more of them."""
+    return judged_by_scores(by_seed(*differences), by_seed(*[0] * len(differences)), contests, looks, higher_is_better)
+
+
+def judged_by_scores(arm, reference, contests=1, looks=(), higher_is_better=True):
+    pairs = [(*ARMS, paired_difference(arm, reference, higher_is_better), looks)] * contests
+    return judged(pairs)[0]
+
+
+ARMS = (Arm("R-Drop (alpha 1)", Method(alpha=1.0), 32, ()), Arm("baseline", Method(alpha=0.0), 32, ()))
+
+
 # The statistics.
 
 
@@ -63,7 +80,7 @@ def test_two_seeds_give_the_wide_interval_of_one_degree_of_freedom():
     # Differences 1 and 3: mean 2, sd sqrt(2), t(0.975, 1) = 12.7062, half width 12.7062.
     difference = paired_difference(by_seed(1, 3), by_seed(0, 0), HIGHER)
     assert difference.interval == pytest.approx((-10.706205, 14.706205), abs=1e-6)
-    assert difference.outcome is Outcome.NOT_SHOWN
+    assert contest(1, 3).outcome is Outcome.TOO_FEW
 
 
 def test_seeds_are_paired_by_number_and_not_by_position():
@@ -75,29 +92,29 @@ def test_seeds_are_paired_by_number_and_not_by_position():
 def test_one_seed_has_a_difference_but_no_interval():
     difference = paired_difference(by_seed(0.8), by_seed(0.7), HIGHER)
     assert difference.mean == pytest.approx(0.1)
-    assert difference.interval is None
-    assert difference.outcome is Outcome.UNDECIDED
+    assert difference.interval is difference.p_value is difference.spread is None
+    assert contest(0.1).outcome is Outcome.UNDECIDED
 
 
 def test_no_common_seed_is_said_and_nothing_is_computed():
     difference = paired_difference({0: 0.8}, {1: 0.7}, HIGHER)
     assert difference.mean is None
     assert difference.interval is None
-    assert difference.outcome is Outcome.NO_SEEDS
+    assert judged_by_scores({0: 0.8}, {1: 0.7}).outcome is Outcome.NO_SEEDS
 
 
 def test_equal_differences_give_no_interval_of_width_zero():
     # In binary 0.3 - 0.2 and 0.4 - 0.3 differ in the last bits; that is no spread either.
     difference = paired_difference(by_seed(0.3, 0.4, 0.8), by_seed(0.2, 0.3, 0.7), HIGHER)
     assert len(set(difference.per_seed)) > 1
-    assert difference.interval is None
-    assert difference.outcome is Outcome.UNDECIDED
+    assert difference.interval is difference.spread is None
+    assert judged_by_scores(by_seed(*[0.3, 0.4, 0.8] * 3), by_seed(*[0.2, 0.3, 0.7] * 3)).outcome is Outcome.UNDECIDED
 
 
 def test_equal_scores_are_ties_and_no_difference():
     difference = paired_difference(by_seed(0.7, 0.8), by_seed(0.7, 0.8), HIGHER)
     assert difference.wins_ties_losses == (0, 2, 0)
-    assert difference.outcome is Outcome.EQUAL
+    assert contest(0, 0).outcome is Outcome.EQUAL
 
 
 def test_a_difference_of_rounding_is_a_tie():
@@ -107,22 +124,71 @@ def test_a_difference_of_rounding_is_a_tie():
 
 @pytest.mark.parametrize(
     ("higher_is_better", "counts", "outcome"),
-    [(True, (0, 1, 4), Outcome.WORSE), (False, (4, 1, 0), Outcome.BETTER), (None, None, None)],
+    [(True, (0, 1, 7), Outcome.WORSE), (False, (7, 1, 0), Outcome.BETTER)],
 )
 def test_direction_decides_wins_and_verdict_but_not_the_difference(higher_is_better, counts, outcome):
-    difference = paired_difference(by_seed(3, 2, 2, 3, 4), by_seed(5, 5, 5, 5, 4), higher_is_better)
-    assert difference.mean == -2
-    assert difference.wins_ties_losses == counts
-    if outcome is None:
-        with pytest.raises(ValueError, match="higher_is_better is None"):
-            difference.outcome  # noqa: B018
-    else:
-        assert difference.outcome is outcome
+    found = contest(-2, -3, -3, -2, -2, -3, -3, 0, higher_is_better=higher_is_better)
+    assert found.difference.mean == -2.25
+    assert found.difference.wins_ties_losses == counts
+    assert found.outcome is outcome
 
 
 def test_interval_that_touches_zero_shows_nothing():
-    # By hand: differences d and 0 over two seeds never exclude zero, whatever d is.
-    assert paired_difference(by_seed(0.9, 0.5), by_seed(0.1, 0.5), HIGHER).outcome is Outcome.NOT_SHOWN
+    # By hand: seven differences 0 and one d have the t statistic 1, whatever d is.
+    assert contest(0.8, 0, 0, 0, 0, 0, 0, 0).outcome is Outcome.NOT_SHOWN
+
+
+# The rule.
+
+
+@pytest.mark.parametrize(("seeds", "outcome"), [(2, Outcome.TOO_FEW), (5, Outcome.TOO_FEW), (6, Outcome.BETTER)])
+def test_six_seeds_are_the_least_that_can_show_a_difference(seeds, outcome):
+    found = contest(*(1 + 0.001 * seed for seed in range(seeds)))
+    assert (found.outcome, found.least_seeds) == (outcome, 6)
+    assert found.p_value == 2 / 2**seeds
+
+
+def test_an_interval_that_excludes_zero_is_not_enough():
+    # Two of eight signs differ, by so little that the t interval hardly notices; four contests make p too large.
+    found = contest(1, 1.1, 1.2, 1.3, 1.4, -0.02, -0.01, 1.1, contests=4)
+    assert found.difference.interval[0] > 0
+    assert found.difference.p_value < 0.05 < found.p_value
+    assert found.outcome is Outcome.NOT_SHOWN
+
+
+def test_a_small_p_is_not_enough():
+    # All signs agree, and still the t interval of differences with such an outlier includes zero.
+    found = contest(0.1, 0.1, 0.1, 0.1, 0.1, 5)
+    assert found.p_value <= 0.05
+    assert found.difference.interval[0] < 0
+    assert found.outcome is Outcome.NOT_SHOWN
+
+
+def test_contests_are_corrected_for_one_another_by_holm():
+    strong, weak = (paired_difference(by_seed(*own), by_seed(*[0] * 8), HIGHER) for own in (range(1, 9), range(-1, 7)))
+    both = judged([(*ARMS, strong, ()), (*ARMS, weak, ())])
+    assert [own.p_value for own in both] == [2 * strong.p_value, weak.p_value]
+    assert [own.contests for own in both] == [2, 2]
+
+
+def test_more_contests_and_looks_need_more_seeds():
+    assert contest(*range(1, 7), contests=2).least_seeds == 7
+    assert contest(*range(1, 7), contests=2).outcome is Outcome.TOO_FEW
+    assert contest(*range(1, 8), looks=[6]).least_seeds == 7
+    assert contest(*range(1, 8), looks=[6]).p_value == 2 * 2 / 2**7
+
+
+def test_looks_at_too_few_seeds_to_show_anything_do_not_count():
+    assert contest(*range(1, 9), looks=[2, 5]).looks == ()
+    assert contest(*range(1, 9), looks=[5, 6]).looks == (6,)
+    assert contest(*range(1, 9), looks=[6, 7], contests=2).looks == (7,)
+
+
+def test_a_contest_without_common_seeds_takes_no_part_in_the_correction():
+    nothing = paired_difference({}, {}, HIGHER)
+    strong = paired_difference(by_seed(*range(1, 9)), by_seed(*[0] * 8), HIGHER)
+    found = judged([(*ARMS, nothing, ()), (*ARMS, strong, ())])
+    assert (found[0].p_value, found[1].p_value) == (None, strong.p_value)
 
 
 # Runs into arms.
@@ -298,40 +364,51 @@ def test_nothing_finished_is_no_comparison():
 # The words.
 
 
-def said(arm, reference, higher_is_better=True, metric="accuracy"):
-    difference = paired_difference(by_seed(*arm), by_seed(*reference), higher_is_better)
-    return verdict(difference, metric, NumberStyle.of(metric, [difference]), "R-Drop (alpha 1)", "the baseline")
+def said(arm, reference, higher_is_better=True, metric="accuracy", **judging):
+    found = judged_by_scores(by_seed(*arm), by_seed(*reference), higher_is_better=higher_is_better, **judging)
+    return verdict(found, metric, NumberStyle.of(metric, [found.difference]))
 
 
-def test_verdict_better_has_points_interval_and_seeds():
-    assert said((0.779, 0.768, 0.772, 0.77, 0.781), (0.739, 0.724, 0.751, 0.733, 0.742)) == (
-        "R-Drop (alpha 1) is better than the baseline: accuracy +3.6 points "
-        "(95 % interval +2.5 to +4.7, better on 5 of 5 seeds)."
+def test_verdict_better_has_points_interval_p_and_seeds():
+    assert said((0.779, 0.768, 0.772, 0.77, 0.781, 0.77), (0.739, 0.724, 0.751, 0.733, 0.742, 0.74)) == (
+        "R-Drop (alpha 1) is better than the baseline: accuracy +3.5 points "
+        "(95 % interval +2.6 to +4.4, p = 0.031, better on 6 of 6 seeds)."
     )
 
 
 def test_verdict_worse_is_said_as_plainly():
-    assert said((0.5, 0.51, 0.52), (0.6, 0.62, 0.61)).startswith(
+    assert said((0.5, 0.51, 0.52, 0.5, 0.51, 0.5), (0.6, 0.62, 0.61, 0.6, 0.6, 0.61)).startswith(
         f"R-Drop (alpha 1) is worse than the baseline: accuracy {MINUS}10.0 points"
     )
 
 
 def test_verdict_lower_is_better_stays_in_raw_units():
-    assert said((23.9, 24.1, 24.0), (25.9, 26.0, 26.1), higher_is_better=False, metric="perplexity").startswith(
-        f"R-Drop (alpha 1) is better than the baseline: perplexity {MINUS}2.00 (95 % interval"
-    )
+    assert said(
+        (23.9, 24.1, 24.0, 24.2, 23.8, 24.0), (25.9, 26.0, 26.1, 26.0, 25.9, 26.0), higher_is_better=False,
+        metric="perplexity",
+    ).startswith(f"R-Drop (alpha 1) is better than the baseline: perplexity {MINUS}1.98 (95 % interval")  # fmt: skip
 
 
 def test_verdict_not_shown_gives_the_interval_that_includes_zero():
-    sentence = said((0.71, 0.70, 0.74), (0.70, 0.72, 0.71))
-    assert sentence.startswith("No difference shown between R-Drop (alpha 1) and the baseline: accuracy +0.7 points")
-    assert "better on 2 of 3 seeds" in sentence
+    sentence = said((0.71, 0.70, 0.74, 0.7, 0.72, 0.71), (0.70, 0.72, 0.71, 0.71, 0.7, 0.71))
+    assert sentence.startswith("No difference shown between R-Drop (alpha 1) and the baseline: accuracy +0.5 points")
+    assert "better on 3 of 6 seeds" in sentence
+
+
+def test_verdict_of_too_few_seeds_says_how_many_are_the_least_and_does_not_call_it_better():
+    sentence = said((0.779, 0.768, 0.772), (0.739, 0.724, 0.751))
+    assert sentence == (
+        "Too few seeds: R-Drop (alpha 1) against the baseline is accuracy +3.5 points (95 % interval +0.4 to +6.6, "
+        "p = 0.25), better on 3 of 3 seeds; 6 are the least that can show a difference."
+    )
+    assert "is better" not in sentence
+    assert "7 are the least" in said((0.779, 0.768, 0.772), (0.739, 0.724, 0.751), contests=2)
 
 
 def test_verdict_of_one_seed_claims_nothing():
     assert said((0.8,), (0.7,)) == (
         "One seed shows nothing: R-Drop (alpha 1) against the baseline is accuracy +10.0 points on seed 0, "
-        "and an interval needs at least two seeds."
+        "and 6 are the least that can show a difference."
     )
 
 
@@ -349,11 +426,28 @@ def test_verdict_without_a_common_seed():
     assert said((), (0.8,)).startswith("Nothing to compare")
 
 
+def write_seeds(runs, seeds, gain=0.03):
+    """So many seeds of the baseline and of R-Drop, which is better by about `gain`."""
+    for seed in range(seeds):
+        write_run(runs, 0.7 + 0.001 * seed, seed=seed)
+        write_run(runs, 0.7 + gain + 0.003 * (seed % 3), alpha=1.0, seed=seed)
+
+
 def test_verdict_sets_rdrop_against_the_larger_batch_too(tmp_path):
-    write_three_arms(tmp_path)
+    write_seeds(tmp_path, 8)
+    for seed in range(8):
+        write_run(tmp_path, 0.71 + 0.002 * (seed % 2), batch_size=64, seed=seed)
     against_baseline, against_larger = only(tmp_path).verdict().split("\n")
     assert "R-Drop (alpha 1) is better than the baseline:" in against_baseline
     assert "R-Drop (alpha 1) is better than the baseline with twice the batch:" in against_larger
+
+
+def test_of_few_seeds_no_sentence_says_better(tmp_path):
+    write_three_arms(tmp_path)
+    comparison = only(tmp_path)
+    for sentence in [*comparison.verdict().split("\n"), *comparison.remarks()]:
+        assert "is better" not in sentence
+    assert comparison.verdict().count("7 are the least that can show a difference") == 2
 
 
 @pytest.mark.parametrize(
@@ -365,7 +459,7 @@ def test_verdict_names_the_arm_that_is_missing(tmp_path, alpha, sentence):
 
 
 def test_verdict_of_two_plain_arms_compares_the_batches(tmp_path):
-    for seed in (0, 1, 2):
+    for seed in range(6):
         write_run(tmp_path, 0.7 + 0.01 * seed, seed=seed)
         write_run(tmp_path, 0.9 - 0.01 * seed, seed=seed, batch_size=64)
     assert only(tmp_path).verdict().startswith("The baseline with twice the batch is better than the baseline:")
@@ -385,6 +479,127 @@ def test_zero_has_no_sign():
 
 def test_what_was_not_measured_is_a_dash():
     assert ratio(None) == NumberStyle(percent=True, decimals=1).score(None) == "—"
+
+
+# What stands beside the verdict.
+
+
+def remark(runs, start, looks=()):
+    """The one remark that begins so, or None."""
+    (comparison,) = comparisons(find_runs(runs), looks)
+    found = [sentence for sentence in comparison.remarks() if sentence.startswith(start)]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def test_several_contests_say_that_p_is_corrected_and_one_does_not(tmp_path):
+    write_seeds(tmp_path / "two", 6)
+    assert remark(tmp_path, "p is corrected") is None
+    for seed in range(6):
+        write_run(tmp_path / "three", 0.71 + 0.002 * (seed % 2), batch_size=64, seed=seed)
+    assert remark(tmp_path, "p is corrected").startswith("p is corrected for 2 comparisons by Holm's method")
+
+
+def test_seeds_that_were_added_after_a_look_are_said_and_corrected_for(tmp_path):
+    write_seeds(tmp_path, 6)
+    first = only(tmp_path).look()
+    assert remark(tmp_path, "Seeds were added", [first]) is None  # the same look again
+    write_seeds(tmp_path / "more", 10)
+    assert remark(tmp_path, "Seeds were added") is None
+    assert remark(tmp_path, "Seeds were added", [first]) == (
+        "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
+        "is multiplied by the number of looks, 2."
+    )
+    (comparison,) = comparisons(find_runs(tmp_path), [first])
+    assert comparison.contests[0].p_value == 2 * only(tmp_path).contests[0].p_value
+    assert comparison.sections[0].rows[1].p_value == comparison.contests[0].p_value
+
+
+def test_the_seeds_that_would_show_the_difference_are_said_where_nothing_is_shown_yet(tmp_path):
+    write_seeds(tmp_path, 3)
+    assert remark(tmp_path, "With this spread") == (
+        "With this spread, 6 seeds would show a difference of 3.2 points between R-Drop (alpha 1) and the baseline "
+        "(80 % power; 3 seeds tell the spread only roughly)."
+    )
+    write_seeds(tmp_path / "more", 6)
+    assert remark(tmp_path, "With this spread") is None
+
+
+def test_more_seeds_than_a_thousand_are_not_counted(tmp_path):
+    for seed, difference in enumerate((0.1, -0.1, 0.1, -0.0999, 0.05, -0.05)):
+        write_run(tmp_path, 0.7, seed=seed)
+        write_run(tmp_path, 0.7 + difference, alpha=1.0, seed=seed)
+    assert remark(tmp_path, "With this spread").startswith("With this spread, more than 1,000 seeds would show")
+
+
+def test_from_eight_seeds_on_the_interquartile_mean_and_the_probability_of_improvement_are_said(tmp_path):
+    write_seeds(tmp_path, 7)
+    assert remark(tmp_path, "Interquartile") is None
+    write_seeds(tmp_path / "more", 8)
+    assert remark(tmp_path, "Interquartile") == (
+        "Interquartile mean of test accuracy %: baseline 70.35; R-Drop (alpha 1) 73.23. Probability of improvement "
+        "over the baseline: R-Drop (alpha 1) 1.00."
+    )
+
+
+def test_p_values_of_the_other_scores_are_corrected_together(tmp_path):
+    for seed in range(6):
+        for alpha in (0.0, 1.0):
+            better = alpha * (0.1 + 0.01 * seed)
+            scores = {"accuracy": 0.7 + better, "loss": 1 - better, "ece": 0.2 - better, "f1": 0.5 + better}
+            write_run(tmp_path, 0.7, alpha=alpha, seed=seed, test=scores)
+    p_values = {(own.split, own.metric): own.rows[1].p_value for own in only(tmp_path).sections}
+    assert p_values == {
+        ("test", "accuracy"): 2 / 64, ("valid", "accuracy"): None,
+        ("test", "loss"): 6 / 64, ("test", "ece"): 6 / 64, ("test", "f1"): 6 / 64,
+    }  # fmt: skip
+
+
+# Runs that did not learn.
+
+
+@pytest.mark.parametrize(
+    ("test", "constant", "learned"),
+    [
+        ({"accuracy": 0.5, "loss": 0.6}, {"accuracy": 0.5, "loss": 0.69}, False),
+        ({"accuracy": 0.51, "loss": 0.9}, {"accuracy": 0.5, "loss": 0.69}, True),
+        ({"accuracy": 0.0, "loss": 1.0}, {"loss": 1.0}, False),  # a constant has no such score, so the loss decides
+        ({"accuracy": 0.0, "loss": 0.9}, {"loss": 1.0}, True),
+        ({"accuracy": 0.9}, {}, None),
+        ({"accuracy": 0.9}, {"loss": 1.0}, None),
+        ({"accuracy": 0.9}, None, None),
+        ({"accuracy": 0.9}, [1], None),
+        ({"accuracy": 0.9, "loss": "NaN"}, {"accuracy": "0.5", "loss": 1.0}, None),
+    ],
+)
+def test_a_run_learned_if_it_is_better_than_a_constant(tmp_path, test, constant, learned):
+    write_run(tmp_path, 0.7, test=test, constant=constant)
+    assert has_learned(only(tmp_path).arms[0].runs[0]) is learned
+
+
+@pytest.mark.parametrize(("source_use", "learned"), [(-0.01, False), (0.01, False), (1.5, True), ("NaN", None)])
+def test_a_translation_learned_if_it_is_better_with_its_source_than_with_another_one(tmp_path, source_use, learned):
+    write_run(tmp_path / "a", 0.7, source_use=source_use)
+    assert has_learned(only(tmp_path / "a").arms[0].runs[0]) is learned
+    rows = write_run(tmp_path / "b", 0.7) / "metrics.jsonl"
+    rows.write_text(rows.read_text() + json.dumps({"kind": "valid", "step": 400, "source_use": source_use}) + "\n")
+    assert has_learned(only(tmp_path / "b").arms[0].runs[0]) is learned
+
+
+def test_runs_that_did_not_learn_are_named_and_stay_in_the_statistics(tmp_path):
+    constant = {"accuracy": 0.5, "loss": 0.7}
+    for seed in range(3):
+        write_run(tmp_path, 0.8, seed=seed, constant=constant)
+        write_run(tmp_path, 0.5 if seed == 1 else 0.85, seed=seed, alpha=1.0, constant=constant)
+    comparison = only(tmp_path)
+    assert comparison.verdict().split("\n")[1:] == [
+        "1 of 3 R-Drop (alpha 1) runs did not learn (seed 1): no better than a constant prediction."
+    ]
+    assert comparison.sections[0].rows[1].mean == pytest.approx((0.5 + 0.85 * 2) / 3)
+    text = printed(comparison)
+    assert "R-Drop (alpha 1) †" in text
+    assert "†: with runs that did not learn" in text
+    assert "baseline †" not in text
 
 
 # The terminal table.
@@ -450,7 +665,7 @@ def test_the_results_of_an_own_task_say_which_direction_of_its_metric_is_better(
     for seed in (0, 1):
         for alpha in (0.0, 1.0):
             write_run(tmp_path, 0.7, seed=seed, alpha=alpha, metric=name, metrics=rows, test={name: alpha + seed / 9})
-    section = only(tmp_path).results()[0]
+    section = only(tmp_path).sections[0]
     assert section.differences[0].wins_ties_losses == wins
     assert "our score" in printed(only(tmp_path))
 
@@ -485,7 +700,7 @@ def test_a_run_whose_metric_nobody_defined_is_left_out(tmp_path, entries, proble
 def test_a_metric_beside_the_main_one_has_wins_in_its_own_direction(tmp_path, metric, wins):
     for alpha in (0.0, 1.0):
         write_run(tmp_path, 0.7, alpha=alpha, test={"accuracy": 0.7, metric: 0.5 + alpha / 10})
-    (section,) = [section for section in only(tmp_path).results() if section.metric == metric]
+    (section,) = [section for section in only(tmp_path).sections if section.metric == metric]
     assert section.differences[0].wins_ties_losses == wins
 
 

@@ -126,6 +126,16 @@ def test_of_skewed_differences_with_mean_zero_at_most_five_percent_are_called_be
     assert [shown(differences) for differences in draws].count(1) <= most_by_chance(0.05)
 
 
+def test_the_limits_that_the_documentation_names_are_those_of_the_rule():
+    """What no test on so few seeds can know: failures that they do not contain, and a strong lean to one side."""
+    draw = np.random.default_rng(1)
+    size = (COMPARISONS, 10)
+    rare_failures = np.where(draw.random(size) < 0.1, -9.0, 1.0) + draw.normal(size=size)
+    assert [shown(own) for own in rare_failures].count(1) / COMPARISONS == pytest.approx(0.28, abs=0.05)
+    leaning = 1 - draw.exponential(size=size)
+    assert [shown(own) for own in leaning].count(1) / COMPARISONS == pytest.approx(0.09, abs=0.03)
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_below_six_seeds_nothing_is_ever_called_better(seeds):
     assert {shown(np.full(seeds, 1.0) + 0.001 * np.arange(seeds)), power(100.0, seeds)} == {0}

@@ -13,10 +13,12 @@ import pytest
 from tests.experiments.run_folders import write_run, write_three_arms
 
 from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.report import page as page_module
 from rdrop.experiments.report.html import Markup, element
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.report.plots import Curve, curve_of
-from rdrop.experiments.run_folder import ResultsError, find_runs
+from rdrop.experiments.run_folder import ResultsError, StorageError, find_runs
+from rdrop.experiments.run_folder.predictions import Predictions, write_predictions
 
 VOID = {"meta", "br"}
 # `import rdrop` is the loss and so imports torch; a bare package in its place shows what the report itself needs.
@@ -114,8 +116,11 @@ def test_same_runs_give_the_same_bytes_in_another_process(three_arms, tmp_path):
 
 def test_page_shows_verdicts_results_cost_settings_versions_and_runs(page):
     for words in (
-        "R-Drop (alpha 1) is better than the baseline: accuracy +3.6 points (95 % interval +2.5 to +4.7",
-        "better than the baseline with twice the batch: accuracy +3.3 points",
+        "Too few seeds: R-Drop (alpha 1) against the baseline is accuracy +3.6 points (95 % interval +2.5 to +4.7, "
+        "p = 0.12), better on 5 of 5 seeds; 7 are the least that can show a difference.",
+        "R-Drop (alpha 1) against the baseline with twice the batch is accuracy +3.3 points",
+        "With this spread, 7 seeds would show a difference of 3.6 points between R-Drop (alpha 1) and the baseline",
+        "p is corrected for 2 comparisons by Holm's method",
         "Test accuracy %",
         "Valid accuracy %",
         "Test loss",
@@ -224,6 +229,120 @@ def test_a_hostile_recipe_name_cannot_become_markup(tmp_path):
     page = page_of(tmp_path)
     assert page.count("img") == 0
     assert "<img src=x onerror=alert(1)>" in page.visible
+
+
+def with_predictions(folder, labels, predicted):
+    """Puts predictions into the folder of a run, and their accuracy into its result."""
+    classes = ("0", "<b>1</b>")
+    rows = [
+        {"example": f"image <i>{n}</i>", "label": label, "predicted": own, "confidence": 0.9, "loss": 0.5}
+        for n, (label, own) in enumerate(zip(labels, predicted, strict=True))
+    ]
+    write_predictions(folder, Predictions("classes", rows, classes))
+    result = json.loads((folder / "result.json").read_text())
+    result["test"]["accuracy"] = sum(map(int.__eq__, labels, predicted)) / len(labels)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def write_runs_with_predictions(runs, seeds):
+    """Two arms that differ on image 0, where R-Drop is right, and on image 5 of seed 0, where the baseline is."""
+    labels = [0, 1] * 20
+    for seed in range(seeds):
+        wrong = [1 - label for label in labels[:4]] + labels[4:]
+        with_predictions(write_run(runs, 0.9, seed=seed), labels, wrong)
+        better = [labels[0], *wrong[1:]]
+        if seed == 0:
+            better[5] = 0
+        with_predictions(write_run(runs, 0.9, seed=seed, alpha=1.0), labels, better)
+
+
+def test_the_examples_that_changed_are_shown_and_escaped(tmp_path):
+    write_runs_with_predictions(tmp_path, 3)
+    page = page_of(tmp_path)
+    changed = page.visible.split("Which test examples changed")[1].split("Cost")[0]
+    assert "R-Drop (alpha 1) gains most image <i>0</i> 0 <b>1</b> (3) 0 (3) 0 1 " in changed
+    assert "R-Drop (alpha 1) loses most image <i>5</i> <b>1</b> <b>1</b> (3) <b>1</b> (2), 0 (1) 1 0.667" in changed
+    assert {"i"} & {tag for tag, _ in page.elements} == set()
+
+
+def test_the_page_says_whether_the_models_differ_on_this_test_set(tmp_path):
+    write_runs_with_predictions(tmp_path / "one", 1)
+    assert "On this test set the two models of seed 0, R-Drop (alpha 1) and the baseline, do not differ" in (
+        page_of(tmp_path / "one").visible
+    )
+    write_runs_with_predictions(tmp_path / "three", 3)
+    page = page_of(tmp_path / "three").visible
+    assert "the models of R-Drop (alpha 1) and the baseline differ on 0 of 3 seeds" in page
+    assert "paired bootstrap over the 40 test examples" in page
+
+
+def test_churn_stands_beside_the_scores(tmp_path):
+    write_runs_with_predictions(tmp_path, 2)
+    # Seeds of the baseline agree; those of R-Drop differ on image 5 of 40.
+    assert "Test churn % baseline 0.0 R-Drop (alpha 1) 2.5" in page_of(tmp_path).visible
+
+
+def test_without_predictions_nothing_is_said_of_examples(page):
+    assert "Which test examples changed" not in page.visible
+    assert "Test churn" not in page.visible
+    assert "On this test set" not in page.visible
+
+
+def test_damaged_predictions_are_named_and_the_page_is_made(tmp_path):
+    write_runs_with_predictions(tmp_path, 2)
+    next(tmp_path.rglob("predictions.jsonl.gz")).write_bytes(b"nothing")
+    assert "Predictions left out: " in page_of(tmp_path).visible
+
+
+def test_the_page_says_what_difference_more_seeds_would_show(page):
+    seeds = page.visible.split("How many seeds would show it")[1].split("Figures")[0]
+    assert "seeds 5 10 20 40" in seeds
+    assert "R-Drop (alpha 1) against the baseline — 1.0 0.7 0.4" in seeds
+
+
+def test_from_eight_seeds_on_the_table_has_the_interquartile_mean(page, tmp_path):
+    assert "mean ± sd difference" in page.visible
+    for seed in range(8):
+        for alpha in (0.0, 1.0):
+            write_run(tmp_path, 0.7 + 0.01 * seed + 0.02 * alpha, alpha=alpha, seed=seed)
+    assert "mean ± sd interquartile mean difference" in page_of(tmp_path).visible
+
+
+def test_a_run_that_did_not_learn_is_marked_in_the_tables(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, 0.7, seed=seed, constant={"accuracy": 0.1})
+        write_run(tmp_path, 0.7 - 0.6 * seed, seed=seed, alpha=1.0, constant={"accuracy": 0.1})
+    visible = page_of(tmp_path).visible
+    assert "1 of 2 R-Drop (alpha 1) runs did not learn (seed 1)" in visible
+    assert "R-Drop (alpha 1) † 40.0 ± 42.4" in visible
+    assert "1 (did not learn) 10.0" in visible
+
+
+def write_seeds(runs, seeds):
+    for seed in seeds:
+        write_run(runs, 0.7 + 0.001 * seed, seed=seed)
+        write_run(runs, 0.73 + 0.003 * (seed % 3), alpha=1.0, seed=seed)
+
+
+def test_a_verdict_that_was_shown_is_remembered_and_corrected_for_when_seeds_are_added(tmp_path):
+    write_seeds(tmp_path, range(6))
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first  # to look twice at the same is one look
+    write_seeds(tmp_path, range(6, 9))
+    page = page_of(tmp_path).visible
+    assert "Seeds were added after the verdict on 6 seeds had been seen" in page
+    assert "p = 0.0078, better on 9 of 9 seeds" in page  # twice 2 / 2**9
+    (tmp_path / "looks.jsonl").unlink()
+    assert "p = 0.0039, better on 9 of 9 seeds" in page_of(tmp_path).visible
+
+
+def test_a_folder_that_cannot_remember_a_look_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise StorageError("the disk is full")
+
+    write_seeds(tmp_path, range(6))
+    monkeypatch.setattr(page_module, "record_looks", full)
+    assert "it does not remember that these verdicts were seen" in page_of(tmp_path).visible
 
 
 def test_one_seed_is_shown_without_an_interval(tmp_path):
@@ -347,7 +466,8 @@ def test_many_arms_and_seeds_still_make_a_page(tmp_path):
 
 
 def test_report_imports_no_torch():
-    program = "assert not {'torch', 'transformers', 'rdrop.experiments.recipes', 'rdrop.experiments.tasks'} & set(sys.modules)"
+    heavy = {"torch", "transformers", "rdrop.experiments.recipes", "rdrop.experiments.tasks"}
+    program = f"assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", REPORT_ALONE + program], check=True)
 
 

@@ -10,77 +10,27 @@ the extra passes could have bought.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
+from rdrop.experiments.comparison import sentences
+from rdrop.experiments.comparison.arms import Arm, Gap
+from rdrop.experiments.comparison.contest import Contest, judged
+from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
+from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
+from rdrop.experiments.comparison.looks import Look, earlier_looks
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
-from rdrop.experiments.comparison.wording import NumberStyle, verdict
+from rdrop.experiments.comparison.sections import ArmScores, Section
+from rdrop.experiments.comparison.statistics import probability_of_improvement
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.run_folder import RunRecord
 
 BATCH_KEYS = ("batch_size", "batch_tokens")
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training: the finished runs that differ in the seed alone, one a seed, in the order of the seeds."""
-
-    label: str
-    method: Method
-    batch: int
-    """Examples or tokens per update; all runs that are compared count the same."""
-    runs: tuple[FinishedRun, ...]
-
-    @property
-    def phrase(self) -> str:
-        """The label as part of a sentence."""
-        return f"the {self.label.replace(', ', ' with ')}" if self.method.is_plain else self.label
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(run.seed for run in self.runs)
-
-    def scores(self, metric: str, split: str) -> dict[int, float]:
-        """Seed -> score, for the runs whose score is a finite number."""
-        found = {run.seed: run.result[split].get(metric) for run in self.runs}
-        return {seed: float(score) for seed, score in found.items() if is_finite_number(score)}
-
-    def cost(self, key: str) -> float | None:
-        """The median over the seeds of one entry of result.json's `cost`; None where no run measured it."""
-        measured = [run.result["cost"][key] for run in self.runs if is_finite_number(run.result["cost"].get(key))]
-        return float(statistics.median(measured)) if measured else None
-
-
-class Gap(NamedTuple):
-    """Seeds that cannot be compared because this arm has no score for them."""
-
-    arm: str
-    seeds: tuple[int, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        noun = "seed" if len(self.seeds) == 1 else "seeds"
-        return f"left out of {self.arm}: {noun} {', '.join(map(str, self.seeds))} ({self.reason})"
-
-
-class MetricSection(NamedTuple):
-    """One metric of one split: every arm with its difference from the baseline (None: there is nothing to pair)."""
-
-    split: str
-    metric: str
-    rows: tuple[tuple[Arm, PairedDifference | None], ...]
-
-    @property
-    def differences(self) -> tuple[PairedDifference, ...]:
-        return tuple(difference for _, difference in self.rows if difference is not None)
-
-    @property
-    def style(self) -> NumberStyle:
-        return NumberStyle.of(self.metric, self.differences)
+_TestRow = tuple[str, str]  # a metric and the label of an arm
 
 
 @dataclass(frozen=True)
@@ -95,6 +45,8 @@ class Comparison:
     metric: str
     arms: tuple[Arm, ...]
     repeats: tuple[FinishedRun, ...] = ()
+    looks: tuple[Look, ...] = ()
+    """The verdicts that were shown before, on any runs."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -115,19 +67,49 @@ class Comparison:
         """The seeds that at least one arm has."""
         return tuple(sorted({seed for arm in self.arms for seed in arm.seeds}))
 
-    def results(self) -> tuple[MetricSection, ...]:
-        """The result table: the compared metric on test, then on valid, then the other metrics on test."""
-        found = {metric: None for arm in self.arms for run in arm.runs for metric in run.result["test"]}
-        others = [("test", metric) for metric in found if metric != self.metric]
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The compared metric on test, then on valid, then the other metrics on test.
+
+        The p values of the verdict are corrected for one another, and those of all other rows of test likewise. Valid
+        chose the checkpoint, so nothing is tested on it.
+        """
+        p_values = self._p_values()
+        parts = [("test", self.metric), ("valid", self.metric)]
+        parts += [("test", metric) for metric in self._test_metrics() if metric != self.metric]
         return tuple(
-            MetricSection(split, metric, tuple((arm, self._against_baseline(arm, metric, split)) for arm in self.arms))
-            for split, metric in [("test", self.metric), ("valid", self.metric), *others]
+            Section(split, metric, tuple(self._scores(arm, metric, split, p_values) for arm in self.arms))
+            for split, metric in parts
         )
 
-    def _against_baseline(self, arm: Arm, metric: str, split: str) -> PairedDifference | None:
+    def _test_metrics(self) -> list[str]:
+        return list(dict.fromkeys(metric for arm in self.arms for run in arm.runs for metric in run.result["test"]))
+
+    def _scores(self, arm: Arm, metric: str, split: str, p_values: Mapping[_TestRow, float | None]) -> ArmScores:
+        scores = tuple(arm.scores(metric, split).values())
         if self.baseline is None or arm is self.baseline:
-            return None
-        return self.difference(arm, self.baseline, metric, split)
+            return ArmScores(arm, scores, None, None, None)
+        difference = self.difference(arm, self.baseline, metric, split)
+        p_value = p_values.get((metric, arm.label)) if split == "test" else None
+        plain = tuple(self.baseline.scores(metric, split).values())
+        improvement = (
+            probability_of_improvement(scores, plain, difference.higher_is_better) if scores and plain else None
+        )
+        return ArmScores(arm, scores, difference, p_value, improvement)
+
+    def _p_values(self) -> dict[_TestRow, float | None]:
+        baseline = self.baseline
+        if baseline is None:
+            return {}
+        of_verdict = {(self.metric, own.arm.label): own.p_value for own in self.contests if own.reference is baseline}
+        others = [
+            (arm, baseline, metric)
+            for metric in self._test_metrics()
+            for arm in self.challengers
+            if (metric, arm.label) not in of_verdict
+        ]
+        of_others = zip(others, self._judged(others), strict=True)
+        return of_verdict | {(metric, arm.label): contest.p_value for (arm, _, metric), contest in of_others}
 
     def difference(self, arm: Arm, reference: Arm, metric: str | None = None, split: str = "test") -> PairedDifference:
         """`arm` minus `reference`, paired over the seeds for which both have a finite score."""
@@ -146,30 +128,68 @@ class Comparison:
         found = [run.result["machine"].get("side_by_side", 1) for arm in self.arms for run in arm.runs]
         return max([1, *(count for count in found if isinstance(count, int))])
 
-    def contests(self) -> tuple[tuple[Arm, Arm], ...]:
-        """The pairs (arm, reference) worth a sentence: each R-Drop arm against the baseline, then against plain
-        training with the larger batch; without any R-Drop arm, the larger batch against the baseline.
+    @cached_property
+    def contests(self) -> tuple[Contest, ...]:
+        """The contests worth a sentence: each R-Drop arm against the baseline, then against plain training with the
+        larger batch; without any R-Drop arm, the larger batch against the baseline. They are judged together.
         """
         if self.baseline is None:
             return ()
         plain = [arm for arm in self.challengers if arm.method.is_plain]
         rdrop = [arm for arm in self.challengers if not arm.method.is_plain]
-        references = [self.baseline, *plain]
-        return tuple((arm, reference) for reference in references for arm in rdrop) or tuple(
-            (arm, self.baseline) for arm in plain
+        pairs = [(arm, reference, self.metric) for reference in (self.baseline, *plain) for arm in rdrop]
+        return self._judged(pairs or [(arm, self.baseline, self.metric) for arm in plain])
+
+    def _judged(self, pairs: Iterable[tuple[Arm, Arm, str]]) -> tuple[Contest, ...]:
+        """Judges arms together, each against its reference in a metric of test."""
+        return judged(
+            [
+                (arm, reference, self.difference(arm, reference, metric), self._looks(arm, reference))
+                for arm, reference, metric in pairs
+            ]
         )
 
+    def _looks(self, arm: Arm, reference: Arm) -> list[int]:
+        names = [{run.seed: run.path.name for run in side.runs} for side in (arm, reference)]
+        seeds = self.difference(arm, reference).seeds
+        return earlier_looks(self.looks, {seed: (names[0][seed], names[1][seed]) for seed in seeds})
+
+    def look(self) -> Look:
+        """Returns what is remembered when this verdict is shown."""
+        return frozenset(run.path.name for arm in self.arms for run in arm.runs)
+
+    @cached_property
+    def kept(self) -> KeptExamples:
+        """The predictions of test that the runs keep."""
+        return kept_examples([run for arm in self.arms for run in arm.runs], self.metric)
+
+    def churn(self) -> dict[str, float]:
+        """Returns by the label of the arm how often two of its seeds disagree, for the arms where that is known."""
+        found = {arm.label: churn(self.kept, arm.runs) for arm in self.arms}
+        return {label: value for label, value in found.items() if value is not None}
+
     def verdict(self) -> str:
-        """Returns what the comparison shows, in plain language: a sentence for each contest, one a line."""
+        """Says what the comparison shows, a sentence a line: for each contest, and for each arm with failed runs."""
         if self.baseline is None:
             return "Nothing to compare: no run of the baseline (alpha 0) has finished."
         if not self.challengers:
             return "Nothing to compare: only the baseline has finished runs."
-        style = self.results()[0].style
-        return "\n".join(
-            verdict(self.difference(arm, reference), self.metric, style, arm.phrase, reference.phrase)
-            for arm, reference in self.contests()
-        )
+        style = self.sections[0].style
+        failed = [sentences.without_learning(arm) for arm in self.arms]
+        of_contests = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
+        return "\n".join([*of_contests, *filter(None, failed)])
+
+    def remarks(self) -> list[str]:
+        """Says what a reader of the verdict should know beside it, a sentence or two an entry."""
+        section = self.sections[0]
+        found = sentences.corrections(self.contests)
+        found += filter(None, (sentences.seeds_needed(contest, section.style) for contest in self.contests))
+        found += filter(None, [sentences.robust_averages(section)])
+        for contest in self.contests:
+            on_examples = example_difference(self.kept, contest.arm.runs, contest.reference.runs)
+            if on_examples is not None:
+                found.append(sentences.on_these_examples(contest, on_examples, self.metric, section.style))
+        return [*found, *(f"Predictions left out: {problem}" for problem in self.kept.problems)]
 
     def gaps(self) -> tuple[Gap, ...]:
         """The seeds left out of a comparison, by the arm that lacks them and why."""
@@ -185,15 +205,18 @@ class Comparison:
         )
 
 
-def comparisons(records: Iterable[RunRecord]) -> list[Comparison]:
-    """Group the finished runs into comparisons, in the order of their recipes' names.
+def comparisons(records: Iterable[RunRecord], looks: Iterable[Look] = ()) -> list[Comparison]:
+    """Groups the finished runs into comparisons, in the order of their recipes' names.
 
-    Unfinished and damaged runs take no part; `rdrop.experiments.comparison.finished_runs.split_usable` names them.
+    `looks` are the verdicts on these runs that were shown before. Unfinished and damaged runs take no part;
+    `rdrop.experiments.comparison.finished_runs.split_usable` names them.
     """
     families: dict[str, list[FinishedRun]] = {}
     for run in split_usable(records)[0]:
         families.setdefault(_family(run), []).append(run)
-    return [found for key in sorted(families) for found in _comparisons_of_family(families[key])]
+    seen = tuple(looks)
+    found = [comparison for key in sorted(families) for comparison in _comparisons_of_family(families[key])]
+    return [replace(comparison, looks=seen) for comparison in found]
 
 
 def _family(run: FinishedRun) -> str:

@@ -1,18 +1,17 @@
-"""The looks at a comparison: which seeds had finished whenever its verdict was shown.
+"""The looks at verdicts: which runs had finished whenever a verdict on them was shown.
 
     runs/looks.jsonl
 
 Whoever adds seeds because the last verdict was not the hoped-for one gives chance another try. So the folder of the
-runs remembers each verdict with its seeds, in one line, and a later verdict on more seeds is corrected for it. A look
-is recorded when it happens: neither the seeds that were planned nor the times at which runs finished tell whether
-somebody looked in between. The same verdict shown again is the same look.
+runs remembers each verdict by the runs that it was about, in one line, and a later verdict on more seeds is corrected
+for it. A look is recorded when it happens: neither the seeds that were planned nor the times at which runs finished
+tell whether somebody looked in between. The same verdict shown again is the same look.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,19 +19,12 @@ from rdrop.experiments.run_folder import ResultsError, append_synced
 
 FILE = "looks.jsonl"
 
-
-@dataclass(frozen=True)
-class Look:
-    """The seeds that each arm of a comparison had when its verdict was shown."""
-
-    comparison: str
-    """The identity of the comparison: `Comparison.identity`."""
-    seeds: Mapping[str, tuple[int, ...]]
-    """By the label of the arm."""
+Look = frozenset[str]
+"""The names of the run folders that a verdict was about."""
 
 
 def read_looks(runs: Path) -> list[Look]:
-    """Reads the looks at the comparisons below `runs`, oldest first. A line that a crash cut off is left out.
+    """Reads the looks at the runs below the folder `runs`, oldest first. A line that a crash cut off is left out.
 
     Raises `ResultsError` for a file that is not what it should be.
     """
@@ -44,36 +36,28 @@ def read_looks(runs: Path) -> list[Look]:
 
 
 def record_looks(runs: Path, looks: Iterable[Look]) -> None:
-    """Adds the looks that are not recorded yet."""
-    known = read_looks(runs)
+    """Adds the looks that are not recorded yet. Raises `StorageError` where that cannot be written."""
+    known = set(read_looks(runs))
     shown = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    new = [look for look in looks if look not in known]
-    rows = ({"comparison": look.comparison, "seeds": look.seeds, "shown": shown} for look in new)
-    if new:
-        append_synced(runs / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    lines = [json.dumps({"runs": sorted(look), "shown": shown}) + "\n" for look in looks if look not in known]
+    if lines:
+        append_synced(runs / FILE, "".join(lines).encode())
 
 
-def earlier_looks(looks: Iterable[Look], comparison: str, arms: tuple[str, str], seeds: Iterable[int]) -> list[int]:
-    """Returns how many seeds two arms had in common at each earlier look, ascending, where these were fewer.
+def earlier_looks(looks: Iterable[Look], runs: Mapping[int, tuple[str, str]]) -> list[int]:
+    """Returns how many of the seeds had finished at each earlier look, ascending, where it was a part of them.
 
-    `seeds` are those that they have in common now; only looks at a part of them count.
+    `runs` are the names of the two runs of each seed, one of an arm and one of its reference.
     """
-    now = set(seeds)
-    of_both = (
-        frozenset(look.seeds[arms[0]]) & frozenset(look.seeds[arms[1]])
-        for look in looks
-        if look.comparison == comparison and look.seeds.keys() >= set(arms)
-    )
-    return sorted(map(len, {earlier for earlier in of_both if earlier < now}))
+    seen = (frozenset(seed for seed, pair in runs.items() if look.issuperset(pair)) for look in looks)
+    return sorted(map(len, {seeds for seeds in seen if 0 < len(seeds) < len(runs)}))
 
 
 def _parsed(line: bytes, where: str) -> Look:
     try:
-        row = json.loads(line)
-        seeds = {str(arm): tuple(map(int, own)) for arm, own in row["seeds"].items()}
-        return Look(str(row["comparison"]), seeds)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return frozenset(map(str, json.loads(line)["runs"]))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ResultsError(
-            f"{where}: is no look at a comparison ({type(error).__name__}: {error}). Delete the line: "
-            "the verdict is then not corrected for that look."
+            f"{where}: is no look at a verdict ({type(error).__name__}: {error}). Delete the line: later verdicts are "
+            "then not corrected for that look."
         ) from error

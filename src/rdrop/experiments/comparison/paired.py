@@ -5,39 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 from scipy.special import stdtrit
+
+from rdrop.experiments.comparison.statistics import sign_flip_p
 
 CONFIDENCE = 0.95
 # Scores are float64 averages: differences closer than this, relative to the scores, are the same number.
 ROUNDING = 1e-12
 
 
-class Outcome(Enum):
-    """The verdict that the paired differences allow about an arm."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    NOT_SHOWN = "no difference shown"
-    EQUAL = "equal on every seed"
-    UNDECIDED = "no interval, nothing shown"
-    NO_SEEDS = "no seed in common"
-
-
 @dataclass(frozen=True)
 class PairedDifference:
     """Scores of an arm and of its reference on the seeds that both have, in the order of `seeds`.
 
-    Every difference is arm minus reference. With `higher_is_better` None the direction of the metric is unknown:
-    wins and losses cannot be told and are None.
+    Every difference is arm minus reference.
     """
 
     seeds: tuple[int, ...]
     arm: tuple[float, ...]
     reference: tuple[float, ...]
-    higher_is_better: bool | None
+    higher_is_better: bool
 
     @property
     def per_seed(self) -> tuple[float, ...]:
@@ -49,17 +38,20 @@ class PairedDifference:
         return mean(self.per_seed)
 
     @property
+    def spread(self) -> float | None:
+        """The standard deviation of the differences; None with fewer than two seeds, and where all are the same."""
+        return None if len(self.seeds) < 2 or self._all_the_same() else sd(self.per_seed)
+
+    @property
     def half_width(self) -> float | None:
         """Half the width of the 95 % t interval of the mean difference: t(0.975, n - 1) * sd / sqrt(n).
 
-        None with fewer than two seeds, and None when the differences are all the same: no spread was seen, and an
-        interval of width zero would claim a certainty that n equal numbers do not give.
+        None where `spread` is: an interval of width zero would claim a certainty that n equal numbers do not give.
         """
-        spread = sd(self.per_seed)
-        if spread is None or self._all_the_same():
+        if self.spread is None:
             return None
         n = len(self.seeds)
-        return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * spread / math.sqrt(n)
+        return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * self.spread / math.sqrt(n)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -69,28 +61,15 @@ class PairedDifference:
         return self.mean - self.half_width, self.mean + self.half_width
 
     @property
-    def wins_ties_losses(self) -> tuple[int, int, int] | None:
-        """Counts the seeds on which the arm is better than, equal to and worse than its reference."""
-        if self.higher_is_better is None:
-            return None
-        gains = self._gains()
-        return sum(g > 0 for g in gains), sum(g == 0 for g in gains), sum(g < 0 for g in gains)
+    def p_value(self) -> float | None:
+        """The p value of the exact sign-flip test, not corrected for other tests; None with fewer than two seeds."""
+        return sign_flip_p(self.per_seed) if len(self.seeds) > 1 else None
 
     @property
-    def outcome(self) -> Outcome:
-        """The strongest honest statement. Raises ValueError for a metric whose direction is unknown."""
-        if self.higher_is_better is None:
-            raise ValueError("better or worse cannot be told: higher_is_better is None for this metric")
-        if not self.seeds:
-            return Outcome.NO_SEEDS
-        if len(self.seeds) > 1 and not any(self.per_seed):
-            return Outcome.EQUAL
-        if self.interval is None:
-            return Outcome.UNDECIDED
-        low, high = self.interval
-        if low <= 0 <= high:
-            return Outcome.NOT_SHOWN
-        return Outcome.BETTER if (low > 0) == self.higher_is_better else Outcome.WORSE
+    def wins_ties_losses(self) -> tuple[int, int, int]:
+        """Counts the seeds on which the arm is better than, equal to and worse than its reference."""
+        gains = self._gains()
+        return sum(g > 0 for g in gains), sum(g == 0 for g in gains), sum(g < 0 for g in gains)
 
     def _gains(self) -> tuple[float, ...]:
         return self.per_seed if self.higher_is_better else tuple(-d for d in self.per_seed)
@@ -105,7 +84,7 @@ class PairedDifference:
 
 
 def paired_difference(
-    arm: Mapping[int, float], reference: Mapping[int, float], higher_is_better: bool | None
+    arm: Mapping[int, float], reference: Mapping[int, float], higher_is_better: bool
 ) -> PairedDifference:
     """Pair two mappings from seed to score over the seeds that both have."""
     seeds = tuple(sorted(arm.keys() & reference.keys()))

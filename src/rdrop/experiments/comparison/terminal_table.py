@@ -6,9 +6,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection
-from rdrop.experiments.comparison.paired import PairedDifference, mean, sd
-from rdrop.experiments.comparison.wording import NumberStyle, counted, ratio, wins_ties_losses
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.comparison import Comparison
+from rdrop.experiments.comparison.paired import PairedDifference
+from rdrop.experiments.comparison.sections import Section
+from rdrop.experiments.comparison.wording import CHURN_STYLE, NumberStyle, counted, ratio, wins_ties_losses
 
 
 def terminal_table(comparison: Comparison) -> Table:
@@ -30,19 +32,28 @@ def terminal_table(comparison: Comparison) -> Table:
     table.add_column("", overflow="fold")
     for heading in ("mean ± sd", "diff.", "95 % interval", "W/T/L", "time", "memory"):
         table.add_column(heading, justify="right", no_wrap=heading != "95 % interval", overflow="fold")
-    for number, section in enumerate(comparison.results()):
+    for number, section in enumerate(comparison.sections):
         _add_section(table, comparison, section, with_cost=number == 0)
+    _add_churn(table, comparison)
     return table
 
 
-def _add_section(table: Table, comparison: Comparison, section: MetricSection, *, with_cost: bool) -> None:
+def _add_section(table: Table, comparison: Comparison, section: Section, *, with_cost: bool) -> None:
     style = section.style
     table.add_row(Text(f"{section.split} {style.heading(section.metric)}", style="bold"))
-    for arm, difference in section.rows:
-        scores = tuple(arm.scores(section.metric, section.split).values())
-        cells = [style.spread(mean(scores), sd(scores)), *_difference_cells(difference, style)]
-        table.add_row(Text(arm.label), *cells, *(_cost_ratios(comparison, arm) if with_cost else ()))
+    for row in section.rows:
+        cells = [style.spread(row.mean, row.sd), *_difference_cells(row.difference, style)]
+        table.add_row(Text(row.arm.marked_label), *cells, *(_cost_ratios(comparison, row.arm) if with_cost else ()))
     table.add_section()
+
+
+def _add_churn(table: Table, comparison: Comparison) -> None:
+    found = comparison.churn()
+    if found:
+        table.add_row(Text("test churn %", style="bold"))
+        for label, value in found.items():
+            table.add_row(Text(label), CHURN_STYLE.score(value))
+        table.add_section()
 
 
 def _difference_cells(difference: PairedDifference | None, style: NumberStyle) -> list[str]:
@@ -59,4 +70,8 @@ def _caption(comparison: Comparison) -> str:
     lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
     if comparison.side_by_side() > 1:
         lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")
+    if comparison.churn():
+        lines.append("churn: test examples on which two seeds of an arm disagree")
+    if any(arm.seeds_without_learning for arm in comparison.arms):
+        lines.append("\N{DAGGER}: with runs that did not learn, which the verdict names")
     return "\n".join((*lines, *map(str, comparison.gaps())))

@@ -1,13 +1,13 @@
-"""Scores, differences and verdicts as a reader meets them, in the terminal and on the page."""
+"""Numbers as a reader meets them, in the terminal and on the page: scores, differences, counts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.paired import Outcome, PairedDifference
+from rdrop.experiments.comparison.paired import PairedDifference
 
 NOT_KNOWN = "—"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -61,6 +61,9 @@ class NumberStyle:
         return NOT_KNOWN if bounds is None else f"{self.difference(bounds[0])} to {self.difference(bounds[1])}"
 
 
+CHURN_STYLE = NumberStyle(percent=True, decimals=1)
+
+
 def words(metric: str) -> str:
     """Returns what a reader calls the metric: `rougeL` is "ROUGE-L"."""
     return metrics.find(metric).label
@@ -77,40 +80,26 @@ def ratio(value: float | None) -> str:
 
 
 def wins_ties_losses(difference: PairedDifference) -> str:
-    counts = difference.wins_ties_losses
-    return NOT_KNOWN if counts is None or not difference.seeds else "/".join(map(str, counts))
+    return "/".join(map(str, difference.wins_ties_losses)) if difference.seeds else NOT_KNOWN
 
 
-def verdict(difference: PairedDifference, metric: str, style: NumberStyle, arm: str, reference: str) -> str:
-    """One sentence on what the paired seeds show, and no more than they show."""
-    n = len(difference.seeds)
-    amount = f"{words(metric)} {style.difference(difference.mean)}{style.points}"
-    match difference.outcome:
-        case Outcome.NO_SEEDS:
-            sentence = f"Nothing to compare: {arm} and {reference} have no scored seed in common."
-        case Outcome.EQUAL:
-            sentence = f"No difference between {arm} and {reference}: {words(metric)} is equal on all {n} seeds."
-        case Outcome.UNDECIDED if n == 1:
-            sentence = (
-                f"One seed shows nothing: {arm} against {reference} is {amount} on seed {difference.seeds[0]}, "
-                "and an interval needs at least two seeds."
-            )
-        case Outcome.UNDECIDED:
-            sentence = (
-                f"Nothing shown: {arm} against {reference} is {amount} on each of {n} seeds, "
-                "and equal differences have no spread to build an interval from."
-            )
-        case Outcome.NOT_SHOWN:
-            sentence = f"No difference shown between {arm} and {reference}: {amount} {_evidence(difference, style)}."
-        case Outcome.BETTER | Outcome.WORSE as outcome:
-            sentence = f"{arm} is {outcome.value} than {reference}: {amount} {_evidence(difference, style)}."
-    return sentence[0].upper() + sentence[1:]
+def p_value(value: float | None) -> str:
+    """Returns a p value with two digits: "0.031"."""
+    if value is None:
+        return NOT_KNOWN
+    return "< 0.0001" if value < 0.0001 else f"{value:.2g}"
 
 
-def _evidence(difference: PairedDifference, style: NumberStyle) -> str:
-    counts = difference.wins_ties_losses
-    wins = 0 if counts is None else counts[0]
-    return f"(95 % interval {style.interval(difference.interval)}, better on {wins} of {len(difference.seeds)} seeds)"
+def p_words(value: float | None) -> str:
+    """Returns a p value in a sentence: "p = 0.031"."""
+    text = p_value(value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Returns "6", "6 and 8", "6, 8 and 10"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _minus(text: str) -> str:

@@ -77,7 +77,7 @@ def _plots(comparison: Comparison) -> list[_Plot]:
 
 
 def _differences(comparison: Comparison, name: str) -> Markup | None:
-    style = comparison.results()[0].style
+    style = comparison.sections[0].style
     svg = draw_differences(comparison, style, name)
     better = "Above" if comparison.higher_is_better else "Below"
     return _figure(

@@ -12,20 +12,26 @@ from pathlib import Path
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun, split_usable
+from rdrop.experiments.comparison.looks import read_looks, record_looks
 from rdrop.experiments.comparison.wording import counted
 from rdrop.experiments.report import figures as report_figures
 from rdrop.experiments.report import tables as report_tables
 from rdrop.experiments.report.html import Markup, element, joined
 from rdrop.experiments.report.settings import distinguishing_settings, titled
-from rdrop.experiments.run_folder import ResultsError, find_runs, write_atomically
+from rdrop.experiments.run_folder import ResultsError, StorageError, find_runs, write_atomically
 
 # The browser itself refuses whatever would be loaded or run.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_NOT_REMEMBERED = (
+    "The folder of the runs cannot be written, so it does not remember that these verdicts were seen, and later ones "
+    "on more seeds are not corrected for it."
+)
 
 
 def write_report(runs: Path, out: Path | None = None) -> Path:
-    """Write the page on all runs at or below the folder `runs`; returns its path, `runs/report.html` by default.
+    """Writes the page on all runs at or below the folder `runs`; returns its path, `runs/report.html` by default.
 
+    The folder remembers that these verdicts were shown, in looks.jsonl. Where that cannot be written the page says so.
     Raises `ResultsError` if `runs` is not a folder or no run has ever been started in it.
     """
     records = find_runs(runs)
@@ -33,12 +39,23 @@ def write_report(runs: Path, out: Path | None = None) -> Path:
         raise ResultsError(f"{runs} holds no run. `rdrop compare digits --runs {runs}` makes some.")
     out = out or runs / "report.html"
     finished, unusable = split_usable(records)
-    write_atomically(out, _page(comparisons(records), finished, unusable, runs, out.parent).encode())
+    found = comparisons(records, read_looks(runs))
+    try:
+        record_looks(runs, (comparison.look() for comparison in found))
+        is_remembered = True
+    except StorageError:
+        is_remembered = False
+    write_atomically(out, _page(found, finished, unusable, runs, out.parent, is_remembered).encode())
     return out
 
 
 def _page(
-    found: list[Comparison], finished: list[FinishedRun], unusable: list[UnusableRun], root: Path, place: Path
+    found: list[Comparison],
+    finished: list[FinishedRun],
+    unusable: list[UnusableRun],
+    root: Path,
+    place: Path,
+    is_remembered: bool,
 ) -> str:
     names = [f"c{number}" for number in range(1, len(found) + 1)]
     settings = distinguishing_settings(found)
@@ -47,6 +64,7 @@ def _page(
         _header(found, settings, names, finished, unusable),
         *(section(c, setting, name, root, place) for c, setting, name in zip(found, settings, names, strict=True)),
         report_tables.unusable_runs(unusable, root),
+        None if is_remembered else element("p", _NOT_REMEMBERED, class_="note"),
         glossary(),
         element("footer", _versions_line(finished)),
     )
@@ -102,12 +120,15 @@ def section(comparison: Comparison, setting: dict[str, object], name: str, root:
         element("h2", titled(comparison.name, setting), id=f"{name}-title"),
         element("p", first, class_="verdict first"),
         *(element("p", sentence, class_="verdict") for sentence in others),
-        _warnings(comparison),
+        _list(comparison.remarks(), "remarks"),
+        _list(_warnings(comparison), "warnings"),
         element("h3", "Result"),
-        report_tables.results(comparison),
+        report_tables.scores(comparison),
         report_tables.notes(comparison),
+        _titled("How many seeds would show it", report_tables.seeds(comparison)),
         element("h3", "Figures"),
         report_figures.figures(comparison, name),
+        _titled("Which test examples changed", report_tables.changed(comparison)),
         element("h3", "Cost"),
         report_tables.costs(comparison),
         element("h3", "Settings"),
@@ -127,7 +148,15 @@ def _moment(finished: str) -> str:
     return f"{finished[:-1].replace('T', ' ')} UTC" if finished.endswith("Z") else finished
 
 
-def _warnings(comparison: Comparison) -> Markup | None:
+def _titled(title: str, content: Markup | None) -> Markup | None:
+    return None if content is None else joined((element("h3", title), content))
+
+
+def _list(sentences: list[str], class_: str) -> Markup | None:
+    return element("ul", *(element("li", s) for s in sentences), class_=class_) if sentences else None
+
+
+def _warnings(comparison: Comparison) -> list[str]:
     sentences = [f"L{str(gap)[1:]}." for gap in comparison.gaps()]
     if comparison.repeats:
         folders = ", ".join(run.path.name for run in comparison.repeats)
@@ -142,10 +171,11 @@ def _warnings(comparison: Comparison) -> Markup | None:
     rdrop_arms = sum(not arm.method.is_plain for arm in comparison.arms)
     if rdrop_arms > 1:
         sentences.append(
-            f"{rdrop_arms} R-Drop arms stand against one baseline and each interval is for itself alone: "
-            "the best of them looks better than it is. Choose one on valid, then confirm it with new seeds."
+            f"{rdrop_arms} R-Drop arms stand against one baseline. p is corrected for that, but each interval is for "
+            "itself alone, and the best of them looks better than it is. Choose one on valid, then confirm it with "
+            "new seeds."
         )
-    return element("ul", *(element("li", s) for s in sentences), class_="warnings") if sentences else None
+    return sentences
 
 
 def glossary() -> Markup:
@@ -155,6 +185,36 @@ def glossary() -> Markup:
         "95 % interval": (
             "The t interval of that average: in repetitions with new seeds, 95 of 100 such intervals hold the true "
             "mean difference. It covers the luck of the seed, not that of the choice of data."
+        ),
+        "p": (
+            "The exact sign-flip test: if the arms did not differ, each seed's difference could as well have had the "
+            "other sign. p is the share of all sign patterns with a mean difference at least as large. The p values "
+            "behind the verdict are corrected for one another by Holm's method, and those of all other scores likewise."
+        ),
+        "Better, worse": (
+            "Said where the 95 % interval excludes zero and the corrected p is at most 0.05, which takes six seeds or "
+            "more. Of 100 comparisons without a difference, at most 5 are told apart."
+        ),
+        "80 % power": (
+            "So many seeds find a difference of that size in 80 of 100 repetitions, by the same rule, if the "
+            "differences between seeds spread as they did here. A spread from few seeds is itself uncertain."
+        ),
+        "Interquartile mean": "The mean without the lowest and the highest quarter of the seeds, from eight seeds on.",
+        "Probability of improvement": (
+            "How likely a run of the arm is better than a run of the baseline, each with any seed; 0.5 where neither "
+            "is."
+        ),
+        "By examples": (
+            "A paired bootstrap: test examples drawn anew, with replacement, the same for both arms. It says whether "
+            "these models differ on this test set, and nothing of models from other seeds."
+        ),
+        "Loss, ECE, churn": (
+            "The loss of a class is its negative log-likelihood (NLL). ECE is how far the confidence of predictions is "
+            "from their accuracy. Churn is the share of test examples on which two seeds of an arm disagree."
+        ),
+        "Did not learn": (
+            "A run whose test score is no better than that of the best constant prediction, or that translates as "
+            "well from the source of another sentence. It stays in all statistics."
         ),
         "Test and valid": (
             "Valid chose the checkpoint, so its scores flatter every arm a little. "

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rdrop.experiments.comparison.comparison import Arm, Comparison
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.finished_runs import is_finite_number
 from rdrop.experiments.comparison.paired import PairedDifference
 from rdrop.experiments.comparison.wording import NumberStyle, words

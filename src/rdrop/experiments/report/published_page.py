@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection, comparisons
-from rdrop.experiments.comparison.paired import mean, sd
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.wording import counted
 from rdrop.experiments.recipe.published import Published
 from rdrop.experiments.recipes import PUBLISHED, RECIPES, dataset_of
@@ -123,31 +123,24 @@ def _published_rows(published: Published) -> Iterator[Entry]:
 
 
 def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Entry]:
-    """A row for each metric of the test split and arm; the loss is a metric only where it is what is compared."""
+    """Yields a row for each metric of test and arm; the loss is a metric only where it is what is compared."""
     dataset = dataset_of(comparison.arms[0].runs[0].recipe)
-    for section in comparison.results():
+    for section in comparison.sections:
         if section.split == "test" and (section.metric == comparison.metric or not section.metric.endswith("loss")):
-            for arm in comparison.arms:
-                yield from _own_row(
-                    arm, section, dataset, _direction(metrics.find(section.metric).higher_is_better), title, link
-                )
-
-
-def _own_row(arm: Arm, section: MetricSection, dataset: str, direction: str, title: str, link: str) -> Iterator[Entry]:
-    scores = tuple(arm.scores(section.metric, section.split).values())
-    average = mean(scores)
-    if average is not None:
-        yield Entry(
-            dataset,
-            section.split,
-            section.style.heading(section.metric) + direction,
-            section.style.spread(average, sd(scores)),
-            section.style.factor * average,
-            _model(arm),
-            arm.label,
-            f"ours: {title}, {counted(len(scores), 'seed')}",
-            link,
-        )
+            style, metric = section.style, metrics.find(section.metric)
+            for row in section.rows:
+                if row.mean is not None:
+                    yield Entry(
+                        dataset,
+                        section.split,
+                        style.heading(section.metric) + _direction(metric.higher_is_better),
+                        style.spread(row.mean, row.sd),
+                        style.factor * row.mean,
+                        _model(row.arm),
+                        row.arm.label,
+                        f"ours: {title}, {counted(len(row.scores), 'seed')}",
+                        link,
+                    )
 
 
 def _direction(higher_is_better: bool | None) -> str:

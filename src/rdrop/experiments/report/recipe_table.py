@@ -102,7 +102,7 @@ def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
         rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain][:1]
         dataset = dataset_of(comparison.arms[0].runs[0].recipe)
         if comparison.baseline is not None and dataset == DATASETS.get(comparison.name, dataset):
-            style = comparison.results()[0].style
+            style = comparison.sections[0].style
             arms = (comparison.baseline, *rdrop)
             means = [mean(tuple(arm.scores(comparison.metric, "test").values())) for arm in arms]
             figures = f" {ARROW} ".join(style.score(value) for value in (*means, None)[:2])

@@ -9,50 +9,108 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rdrop.experiments.comparison.comparison import Arm, Comparison, MetricSection
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.comparison import Comparison
+from rdrop.experiments.comparison.examples import ChangedExample, changed_examples, example_difference
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
-from rdrop.experiments.comparison.paired import PairedDifference, mean, sd
-from rdrop.experiments.comparison.wording import NOT_KNOWN, NumberStyle, counted, ratio, wins_ties_losses
+from rdrop.experiments.comparison.learning import has_learned
+from rdrop.experiments.comparison.sections import ArmScores, Section
+from rdrop.experiments.comparison.statistics import difference_shown
+from rdrop.experiments.comparison.wording import (
+    CHURN_STYLE,
+    NOT_KNOWN,
+    NumberStyle,
+    counted,
+    p_value,
+    ratio,
+    wins_ties_losses,
+)
 from rdrop.experiments.report.html import Markup, element, joined
 from rdrop.experiments.report.settings import settings_of_arms, shown
+from rdrop.experiments.run_folder.predictions import excerpt
 
+PLANNED_SEEDS = (10, 20, 40)
+"""For which the page says what difference they would show, beside the number that there is."""
+SHOWN_EXAMPLES = 10
+"""Of those that changed, in each direction."""
 _MIB = 2**20
 
 
-def results(comparison: Comparison) -> Markup:
-    """Mean ± sd of every arm, and its paired difference from the baseline."""
-    return _table(
-        "Result",
-        ("", "mean ± sd", "difference", "95 % interval", "wins / ties / losses"),
-        [_result_rows(section) for section in comparison.results()],
-        caption=(
-            f"Scores over {counted(len(comparison.seeds), 'seed')}: mean ± standard deviation. "
-            "Difference: arm minus baseline, paired by seed. Wins: seeds on which the arm is better."
-        ),
-        class_="results",
+def scores(comparison: Comparison) -> Markup:
+    """Shows mean ± sd of every arm, and its paired difference from the baseline with what is to be known of it."""
+    has_quarters = any(row.interquartile_mean is not None for section in comparison.sections for row in section.rows)
+    headings = (
+        *("", "mean ± sd"),
+        *(["interquartile mean"] if has_quarters else []),
+        *("difference", "95 % interval", "p", "wins / ties / losses", "probability of improvement"),
     )
+    caption = (
+        f"Scores over {counted(len(comparison.seeds), 'seed')}: mean ± standard deviation. "
+        "Difference: arm minus baseline, paired by seed. p: sign-flip test, corrected. "
+        "Wins: seeds on which the arm is better."
+    )
+    if any(arm.seeds_without_learning for arm in comparison.arms):
+        caption += " \N{DAGGER}: with runs that did not learn."
+    bodies = [_score_rows(section, len(headings), has_quarters) for section in comparison.sections]
+    bodies += _churn_rows(comparison, len(headings))
+    return _table("Result", headings, bodies, caption=caption, class_="results")
 
 
-def _result_rows(section: MetricSection) -> Markup:
-    style = section.style
-    title = f"{section.split.capitalize()} {style.heading(section.metric)}"
-    rows = [_row(arm.label, *_result_cells(arm, difference, section, style)) for arm, difference in section.rows]
-    return joined((element("tr", element("th", title, scope="rowgroup", colspan="5")), *rows))
+def _score_rows(section: Section, width: int, has_quarters: bool) -> Markup:
+    title = f"{section.split.capitalize()} {section.style.heading(section.metric)}"
+    rows = [_row(row.arm.marked_label, *_score_cells(row, section.style, has_quarters)) for row in section.rows]
+    return joined((_group(title, width), *rows))
 
 
-def _result_cells(
-    arm: Arm, difference: PairedDifference | None, section: MetricSection, style: NumberStyle
-) -> list[str]:
-    scores = tuple(arm.scores(section.metric, section.split).values())
-    cells = [style.spread(mean(scores), sd(scores))]
-    if difference is None:
-        return [*cells, "", "", ""]
+def _score_cells(row: ArmScores, style: NumberStyle, has_quarters: bool) -> list[str]:
+    cells = [style.spread(row.mean, row.sd), *([style.score(row.interquartile_mean)] if has_quarters else [])]
+    if row.difference is None:
+        return [*cells, "", "", "", "", ""]
     return [
         *cells,
-        style.difference(difference.mean),
-        style.interval(difference.interval),
-        wins_ties_losses(difference),
+        style.difference(row.difference.mean),
+        style.interval(row.difference.interval),
+        p_value(row.p_value),
+        wins_ties_losses(row.difference),
+        NOT_KNOWN if row.improvement is None else f"{row.improvement:.2f}",
     ]
+
+
+def _churn_rows(comparison: Comparison, width: int) -> list[Markup]:
+    found = comparison.churn()
+    rows = [_row(label, CHURN_STYLE.score(value), *[""] * (width - 2)) for label, value in found.items()]
+    return [joined((_group("Test churn %", width), *rows))] if rows else []
+
+
+def _group(title: str, width: int) -> Markup:
+    return element("tr", element("th", title, scope="rowgroup", colspan=str(width)))
+
+
+def seeds(comparison: Comparison) -> Markup | None:
+    """Shows the difference that so many seeds would show, by the spread that was seen; None where none was."""
+    spreads = [(own, own.difference.spread) for own in comparison.contests if own.difference.spread is not None]
+    if not spreads:
+        return None
+    style = comparison.sections[0].style
+    now = {len(contest.difference.seeds) for contest, _ in spreads}
+    counts = sorted({*now, *PLANNED_SEEDS})
+    rows = [
+        _row(
+            f"{contest.arm.label} against {contest.reference.phrase}",
+            *(style.difference(difference_shown(spread, count, contest.tests)).lstrip("+") for count in counts),
+        )
+        for contest, spread in spreads
+    ]
+    return _table(
+        "Seeds",
+        ("seeds", *map(str, counts)),
+        [joined(rows)],
+        caption=(
+            f"The difference in test {style.heading(comparison.metric)} that so many seeds show with 80 % power: in 80 "
+            "of 100 comparisons with a true difference of that size, if the differences spread as they did here. "
+            f"{NOT_KNOWN}: so few can show none."
+        ),
+    )
 
 
 def notes(comparison: Comparison) -> Markup | None:
@@ -158,40 +216,46 @@ def _parameters(run: FinishedRun) -> str:
 
 
 def runs(comparison: Comparison, root: Path, place: Path) -> Markup:
-    """Every run of the comparison with its scores, its difference from the baseline's run and its folder.
+    """Lists every run of the comparison with its scores, its difference from the baseline's run and its folder.
 
     The folder is named as seen from `root`, and linked as seen from `place`, where the page is.
     """
-    style = comparison.results()[0].style
+    style = comparison.sections[0].style
+    headings = [
+        "seed", f"test {style.heading(comparison.metric)}", "difference", "by examples", "valid", "weights of update",
+        "resumed", "digest", "folder",
+    ]  # fmt: skip
     return _table(
         "Runs",
-        (
-            "seed", f"test {style.heading(comparison.metric)}", "difference", "valid", "weights of update",
-            "resumed", "digest", "folder",
-        ),
-        [_runs_of_arm(comparison, arm, style, root, place) for arm in comparison.arms],
+        headings,
+        [_runs_of_arm(comparison, arm, style, root, place, len(headings)) for arm in comparison.arms],
         caption=(
+            "by examples: the 95 % interval of that difference over test examples drawn anew (paired bootstrap); "
             "weights of update: whose weights were scored, those with the best valid score; "
             "of several updates, the mean of their weights; "
             "resumed: how often the run was taken up again after a stop."
         ),
         class_="runs",
-    )  # fmt: skip
+    )
 
 
-def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Path, place: Path) -> Markup:
+def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Path, place: Path, width: int) -> Markup:
     metric, baseline = comparison.metric, comparison.baseline
     test, valid = arm.scores(metric, "test"), arm.scores(metric, "valid")
-    differences = {}
+    differences: dict[int, float] = {}
+    by_examples: dict[int, tuple[float, float]] = {}
     if baseline is not None and arm is not baseline:
         pairs = comparison.difference(arm, baseline)
         differences = dict(zip(pairs.seeds, pairs.per_seed, strict=True))
+        resampled = example_difference(comparison.kept, arm.runs, baseline.runs)
+        by_examples = {} if resampled is None else dict(zip(resampled.seeds, resampled.of_seeds, strict=True))
     rows = [
         element(
             "tr",
-            element("th", str(run.seed), scope="row"),
+            element("th", _marked_seed(run), scope="row"),
             element("td", style.score(test.get(run.seed))),
             element("td", "" if arm is baseline else style.difference(differences.get(run.seed))),
+            element("td", "" if arm is baseline else style.interval(by_examples.get(run.seed))),
             element("td", style.score(valid.get(run.seed))),
             element("td", _scored_updates(run)),
             element("td", _plain(run.result.get("resumed"))),
@@ -200,7 +264,40 @@ def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Pat
         )
         for run in arm.runs
     ]
-    return joined((element("tr", element("th", arm.label, scope="rowgroup", colspan="8")), *rows))
+    return joined((_group(arm.label, width), *rows))
+
+
+def _marked_seed(run: FinishedRun) -> str:
+    return f"{run.seed} (did not learn)" if has_learned(run) is False else str(run.seed)
+
+
+def changed(comparison: Comparison) -> Markup | None:
+    """Shows on which test examples each R-Drop arm gains and loses most; None where no predictions are kept."""
+    baseline = comparison.baseline
+    tables = []
+    for contest in comparison.contests:
+        if contest.reference is baseline:
+            gained, lost = changed_examples(comparison.kept, contest.arm.runs, contest.reference.runs, SHOWN_EXAMPLES)
+            if gained or lost:
+                tables.append(_changed_table(contest.arm.label, gained, lost))
+    return joined(tables) if tables else None
+
+
+def _changed_table(label: str, gained: list[ChangedExample], lost: list[ChangedExample]) -> Markup:
+    headings = ("test example", "expected", "baseline says", f"{label} says", "baseline's score", "its score")
+    groups = ((f"{label} gains most", gained), (f"{label} loses most", lost))
+    bodies = [
+        joined((_group(title, len(headings)), *(_changed_row(own) for own in examples)))
+        for title, examples in groups
+        if examples
+    ]
+    return _table(f"Changed examples, {label}", headings, bodies, class_="examples")
+
+
+def _changed_row(own: ChangedExample) -> Markup:
+    said = (own.expected, own.reference_says, own.arm_says)
+    scores = (f"{score:.3g}" for score in (own.reference_score, own.arm_score))
+    return _row(own.example, *map(excerpt, said), *scores)
 
 
 def _scored_updates(run: FinishedRun) -> str:

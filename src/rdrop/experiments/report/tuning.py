@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from rdrop.experiments import metrics
+from rdrop.experiments.comparison.looks import record_looks
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
 from rdrop.experiments.comparison.wording import NumberStyle, words
 from rdrop.experiments.report.html import Markup, element
@@ -26,7 +27,11 @@ _FAINTEST, _STRONGEST = 0.06, 0.62
 
 
 def write_tuning(tuning: Tuning, runs: Path) -> Path:
-    """Writes the page and, beside it, the record of the search; returns the path of the page."""
+    """Writes the page and, beside it, the record of the search; returns the path of the page.
+
+    The folder remembers that the verdict was shown.
+    """
+    record_looks(runs, [tuning.fresh.look()])
     page = runs / f"{tuning.name}-tuning.html"
     record = json.dumps(tuning.record(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(page.with_suffix(".json"), record.encode())

@@ -1,0 +1,91 @@
+"""A contest: an arm against its reference, judged together with the other contests of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.paired import PairedDifference
+from rdrop.experiments.comparison.statistics import holm, is_shown, least_seeds, seeds_needed
+
+
+class Outcome(Enum):
+    """The verdict that the paired differences allow about an arm."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SHOWN = "no difference shown"
+    TOO_FEW = "fewer seeds than can show a difference"
+    EQUAL = "equal on every seed"
+    UNDECIDED = "no interval, nothing shown"
+    NO_SEEDS = "no seed in common"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """An arm against its reference over the seeds that both have, with what the verdict on them depends on."""
+
+    arm: Arm
+    reference: Arm
+    difference: PairedDifference
+    p_value: float | None
+    """Of the sign-flip test, after all corrections; None with fewer than two seeds in common."""
+    contests: int = 1
+    """How many contests are judged together, this one included."""
+    looks: tuple[int, ...] = ()
+    """How many seeds had finished whenever a verdict was shown before that could have told the arms apart."""
+
+    @property
+    def tests(self) -> int:
+        """The factor of the smallest p: the number of contests times the number of looks."""
+        return self.contests * (1 + len(self.looks))
+
+    @property
+    def least_seeds(self) -> int:
+        """The least number of seeds that can show a difference here."""
+        return least_seeds(self.tests)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The strongest honest statement."""
+        difference = self.difference
+        if not difference.seeds:
+            return Outcome.NO_SEEDS
+        if len(difference.seeds) > 1 and not any(difference.per_seed):
+            return Outcome.EQUAL
+        if difference.mean is None or difference.interval is None:
+            return Outcome.UNDECIDED
+        if len(difference.seeds) < self.least_seeds:
+            return Outcome.TOO_FEW
+        if not is_shown(difference.interval, self.p_value):
+            return Outcome.NOT_SHOWN
+        return Outcome.BETTER if (difference.mean > 0) == difference.higher_is_better else Outcome.WORSE
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """The number of seeds that would show the difference that was seen, with 80 % power; None without a spread, or
+        if 1,000 are not enough.
+        """
+        difference = self.difference
+        if difference.mean is None or difference.spread is None:
+            return None
+        return seeds_needed(difference.mean, difference.spread, self.tests)
+
+
+def judged(pairs: Sequence[tuple[Arm, Arm, PairedDifference, Sequence[int]]]) -> tuple[Contest, ...]:
+    """Returns the contests of some arms with their references, their p values corrected for one another.
+
+    Holm's correction for the number of contests comes first. Then p is multiplied with the number of looks, the present
+    one included. `pairs` has for each contest how many seeds had finished at each earlier look; those that were too few
+    to show anything do not count.
+    """
+    p_values = [difference.p_value for _, _, difference, _ in pairs]
+    corrected = iter(holm([p for p in p_values if p is not None]))
+    contests = []
+    for (arm, reference, difference, looks), p in zip(pairs, p_values, strict=True):
+        counted = tuple(seeds for seeds in looks if seeds >= least_seeds(len(pairs)))
+        p_value = None if p is None else min(1.0, (1 + len(counted)) * next(corrected))
+        contests.append(Contest(arm, reference, difference, p_value, len(pairs), counted))
+    return tuple(contests)

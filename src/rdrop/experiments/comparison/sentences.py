@@ -1,0 +1,125 @@
+"""The sentences of a comparison: its verdict, and what a reader should know beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.contest import Contest, Outcome
+from rdrop.experiments.comparison.examples import ExampleDifference
+from rdrop.experiments.comparison.paired import PairedDifference
+from rdrop.experiments.comparison.sections import Section
+from rdrop.experiments.comparison.wording import NumberStyle, counted, listed, p_words, words
+
+
+def verdict(contest: Contest, metric: str, style: NumberStyle) -> str:
+    """Says in one sentence what the paired seeds show, and no more than they show."""
+    difference, arm, reference = contest.difference, contest.arm.phrase, contest.reference.phrase
+    n = len(difference.seeds)
+    amount = f"{words(metric)} {style.difference(difference.mean)}{style.points}"
+    interval = f"95 % interval {style.interval(difference.interval)}, {p_words(contest.p_value)}"
+    match contest.outcome:
+        case Outcome.NO_SEEDS:
+            sentence = f"Nothing to compare: {arm} and {reference} have no scored seed in common."
+        case Outcome.EQUAL:
+            sentence = f"No difference between {arm} and {reference}: {words(metric)} is equal on all {n} seeds."
+        case Outcome.UNDECIDED if n == 1:
+            sentence = (
+                f"One seed shows nothing: {arm} against {reference} is {amount} on seed {difference.seeds[0]}, "
+                f"and {contest.least_seeds} are the least that can show a difference."
+            )
+        case Outcome.UNDECIDED:
+            sentence = (
+                f"Nothing shown: {arm} against {reference} is {amount} on each of {n} seeds, "
+                "and equal differences have no spread to build an interval from."
+            )
+        case Outcome.TOO_FEW:
+            sentence = (
+                f"Too few seeds: {arm} against {reference} is {amount} ({interval}), {_wins(difference)}; "
+                f"{contest.least_seeds} are the least that can show a difference."
+            )
+        case Outcome.NOT_SHOWN:
+            sentence = f"No difference shown between {arm} and {reference}: {amount} ({interval}, {_wins(difference)})."
+        case Outcome.BETTER | Outcome.WORSE as outcome:
+            sentence = f"{arm} is {outcome.value} than {reference}: {amount} ({interval}, {_wins(difference)})."
+    return sentence[0].upper() + sentence[1:]
+
+
+def corrections(contests: Sequence[Contest]) -> list[str]:
+    """Says for what the p values of a verdict are corrected; nothing for a single contest at its first look."""
+    sentences = []
+    if len(contests) > 1:
+        sentences.append(
+            f"p is corrected for {len(contests)} comparisons by Holm's method: where none has a difference, the chance "
+            "that any of them seems to have one is at most 5 %."
+        )
+    for looks in dict.fromkeys(contest.looks for contest in contests if contest.looks):
+        sentences.append(
+            f"Seeds were added after the verdict on {listed(looks)} seeds had been seen. Each look is a chance for a "
+            f"false verdict, so p is multiplied by the number of looks, {1 + len(looks)}."
+        )
+    return sentences
+
+
+def seeds_needed(contest: Contest, style: NumberStyle) -> str | None:
+    """Says how many seeds would show a difference as large as the one that was seen; None where that is not open."""
+    difference = contest.difference
+    if contest.outcome not in (Outcome.TOO_FEW, Outcome.NOT_SHOWN) or not difference.mean:
+        return None
+    needed = contest.seeds_needed
+    number = "more than 1,000" if needed is None else str(needed)
+    size = f"{style.difference(abs(difference.mean)).lstrip('+')}{style.points}"
+    few = len(difference.seeds) < contest.least_seeds
+    roughly = f"; {len(difference.seeds)} seeds tell the spread only roughly" if few else ""
+    return (
+        f"With this spread, {number} seeds would show a difference of {size} between {contest.arm.phrase} and "
+        f"{contest.reference.phrase} (80 % power{roughly})."
+    )
+
+
+def without_learning(arm: Arm) -> str | None:
+    """Says which runs of an arm did not learn; None where none is known to be such a run."""
+    seeds = arm.seeds_without_learning
+    if not seeds:
+        return None
+    noun = "seed" if len(seeds) == 1 else "seeds"
+    runs = f"{len(seeds)} of {counted(len(arm.runs), f'{arm.label} run')}"
+    return f"{runs} did not learn ({noun} {listed(seeds)}): no better than a constant prediction."
+
+
+def on_these_examples(contest: Contest, found: ExampleDifference, metric: str, style: NumberStyle) -> str:
+    """Says whether the models differ on this test set, whatever other seeds would give."""
+    differ = len(found.differing_seeds)
+    evidence = f"paired bootstrap over the {found.examples:,} test examples"
+    names = f"{contest.arm.phrase} and {contest.reference.phrase}"
+    if len(found.seeds) == 1:
+        verb = "differ" if differ else "do not differ"
+        return (
+            f"On this test set the two models of seed {found.seeds[0]}, {names}, {verb} ({evidence}: {words(metric)} "
+            f"{style.interval(found.interval)}). That is about these two models, not about the method."
+        )
+    return (
+        f"On this test set the models of {names} differ on {differ} of {len(found.seeds)} seeds; their mean difference "
+        f"is {style.interval(found.interval)}{style.points}, by the luck of the examples alone ({evidence})."
+    )
+
+
+def robust_averages(section: Section) -> str | None:
+    """Says the interquartile means, and how likely a run of each arm is better than one of the baseline.
+
+    None where no arm has as many seeds as that takes.
+    """
+    rows = [row for row in section.rows if row.interquartile_mean is not None]
+    if not rows:
+        return None
+    style = section.style
+    means = "; ".join(f"{row.arm.label} {style.score(row.interquartile_mean)}" for row in rows)
+    sentence = f"Interquartile mean of {section.split} {style.heading(section.metric)}: {means}."
+    improvements = [f"{row.arm.label} {row.improvement:.2f}" for row in rows if row.improvement is not None]
+    if not improvements:
+        return sentence
+    return f"{sentence} Probability of improvement over the baseline: {'; '.join(improvements)}."
+
+
+def _wins(difference: PairedDifference) -> str:
+    return f"better on {difference.wins_ties_losses[0]} of {len(difference.seeds)} seeds"
