@@ -50,8 +50,10 @@ def test_chinese_is_scored_by_characters() -> None:
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 6 * 1 / 8) ** (1 / 4))
 
 
-@pytest.mark.parametrize(("language", "reference"), [("ja", "犬が走る。"), ("th", "หมาวิ่ง")])
-def test_japanese_and_thai_are_scored_by_characters(language: str, reference: str) -> None:
+@pytest.mark.parametrize(
+    ("language", "reference"), [("ja", "犬が走る。"), ("th", "หมาวิ่ง"), ("km", "ឆ្កែរត់"), ("lo", "ໝາແລ່ນ")]
+)
+def test_languages_without_spaces_are_scored_by_characters(language: str, reference: str) -> None:
     scorer = BleuScorer(language, tokenized=False)
     one_short = scorer([reference[:-1]], [reference])["bleu"]
     assert one_short == pytest.approx(100 * 2.718281828 ** (1 - len(reference) / (len(reference) - 1)))
@@ -62,7 +64,7 @@ def test_japanese_and_thai_are_scored_by_characters(language: str, reference: st
 def test_text_without_spaces_has_no_words_unless_the_language_says_so(text: str) -> None:
     assert not has_words("target", [text, text, "two words"])
     assert has_words("target", [text, "two words"])
-    assert all(has_words(language, [text]) for language in ("zh", "ja", "th"))
+    assert all(has_words(language, [text]) for language in ("zh", "ja", "th", "lo", "km", "my"))
 
 
 @pytest.mark.parametrize("text", ["Ja.", "안녕", "我 爱 你们", "да", "نعم", ""])

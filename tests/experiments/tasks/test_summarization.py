@@ -3,13 +3,16 @@
 import json
 import lzma
 import random
+import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from rouge_score.rouge_scorer import RougeScorer
 from tests.experiments.tasks.test_files import MUTATED_FILES, mutated, outcome, table, write
 from tests.real_data import real_data
 from torch import Tensor, nn
@@ -31,7 +34,7 @@ from rdrop.experiments.tasks.summarization.recipes import (
     SUMMARIZATION,
     SummarizationRecipe,
 )
-from rdrop.experiments.tasks.summarization.scores import rouge
+from rdrop.experiments.tasks.summarization.scores import KINDS, WordsOfAnyScript, rouge
 from rdrop.experiments.tasks.summarization.task import Summarization
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.trainer import train
@@ -55,7 +58,7 @@ def tiny() -> Summarization:
     return Summarization(TINY)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -366,8 +369,8 @@ def test_a_model_of_another_architecture_is_trained_and_scored_too(tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.document_tokens": 65}, r"data\.document_tokens=65: is too long for .*, which knows 64 positions"),
-        ({"decoding.max_length": 63}, r"decoding\.max_length=65: is too long"),
+        ({"data.document_tokens": 65}, r"data\.document_tokens=65: must be at most 64, the positions of"),
+        ({"decoding.max_length": 63}, r"decoding\.max_length=65: must be at most 64"),
         ({"model.activation_dropout": None}, r"model\.activation_dropout=null: must be a rate"),
         ({"model.name": "no/such-model-here"}, r'model\.name="no/such-model-here": cannot be loaded'),
     ],
@@ -399,6 +402,80 @@ def test_rouge_is_what_a_hand_counts() -> None:
     assert list(scores) == ["rouge1", "rouge2", "rougeL"]
     mean = rouge(["the cat sat", "x"], [["the cat"], ["y"]])
     assert mean["rouge1"] == pytest.approx(40.0)
+
+
+ENGLISH = [
+    "The U.S. economy grew 3.5% in 2014, don't you know?",
+    "“Runners” were running — it\u2019s easily 10 m² wide…",
+    "snake_case, hyphen-ated; e-mail@example.com!\nSecond line: studies, studied, studying",
+    "",
+    "?!",
+]
+
+
+def test_the_words_of_english_are_those_of_rouge_score() -> None:
+    default = RougeScorer(list(KINDS.values()), use_stemmer=True)
+    for text in ENGLISH:
+        assert WordsOfAnyScript().tokenize(text) == default._tokenizer.tokenize(text)
+    for summary, reference in product(ENGLISH, ENGLISH):
+        expected = default.score(reference, summary)
+        found = rouge([summary], [[reference]])
+        assert found == {name: 100 * expected[kind].fmeasure for name, kind in KINDS.items()}
+
+
+def test_aeslc_has_the_figures_of_rouge_score(aeslc_examples: Examples) -> None:
+    default = RougeScorer(list(KINDS.values()), use_stemmer=True)
+    subjects = [example.summaries for example in aeslc_examples["test"] if "".join(example.summaries).isascii()][:300]
+    for written, *references in subjects:
+        expected = default.score_multi(references, written)
+        assert rouge([written], [references]) == {name: 100 * expected[kind].fmeasure for name, kind in KINDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("Größe", "Grüße"),
+        ("Открылся новый парк", "Закрылась старая школа"),
+        ("άνοιξε ένα πάρκο", "έκλεισε το σχολείο"),
+        ("افتتحت حديقة جديدة", "أغلقت مدرسة قديمة"),
+        ("नया पार्क खुला", "पुराना स्कूल बंद"),
+        ("새로운 공원이 열렸다", "오래된 학교가 닫혔다"),
+        ("新公园开放", "旧学校关闭"),
+        ("เปิดสวน", "ห้าม"),
+    ],
+)
+def test_words_of_any_script_are_scored(right: str, wrong: str) -> None:
+    assert rouge([right], [[right]])["rouge1"] == rouge([right], [[right]])["rougeL"] == 100
+    assert rouge([right], [[wrong]])["rouge1"] == 0
+    assert rouge([right.lower()], [[right]])["rouge1"] == 100
+    assert rouge([unicodedata.normalize("NFD", right)], [[unicodedata.normalize("NFC", right)]])["rouge1"] == 100
+
+
+def test_scripts_without_spaces_are_scored_by_character_and_others_by_word() -> None:
+    assert WordsOfAnyScript().tokenize("iPhone手机 2台") == ["iphon", "手", "机", "2", "台"]
+    assert WordsOfAnyScript().tokenize("हिन्दी में") == ["हिन्दी", "में"]
+    assert WordsOfAnyScript().tokenize("می\u200cرود") == ["میرود"]
+    assert rouge(["新公园"], [["新学园"]])["rouge1"] == pytest.approx(200 / 3)
+
+
+def test_summaries_without_words_are_refused(tmp_path: Path) -> None:
+    marks = [{"document": f"text {number}", "summary": "?!"} for number in range(20)]
+    with pytest.raises(DataError, match="most summaries have no letter and no digit, of which ROUGE is"):
+        Summarization(own(tmp_path, **{"data.train": str(write_rows(tmp_path / "marks.jsonl", marks))}))
+
+
+def test_a_list_of_references_is_learned_by_its_first_and_scored_by_its_best(tmp_path: Path) -> None:
+    several = [{"document": f"text {n}", "summary": ["first", f"other {n}"] if n % 2 else "only"} for n in range(20)]
+    recipe = own(tmp_path, **{"data.train": str(write_rows(tmp_path / "several.jsonl", several))})
+    examples = load_examples(recipe.data)
+    assert {example.summaries[:1] for example in examples["train"]} == {("first",), ("only",)}
+    task = Summarization(recipe)
+    assert sorted({len(own) for split in ("valid", "test") for own in task._references[split]}) == [1, 2]
+    assert rouge(["other 3"], [["first", "other 3"]])["rouge1"] == 100
+    for wrong in ([], ["a", " "], [1, None], [["a"]]):
+        path = write_rows(tmp_path / "wrong.jsonl", [*several, {"document": "text", "summary": wrong}])
+        with pytest.raises(DataError, match=r"wrong\.jsonl:21: .*'summary'"):
+            load_examples(own(tmp_path, **{"data.train": str(path)}).data)
 
 
 def test_rouge_stems_words_and_ignores_case_and_punctuation() -> None:

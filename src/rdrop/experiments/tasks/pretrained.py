@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from rdrop.experiments.recipe.settings import RecipeError
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Always 0: one forward of a repeated batch would drop the same layers in every pass."""
+
+SPARE_ROWS, SPARE_SHARE = 128, 0.04
+"""How many rows of an embedding may be without an entry of the tokenizer: some models have a round number of rows."""
 
 IMPLEMENTATIONS = {
     "attn_implementation": (None, "eager", "sdpa"),
@@ -69,10 +73,49 @@ def _require_no_program(settings: Any, name: str) -> None:
         _require_no_program(value, name)
 
 
-def pretrained_tokenizer(name: str) -> Any:
-    """Loads the tokenizer of a model. It takes a special token that a text spells, `</s>`, for its characters."""
+def pretrained_tokenizer(name: str, config: Any) -> Any:
+    """Loads the tokenizer of a model with that configuration.
+
+    It takes a special token that a text spells, such as `</s>`, for its characters. Raises `RecipeError` where it is
+    not the model's own: of a folder that has none, transformers makes an empty one.
+    """
     with loading(name):
-        return AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, trust_remote_code=False)
+    entries, rows = len(tokenizer), getattr(config.get_text_config(), "vocab_size", None)
+    if entries - len(set(tokenizer.all_special_ids)) <= 1:
+        rule = "has no tokenizer; put its files (tokenizer.json, or vocab.txt and the like) beside its config.json"
+        raise RecipeError("model.name", rule, value=name)
+    if rows is not None and rows - entries > max(SPARE_ROWS, SPARE_SHARE * rows):
+        rule = f"its tokenizer has {entries} entries and its embedding {rows} rows; put the model's own tokenizer there"
+        raise RecipeError("model.name", rule, value=name)
+    return tokenizer
+
+
+def require_rows(model: nn.Module, name: str, largest: int) -> None:
+    """Raises `RecipeError` if the embedding of a pre-trained model has no row for the `largest` id of the texts."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0]
+    if largest >= rows:
+        rule = f"its tokenizer has ids up to {largest}, and its embedding has {rows} rows; put its own tokenizer there"
+        raise RecipeError("model.name", rule, value=name)
+
+
+@torch.no_grad()
+def most_tokens(model: nn.Module, run: Callable[[int], object], longest: int) -> int:
+    """Finds how many tokens a model on the CPU can read, at most `longest`; `run(n)` lets it read n of them."""
+    training = model.training
+    model.eval()
+    readable, unreadable = 0, longest + 1
+    middle = longest
+    while unreadable - readable > 1:
+        try:
+            run(middle)
+            readable = middle
+        except (IndexError, RuntimeError, ValueError):
+            unreadable = middle
+        middle = (readable + unreadable) // 2
+    model.train(training)
+    return readable
 
 
 def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -> Any:

@@ -20,7 +20,8 @@ MISSING = frozenset({"nan", "-nan", "nat", "null", "n/a", "<na>", "#n/a", "#na",
 MISSING_AS_SPELLED = frozenset({"NA", "na", "None"})  # sodium is Na, and "none" may be an answer
 
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """A letter of a script without spaces: Thai, Lao, Burmese, Khmer, kana, or a Chinese character."""
 

@@ -26,7 +26,8 @@ class TokenSequences:
             lengths.append(np.fromiter(map(len, some), dtype=np.int64))
             parts.append(np.fromiter((i for ids in some for i in ids), dtype=np.int32))
         self.lengths: NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *lengths])
-        self._ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        self.ids: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *parts])
+        """Those of all lists, one after the other."""
         self._ends = np.cumsum(self.lengths)
 
     def __len__(self) -> int:
@@ -34,7 +35,7 @@ class TokenSequences:
 
     def __getitem__(self, index: int) -> list[int]:
         end = self._ends[index]
-        ids: list[int] = self._ids[end - self.lengths[index] : end].tolist()
+        ids: list[int] = self.ids[end - self.lengths[index] : end].tolist()
         return ids
 
 

@@ -1,10 +1,15 @@
-"""Tokenizers of the tasks that read text: a byte-level BPE learned from the training texts."""
+"""Tokenizers of the tasks that read text: a byte-level BPE learned from the training texts; what becomes of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from rdrop.experiments.recipe.settings import RecipeError
 
 
 def learned_bpe(
@@ -35,3 +40,53 @@ def learned_bpe(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def require_content(
+    ids: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    texts: Iterable[Hashable],
+    tokenizer: Any,
+    *,
+    split: str,
+    model: str | None,
+    limit: tuple[str, int],
+) -> None:
+    """Raises `RecipeError` if texts do not reach the model with what they say: unknown tokens, or the same for all.
+
+    `ids` are the tokens of all texts of a split in a row, `lengths` how many each has, cut to `limit`, a key of the
+    recipe with its value. `model` is the pre-trained one that has the tokenizer.
+    """
+    key, longest = limit
+    lost, is_cut = mostly_unknown(ids, tokenizer.all_special_ids, _own_unknown_id(tokenizer)), False
+    size = len(lengths)
+    are_alike = (
+        split == "train"
+        and size > 1
+        and np.all(lengths == lengths[0])
+        and np.all(ids.reshape(size, -1) == ids[: lengths[0]])
+    )
+    if lost is None and are_alike and len(set(texts)) > 1:
+        lost, is_cut = f"all {size} become the same {lengths[0]} tokens", bool(lengths[0] >= longest)
+    if lost is None:
+        return
+    if model is None or is_cut:
+        raise RecipeError(key, f"is too little for the texts of {split}: {lost}", value=longest)
+    rule = f"its tokenizer loses the texts of {split}: {lost}; give a model for such texts, with its own tokenizer"
+    raise RecipeError("model.name", rule, value=model)
+
+
+def mostly_unknown(ids: NDArray[np.int32], special: Collection[int], unknown: int | None) -> str | None:
+    """Says how many tokens are unknown, if it is more than half of those that are not special; else None."""
+    if unknown is None:
+        return None
+    count = np.count_nonzero(ids == unknown)
+    known = np.count_nonzero(~np.isin(ids, [*special, unknown]))
+    return f"{count} of {count + known} tokens are unknown" if count > known else None
+
+
+def _own_unknown_id(tokenizer: Any) -> int | None:
+    """Returns the id of what a tokenizer does not know; None where another token has it too, or there is none."""
+    unknown: int | None = tokenizer.unk_token_id
+    names = ("bos", "eos", "sep", "cls", "pad", "mask")
+    return None if unknown in (getattr(tokenizer, f"{name}_token_id", None) for name in names) else unknown

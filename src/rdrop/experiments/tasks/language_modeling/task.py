@@ -32,10 +32,12 @@ from rdrop.experiments.tasks.pretrained import (
     pretrained_config,
     pretrained_model,
     pretrained_tokenizer,
+    require_rows,
     set_rates,
 )
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.tokenizing import mostly_unknown
 from rdrop.terms import Divergence, TaskLoss
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class LanguageModeling:
         model = self._model
         if model.name is not None:
             pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
+            require_rows(pretrained, model.name, max(int(tokens.ids.max()) for tokens in self._tokens.values()))
             return pretrained
         if self._clusters is None:
             return GPT2LMHeadModel(self._gpt2_config(self._vocabulary.size))
@@ -175,6 +178,13 @@ class LanguageModeling:
         tokens = self._vocabulary.encode(lines)
         if len(tokens.ids) == 0:
             raise DataError(f"the {split} split has no tokens; give it text")
+        lost = mostly_unknown(tokens.ids, self._vocabulary.special_ids, self._vocabulary.unknown_id)
+        if lost is not None and self._model.name is not None:
+            rule = f"its tokenizer loses the text of {split}: {lost}; give a model for such text"
+            raise RecipeError("model.name", rule, value=self._model.name)
+        if lost is not None:
+            rule = f"leaves little of {split}: {lost}; lower it, give more text like it to train on, or set data.tokens"
+            raise RecipeError("data.min_count", rule, value=self._data.min_count)
         return tokens
 
     def _unknown_tokens(self) -> dict[str, str]:
@@ -188,7 +198,7 @@ class LanguageModeling:
     def _build_vocabulary(self, train: list[str]) -> Vocabulary:
         data, name = self._data, self._model.name
         if name is not None:
-            tokenizer = pretrained_tokenizer(name)
+            tokenizer = pretrained_tokenizer(name, self._config)
             with loading(name):
                 return pretrained_pieces(tokenizer, self._config.vocab_size)
         if data.tokens == "bpe":
@@ -232,7 +242,7 @@ class LanguageModeling:
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and self._data.block_size > longest:
             raise RecipeError(
-                "data.block_size", f"{name} knows {longest} positions at most", value=self._data.block_size
+                "data.block_size", f"must be at most {longest}, the positions of {name}", value=self._data.block_size
             )
         set_rates(config, self._rates(), RATE_NAMES)
         return config

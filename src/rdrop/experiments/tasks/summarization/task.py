@@ -15,7 +15,8 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, excerpt, text_predictions
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
-from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, set_rates
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
@@ -28,9 +29,10 @@ from rdrop.experiments.tasks.summarization.models import (
     small_config,
     target_prefix,
 )
-from rdrop.experiments.tasks.summarization.scores import mean_rouge, rouge_of_each
+from rdrop.experiments.tasks.summarization.scores import has_words, mean_rouge, rouge_of_each
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded
+from rdrop.experiments.tasks.tokenizing import require_content
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.summarization.recipes import SummarizationRecipe
@@ -55,13 +57,22 @@ class Summarization:
         self._config = self._build_config()
         self._documents = {split: self._tokenize_documents(own) for split, own in examples.items()}
         self._summaries = {split: self._tokenize_summaries(own) for split, own in examples.items()}
+        for split, own in examples.items():
+            self._require_content(split, own)
         self._tests = [excerpt(example.document) for example in examples["test"]]
         documents = {split: [example.document for example in own] for split, own in examples.items()}
         self.notes = notes_on_repeats(documents, "documents")
         self._references = {split: [example.summaries for example in examples[split]] for split in ("valid", "test")}
+        for split, references in self._references.items():
+            if not has_words(references):
+                raise DataError(f"{split}: most summaries have no letter and no digit, of which ROUGE is; give others")
 
     def build_model(self) -> nn.Module:
-        return seq2seq_model(self._model.name, self._config)
+        model = seq2seq_model(self._model.name, self._config)
+        if self._model.name is not None:
+            tokens = [*self._documents.values(), *self._summaries.values()]
+            require_rows(model, self._model.name, max(int(own.ids.max()) for own in tokens))
+        return model
 
     def train_size(self) -> int:
         return len(self._documents["train"])
@@ -139,7 +150,7 @@ class Summarization:
     def _build_tokenizer(self, train: Sequence[Example]) -> Any:
         model = self._model
         if model.name is not None:
-            return pretrained_tokenizer(model.name)
+            return pretrained_tokenizer(model.name, pretrained_config(model.name))
         assert model.vocabulary is not None  # the recipe has seen to it
         assert model.lowercase is not None
         texts = (text for example in train for text in (example.document, example.summaries[0]))
@@ -161,6 +172,18 @@ class Summarization:
         set_rates(config, self._model.rates(), RATE_NAMES)
         return config
 
+    def _require_content(self, split: str, examples: Sequence[Example]) -> None:
+        documents, summaries = self._documents[split], self._summaries[split]
+        sides = (
+            (documents, [example.document for example in examples], "document_tokens"),
+            (summaries, [example.summaries[0] for example in examples], "summary_tokens"),
+        )
+        for tokens, texts, key in sides:
+            limit = (f"data.{key}", getattr(self._data, key))
+            require_content(
+                tokens.ids, tokens.lengths, texts, self._tokenizer, split=split, model=self._model.name, limit=limit
+            )
+
     def _tokenize_documents(self, examples: Sequence[Example]) -> TokenSequences:
         texts = (self._data.prefix + example.document for example in examples)
         return TokenSequences(self._tokenize(texts, self._data.document_tokens, "text"))
@@ -175,7 +198,8 @@ class Summarization:
 
 
 def _require_positions(lengths: dict[str, int], config: Any, name: str) -> None:
-    positions = getattr(config, "max_position_embeddings", None)  # relative positions have no last one
     for key, length in lengths.items():
-        if positions is not None and length > positions:
-            raise RecipeError(key, f"is too long for {name}, which knows {positions} positions", value=length)
+        half = "encoder" if key == "data.document_tokens" else "decoder"  # they differ in LED
+        positions = getattr(config, f"max_{half}_position_embeddings", getattr(config, "max_position_embeddings", None))
+        if positions is not None and length > positions:  # relative positions have no last one
+            raise RecipeError(key, f"must be at most {positions}, the positions of {name}", value=length)

@@ -59,7 +59,7 @@ def learned_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeni
 
 def pretrained_tokenizer(name: str) -> Any:
     """Loads the tokenizer of an encoder, which must have a padding token."""
-    tokenizer = pretrained.pretrained_tokenizer(name)
+    tokenizer = pretrained.pretrained_tokenizer(name, _pretrained_config(name))
     if tokenizer.pad_token_id is None:
         raise RecipeError("model.name", "its tokenizer must have a padding token", value=name)
     return tokenizer
@@ -70,7 +70,7 @@ def configuration(model: TextClassificationModel, tokenizer: Any, classes: Seque
     if model.name is None:
         config: Any = _small_config(model, tokenizer, max_length)
     else:
-        config = pretrained.pretrained_config(model.name, AutoModelForSequenceClassification, "text classifier")
+        config = _pretrained_config(model.name)
     config.id2label = dict(enumerate(classes or ["LABEL_0"]))
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification" if classes else "regression"
@@ -78,6 +78,10 @@ def configuration(model: TextClassificationModel, tokenizer: Any, classes: Seque
         config.pad_token_id = tokenizer.pad_token_id
     pretrained.set_rates(config, model.rates(), RATE_NAMES)
     return config
+
+
+def _pretrained_config(name: str) -> Any:
+    return pretrained.pretrained_config(name, AutoModelForSequenceClassification, "text classifier")
 
 
 def classifier(name: str | None, config: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
 from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes
+from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
 from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
@@ -27,6 +28,7 @@ from rdrop.experiments.tasks.text_classification.models import (
 )
 from rdrop.experiments.tasks.text_classification.scores import constant_scores, score_texts
 from rdrop.experiments.tasks.token_sequences import padded
+from rdrop.experiments.tasks.tokenizing import require_content
 from rdrop.terms import Divergence, TaskLoss
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class TextClassification:
         if splits.unlabeled is not None:
             texts["unlabeled"] = splits.unlabeled
         self._inputs = {name: self._tokenized(split) for name, split in texts.items()}
+        for name, split in texts.items():
+            self._require_content(name, split)
         self._labels = {name: _label_tensor(split.labels) for name, split in texts.items()}
         self._tests = splits.test
         self.notes = self._notes_on_data(texts)
@@ -79,7 +83,11 @@ class TextClassification:
         return notes
 
     def build_model(self) -> nn.Module:
-        return classifier(self._model.name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
+        name = self._model.name
+        model = classifier(name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
+        if name is not None:
+            self._require_room(model, name)
+        return model
 
     def train_size(self) -> int:
         return len(self._labels["train"])
@@ -158,6 +166,39 @@ class TextClassification:
             rule = f"must be at most what {self._model.name} can read (={tokenizer.model_max_length})"
             raise RecipeError("data.max_length", rule, value=self._max_length)
         return tokenizer
+
+    def _require_content(self, split: str, texts: LabeledTexts) -> None:
+        inputs = self._inputs[split]
+        require_content(
+            np.concatenate(inputs["input_ids"]),
+            _lengths(inputs),
+            texts.examples(),
+            self._tokenizer,
+            split=split,
+            model=self._model.name,
+            limit=("data.max_length", self._max_length),
+        )
+
+    def _require_room(self, model: nn.Module, name: str) -> None:
+        """Refuses a pre-trained model that cannot read the texts: too few rows in an embedding, too few positions."""
+        rows = [row for inputs in self._inputs.values() for row in inputs["input_ids"]]
+        require_rows(model, name, max(int(row.max()) for row in rows))
+        config: Any = model.config
+        kinds = [int(row.max()) for inputs in self._inputs.values() for row in inputs.get("token_type_ids", ())]
+        if kinds and 0 < (getattr(config, "type_vocab_size", None) or 0) <= max(kinds):
+            rule = f"its tokenizer gives token types up to {max(kinds)}, and it knows {config.type_vocab_size}"
+            raise RecipeError("model.name", rule, value=name)
+        longest = torch.from_numpy(max(rows, key=len)).long()[None]
+        known = getattr(config, "max_position_embeddings", None)
+        # RoBERTa's positions begin after that of its padding.
+        if known is None or longest.shape[1] < known - (config.pad_token_id or 0):
+            return
+        most = most_tokens(model, lambda size: model(input_ids=longest[:, :size]), longest.shape[1])
+        if most < longest.shape[1]:
+            rule = (
+                f"must be at most {most}, which is what {name} can read; the longest text has {longest.shape[1]} tokens"
+            )
+            raise RecipeError("data.max_length", rule, value=self._max_length)
 
     def _tokenized(self, texts: LabeledTexts) -> Inputs:
         inputs: Inputs = {}

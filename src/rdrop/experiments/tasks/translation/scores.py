@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from sacrebleu.metrics.bleu import BLEU
 from sacremoses import MosesDetokenizer
 
+from rdrop.experiments.tasks.spelling import UNSPACED
+
 HYPHEN = re.compile(r"(\S)-(\S)")
-TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char"}  # of sacreBLEU, for languages that are written without spaces
-UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-"""A letter of such a language: Thai, kana, or a Chinese character."""
+TOKENIZERS = {"zh": "zh", **dict.fromkeys(("ja", "th", "lo", "km", "my"), "char")}
+"""SacreBLEU's tokenizers for languages that are written without spaces."""
 
 
 class BleuScorer:
@@ -24,7 +25,7 @@ class BleuScorer:
 
     `lowercase`: the references came in lower case, as the translations do; the signatures say so.
 
-    Chinese (`zh`), Japanese (`ja`) and Thai (`th`) are scored by characters.
+    Chinese (`zh`), Japanese (`ja`), Thai (`th`), Lao (`lo`), Khmer (`km`) and Burmese (`my`) are scored by characters.
 
     Text as it is written has the first and the last form, the last on the tokens that sacreBLEU makes of it. Of
     tokenized text the first form is that of Moses's detokenizer, on both sides.

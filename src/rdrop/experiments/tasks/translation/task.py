@@ -27,6 +27,7 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded, usable
+from rdrop.experiments.tasks.tokenizing import mostly_unknown
 from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
 from rdrop.experiments.tasks.translation.scores import TOKENIZERS, BleuScorer, has_words
 from rdrop.experiments.tasks.translation.subwords import (
@@ -70,6 +71,7 @@ class Translation:
         if not len(self._used):
             raise DataError(f"{pairs['train'].where}: data.max_length and data.max_ratio skip every pair; raise them")
         for split in ("valid", "test"):
+            self._require_known(pairs[split], split)
             self._require_scorable(pairs[split], split)
         self._sources = [source for source, _ in pairs["test"]]
         self._references = {split: [target for _, target in pairs[split]] for split in ("valid", "test")}
@@ -161,6 +163,12 @@ class Translation:
 
     def _longest_output(self, sources: Sequence[Sequence[int]]) -> int:
         return min(2 * max(map(len, sources)) + 10, self._model.positions - 1)
+
+    def _require_known(self, pairs: Pairs, split: str) -> None:
+        for language, tokens in zip((self._data.source, self._data.target), self._splits[split], strict=True):
+            lost = mostly_unknown(tokens.ids, (), UNKNOWN)
+            if lost is not None:
+                raise DataError(f"{pairs.where}: {language}: {lost} to the training text; give text in its letters")
 
     def _require_scorable(self, pairs: Pairs, split: str) -> None:
         longest = max(int(tokens.lengths.max()) for tokens in self._splits[split])

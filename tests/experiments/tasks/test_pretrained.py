@@ -1,0 +1,210 @@
+"""Pre-trained models that texts would not reach are refused: no tokenizer, another one, too few rows or positions."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from rdrop.experiments import cli
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.tasks.pretrained import most_tokens
+from rdrop.experiments.tasks.task import load_task
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+WORDS = ("good", "bad", "film", "book", "very", "a", "the", "is", "was", "it")
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2"]
+
+Refusal = Callable[[str, str], None]
+
+
+def tokenizer(words: Iterable[str] = WORDS, **options: Any) -> PreTrainedTokenizerFast:
+    """Words apart by spaces, between `<s>` and `</s>`."""
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys((*SPECIAL, *words)))}
+    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    frame = [(token, vocabulary[token]) for token in ("<s>", "</s>")]
+    words_only.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=frame)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words_only, **names, **options)  # type: ignore[no-untyped-call]
+
+
+def bert(rows: int = 14, positions: int = 16, **options: Any) -> BertModel:
+    return BertModel(BertConfig(vocab_size=rows, max_position_embeddings=positions, **SIZES, **options))
+
+
+def gpt2(rows: int = 14) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=2))
+
+
+def bart(rows: int = 14) -> BartForConditionalGeneration:
+    sizes = {
+        f"{half}_{name}": 1 for half in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=rows, d_model=16, max_position_embeddings=32, **sizes, **ids)  # type: ignore[arg-type]
+    return BartForConditionalGeneration(config)
+
+
+def saved(folder: Path, model: Any, own: PreTrainedTokenizerFast | None) -> str:
+    model.save_pretrained(folder)
+    if own is not None:
+        own.save_pretrained(folder)
+    return str(folder)
+
+
+def texts(size: int = 20) -> list[str]:
+    return [" ".join(WORDS[(row + step) % len(WORDS)] for step in range(3 + row % 2)) for row in range(size)]
+
+
+def recipe_of(task: str, folder: Path, model: str, lines: list[str] | None = None) -> Recipe:
+    lines = lines or texts()
+    train = folder / ("train.txt" if task == "language-modeling" else "train.jsonl")
+    if task == "language-modeling":
+        train.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        changes: dict[str, object] = {"data.block_size": 8, "data.context": 2}
+    else:
+        rows = (
+            {"text": line, "label": str(row % 2), "document": line, "summary": line} for row, line in enumerate(lines)
+        )
+        train.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        changes = {"data.max_length": 16}
+        if task == "summarization":
+            changes = {"data.document_tokens": 16, "data.summary_tokens": 8, "decoding.max_length": 8}
+    return RECIPES[task].replace(**changes, **{"data.train": str(train), "model.name": model})
+
+
+MODELS: dict[str, Callable[..., Any]] = {"text-classification": bert, "language-modeling": gpt2, "summarization": bart}
+EACH = pytest.mark.parametrize("task", MODELS)
+
+
+@EACH
+def test_a_model_with_its_own_tokenizer_is_taken(task: str, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", MODELS[task](), tokenizer())
+    load_task(recipe_of(task, tmp_path, name)).build_model()
+
+
+@EACH
+def test_a_folder_without_tokenizer_files_is_refused(task: str, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", MODELS[task](rows=1000), None)
+    with pytest.raises(RecipeError, match=r"^model\.name=.*: (has no tokenizer; put its files|cannot be loaded)"):
+        load_task(recipe_of(task, tmp_path, name))
+
+
+@EACH
+def test_the_tokenizer_of_a_model_with_a_larger_vocabulary_is_refused(task: str, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", MODELS[task](rows=14 + 129), tokenizer())
+    with pytest.raises(RecipeError, match=r"^model\.name=.*: its tokenizer has 14 entries and its embedding 143 rows"):
+        load_task(recipe_of(task, tmp_path, name))
+    load_task(recipe_of(task, tmp_path, saved(tmp_path / "round", MODELS[task](rows=128), tokenizer())))
+
+
+@EACH
+def test_ids_beyond_the_embedding_are_refused(task: str, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", MODELS[task](rows=10), tokenizer())
+    loaded = load_task(recipe_of(task, tmp_path, name))
+    with pytest.raises(RecipeError, match=r"^model\.name=.*: its tokenizer has ids up to 13.* embedding has 10 rows"):
+        loaded.build_model()
+
+
+@EACH
+def test_texts_most_of_whose_tokens_are_unknown_are_refused(task: str, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", MODELS[task](), tokenizer())
+    half = [f"{WORDS[row % 10]} {row} bad {row + 1}" for row in range(20)]
+    load_task(recipe_of(task, tmp_path, name, half))
+    most = [f"good {row} {row + 1}" for row in range(20)]
+    with pytest.raises(RecipeError, match=r"^model\.name=.*: its tokenizer loses the texts? of .* tokens are unknown"):
+        load_task(recipe_of(task, tmp_path, name, most))
+
+
+@pytest.mark.parametrize("task", ["text-classification", "summarization"])
+def test_texts_that_become_the_same_tokens_are_refused(task: str, tmp_path: Path) -> None:
+    deaf = tokenizer()
+    longest_first = sorted(WORDS, key=len, reverse=True)
+    deaf.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(word, "") for word in longest_first])
+    name = saved(tmp_path / "model", MODELS[task](), deaf)
+    with pytest.raises(
+        RecipeError, match=r"^model\.name=.*: its tokenizer loses the texts of train: all 16 become the "
+    ):
+        load_task(recipe_of(task, tmp_path, name))
+    own = saved(tmp_path / "own", MODELS[task](), tokenizer())
+    key = "data.max_length" if task == "text-classification" else "data.document_tokens"
+    with pytest.raises(RecipeError, match=rf"^{key}=2: is too little for the texts of train: all 16 become the same 2"):
+        load_task(recipe_of(task, tmp_path, own).replace(**{key: 2}))
+
+
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        (lambda: bert(positions=16), 16),
+        (lambda: RobertaModel(RobertaConfig(vocab_size=14, max_position_embeddings=18, pad_token_id=0, **SIZES)), 17),
+    ],
+)
+def test_texts_longer_than_the_positions_are_refused_with_their_number(
+    model: Callable[[], Any], most: int, tmp_path: Path
+) -> None:
+    name = saved(tmp_path / "model", model(), tokenizer())  # whose tokenizer knows no limit
+    long = [" ".join(WORDS[(row + step) % 10] for step in range(30)) for row in range(20)]
+    recipe = recipe_of("text-classification", tmp_path, name, long)
+    with pytest.raises(
+        RecipeError, match=rf"^data\.max_length=32: must be at most {most}, .*longest text has 32 tokens"
+    ):
+        load_task(recipe.replace(**{"data.max_length": 32})).build_model()
+    load_task(recipe.replace(**{"data.max_length": most})).build_model()
+    load_task(recipe_of("text-classification", tmp_path, name).replace(**{"data.max_length": 32})).build_model()
+
+
+def test_token_types_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    framed = tokenizer(model_input_names=names)
+    framed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    name = saved(tmp_path / "model", bert(type_vocab_size=1), framed)
+    recipe = recipe_of("text-classification", tmp_path, name)
+    load_task(recipe).build_model()
+    with pytest.raises(RecipeError, match=r"^model\.name=.*: its tokenizer gives token types up to 1, and it knows 1"):
+        load_task(recipe.replace(**{"data.text2_column": "summary"})).build_model()
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_the_commands_end_with_2_and_name_the_key(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = saved(tmp_path / "model", bert(rows=1000), None)
+    train = str(recipe_of("text-classification", tmp_path, name).value("data.train"))
+    own = ["--train", train, "--model", name, *(["--runs", str(tmp_path / "runs")] if command == "train" else [])]
+    assert cli.run([command, "text-classification", *own]) == 2
+    assert "rdrop: model.name=" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_most_tokens_that_are_read_are_found_by_bisecting() -> None:
+    asked = []
+
+    def read(size: int) -> None:
+        asked.append(size)
+        if size > 512:
+            raise IndexError(size)
+
+    model = torch.nn.Linear(1, 1).train()
+    assert most_tokens(model, read, 1000) == 512
+    assert len(asked) < 15
+    assert model.training
+    assert most_tokens(model, read, 300) == 300
