@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """`linear_rdrop_loss` is imported when first asked for: it registers operators, which takes torch a second."""
+        """Imports `linear_rdrop_loss` when first asked for: it registers operators, which takes torch a second."""
         if name != "linear_rdrop_loss":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from .linear_loss import linear_rdrop_loss

@@ -33,7 +33,7 @@ class DropoutSource:
 
 
 def dropout_sources(model: nn.Module) -> list[DropoutSource]:
-    """Every source of dropout of a model, switched off or on, in the order of `model.named_modules()`.
+    """Returns every source of dropout of a model, switched off or on, in the order of `model.named_modules()`.
 
     Found: `nn.Dropout` and its relatives, modules of a class named `...Dropout`, `...DropPath` or
     `...StochasticDepth`, the `dropout` of `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU` and `nn.RNN`, and every float
@@ -54,7 +54,7 @@ def acting_sources(model: nn.Module) -> list[DropoutSource]:
 
 @contextmanager
 def dropout_rate(model: nn.Module, p: float) -> Iterator[None]:
-    """Within the block, every dropout of the model runs at rate `p`; afterwards each has its own rate back.
+    """Runs every dropout of the model at rate `p` in the block; afterwards each has its own rate back.
 
     Example::
 
@@ -88,7 +88,7 @@ def dropout_rate(model: nn.Module, p: float) -> Iterator[None]:
 
 
 def single_layer_rnns(model: nn.Module) -> list[str]:
-    """The names of RNNs whose dropout never acts: it sits between layers, and they have one."""
+    """Returns the names of RNNs whose dropout never acts: it sits between layers, and they have one."""
     return [name for name, module in model.named_modules() if _is_single_layer_rnn(module) and module.dropout > 0]
 
 
@@ -120,7 +120,7 @@ def _is_single_layer_rnn(module: nn.Module) -> bool:
 
 
 def config_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """The dropout rates of the configs: a few Hugging Face models (Falcon, GPT-J) read them in every forward."""
+    """Returns the dropout rates of the configs, which a few models (Falcon, GPT-J) read in every forward."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [
         (config, attribute, value)

@@ -46,7 +46,7 @@ LEGACY_FORMS: dict[str, LegacyForm] = {
 
 
 def legacy_alpha(implementation: str, alpha: float, *, rows: int | None = None, classes: int | None = None) -> float:
-    """The paper's alpha that `implementation` really applies when told `alpha`: pass it to `rdrop_loss`.
+    """Returns the paper's alpha that `implementation` really applies when told `alpha`: pass it to `rdrop_loss`.
 
     Example: a BERT run of the official code with 32 rows on a device, `legacy_alpha("official-bert", 0.5, rows=32)`, is
     R-Drop with alpha 16.

@@ -188,7 +188,7 @@ def linear_forward(
     dtype: torch.dtype,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Task loss and divergence `(P,)`. Differentiable once, by computing everything again."""
+    """Computes task loss and divergence `(P,)`. Differentiable once, by computing everything again."""
     tasks, divergences = _zero_terms(labels, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in _chunks(hidden, weight, bias, labels, dtype, chunk):
@@ -214,9 +214,9 @@ def linear_forward_backward(
     weight_wanted: bool,
     bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`loss = (grad_task * task + grad_divergence * divergence).sum()`, both terms `(P,)`, and the loss's gradients.
+    """Computes `(grad_task * task + grad_divergence * divergence).sum()`, both terms `(P,)`, and the sum's gradients.
 
-    Only the loss is differentiable. A gradient that is not wanted is empty; one for a float16 tensor is float32.
+    Only the sum is differentiable. A gradient that is not wanted is empty; one for a float16 tensor is float32.
     """
     passes, _, features = hidden.shape
     tasks, divergences = _zero_terms(labels, dtype)
@@ -259,7 +259,7 @@ def linear_forward_backward(
 def _chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, size: int
 ) -> Iterator[_Chunk]:
-    """The valid positions, `size` at a time, with their logits; all in the same memory."""
+    """Yields the valid positions, `size` at a time, with their logits; all in the same memory."""
     passes, _, features = hidden.shape
     matrix = weight.to(dtype).t()
     shift = None if bias is None else bias.to(dtype)
@@ -294,7 +294,7 @@ def _forward_backward_(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """`total += left @ right`; the first time, `total` is memory without content."""
+    """Adds `left @ right` to `total`, which the first time is memory without content."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=0 if first else 1, out=total)
         return
@@ -324,7 +324,7 @@ def _zero_terms(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients; those of the parameters in the dtype they are added up in."""
+    """Returns memory for the gradients; those of the parameters in the dtype they are added up in."""
     shapes = hidden.shape, weight.shape, weight.shape[:1]
     dtypes = _kept_dtype(hidden.dtype), _terms_dtype(dtype), _terms_dtype(dtype)
     gradients = (
@@ -434,7 +434,7 @@ linear_forward_backward.register_autograd(_hand_out_gradients, setup_context=_ke
 def _check_shapes(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, class_weight: Tensor | None
 ) -> int:
-    """The number of passes, if everything fits."""
+    """Returns the number of passes, if everything fits."""
     both = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must be floating point")
@@ -469,7 +469,7 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether PyTorch has a bfloat16 product of its own here; without, it takes ten times as long as float32."""
+    """Whether PyTorch has such a product of its own; another takes ten times as long as float32."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 

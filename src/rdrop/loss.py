@@ -220,7 +220,7 @@ def _reference_terms(
     task_passes: tuple[int, ...],
     indices: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Task loss and divergence per position, `(N, ...)`, in plain PyTorch."""
+    """Computes task loss and divergence per position, `(N, ...)`, in plain PyTorch."""
     passes = at_least_float32(passes)
     if indices:
         passes = passes.masked_fill(~valid[None, ..., None], 0.0)
@@ -237,7 +237,7 @@ def _reference_terms(
 def _kernel_terms_apart(
     passes: Tensor, targets: Tensor, task_passes: tuple[int, ...], alpha: float, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The same with a kernel, where the task loss has fewer passes than the divergence: a call for each of the two."""
+    """Computes the same with a kernel, one call for each term: the task loss has fewer passes than the divergence."""
     from . import kernels
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
@@ -251,7 +251,7 @@ def _kernel_terms_apart(
 
 
 def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
-    """The passes `which`, in ascending order: a view where they are neighbors."""
+    """Returns the passes `which`, in ascending order: a view where they are neighbors."""
     first, last = which[0], which[-1]
     if last - first + 1 == len(which):
         return passes[first : last + 1]
@@ -259,7 +259,7 @@ def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
 
 
 def _mean_task_loss(task_loss: partial[Tensor], passes: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the passes of the task loss: `(N, ...)`."""
+    """Computes the mean over the passes of the task loss: `(N, ...)`."""
     m, n = passes.shape[:2]
     repeated = labels.expand(m, *labels.shape).flatten(0, 1)
     expected = torch.Size((m * n, *passes.shape[2:-1]))
@@ -294,7 +294,7 @@ def _gradient_wanted(logits: Tensor) -> bool:
 
 
 def _split(logits: Tensor, labels: Tensor) -> Tensor:
-    """`(m*N, ..., V)` to `(m, N, ..., V)`, m from the labels' first dimension."""
+    """Returns `(m*N, ..., V)` as `(m, N, ..., V)`, m from the labels' first dimension."""
     shapes = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, not {logits.dtype}")
@@ -307,7 +307,7 @@ def _split(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: float) -> tuple[int, ...]:
-    """The passes that carry the task loss, ascending."""
+    """Returns the passes that carry the task loss, ascending."""
     if task_passes is None:
         return tuple(range(passes))
     try:
@@ -325,7 +325,7 @@ def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: f
 
 
 def _check_divergence(task_loss: TaskLoss, divergence: Divergence) -> None:
-    """The softmax of logits that no softmax is trained on means nothing; of a single output it is constant."""
+    """Refuses the softmax of logits that no softmax is trained on: it means nothing, and is constant for one output."""
     if divergence is not symmetric_kl and divergence is not kl_from_first:
         return
     for other, own in ((binary_cross_entropy, bernoulli_kl), (squared_error, squared_difference)):

@@ -23,7 +23,7 @@ MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "in
 
 
 def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) -> T:
-    """The batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
+    """Returns the batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
 
     Example::
 
@@ -54,7 +54,7 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
 
 
 def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
-    """The inverse of `repeat_batch`: `passes` outputs of the same type, in the order of the passes.
+    """Returns the `passes` outputs of a repeated batch, the inverse of `repeat_batch`, in the order of the passes.
 
     Example::
 
@@ -96,7 +96,7 @@ def agree(passes: Sequence[Tensor], roundings: int = 100) -> bool:
 
 
 def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:
-    """One forward for each pass, pass `k` with dropout rate `dropout[k]`: the tuple of the outputs.
+    """Runs one forward for each pass, pass `k` with dropout rate `dropout[k]`, and returns the tuple of the outputs.
 
     Example::
 
@@ -120,7 +120,7 @@ def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float |
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
+    """Returns `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -129,7 +129,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nest: T) -> T:
-    """The nest with `function` applied to every tensor; a part in which nothing changes is the same object."""
+    """Returns the nest with `function` applied to every tensor; a part in which nothing changes is the same object."""
     if isinstance(nest, Tensor):
         return function(nest)  # type: ignore[return-value]
     children = _children(nest)
@@ -138,7 +138,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], nest: T) -> T:
 
 
 def named_tensors(nest: object, place: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a nest with its place as one would write it: `batch['input_ids']`, `batch[0].mask`."""
+    """Yields every tensor of a nest with its place as one would write it: `batch['input_ids']`, `batch[0].mask`."""
     if isinstance(nest, Tensor):
         if nest.is_nested:
             raise TypeError(
@@ -151,7 +151,7 @@ def named_tensors(nest: object, place: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _children(nest: object, place: str = "the batch") -> dict[Any, Any]:
-    """The parts of a container by key, index or field name; empty for everything that is no container."""
+    """Returns the parts of a container by key, index or field name; empty for everything that is no container."""
     if isinstance(nest, PackedSequence):
         raise TypeError(
             f"{place} is a PackedSequence, whose rows are interleaved; repeat the padded batch first, "
@@ -172,7 +172,7 @@ def _is_record(nest: object) -> bool:
 
 
 def _rebuild(nest: Any, children: dict[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A copy of the container `nest` in which the parts named in `changed` are replaced."""
+    """Returns a copy of the container `nest` in which the parts named in `changed` are replaced."""
     if isinstance(nest, tuple):
         values = tuple((children | changed).values())
         return nest._make(values) if hasattr(nest, "_make") else type(nest)(values)
@@ -188,7 +188,7 @@ def _rebuild(nest: Any, children: dict[Any, Any], changed: dict[Any, Any]) -> An
 
 
 def find_batch_size(batch: object) -> int:
-    """The number of rows of a batch, by the rules of `repeat_batch`."""
+    """Returns the number of rows of a batch, by the rules of `repeat_batch`."""
     tensors = {place: tensor for place, tensor in named_tensors(batch, "batch") if tensor.dim() > 0}
     if not tensors:
         raise ValueError(

@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
 
 
 def symmetric_kl(passes: Tensor) -> Tensor:
-    """`(KL(p||q) + KL(q||p)) / 2` of the softmax distributions, mean over pairs of passes: `(m, ..., V)` to `(...)`.
+    """Computes `(KL(p||q) + KL(q||p)) / 2` of softmaxes, mean over pairs of passes: `(m, ..., V)` to `(...)`.
 
     For two passes this computes ::
 
@@ -55,7 +55,7 @@ def symmetric_kl(passes: Tensor) -> Tensor:
 
 
 def bernoulli_kl(passes: Tensor) -> Tensor:
-    """`symmetric_kl` of K independent yes/no predictions, averaged over them: `(m, ..., K)` logits to `(...)`.
+    """Computes `symmetric_kl` of K independent yes/no predictions, averaged over them: `(m, ..., K)` logits to `(...)`.
 
     For multi-label classification, beside `binary_cross_entropy`. For two passes this computes ::
 
@@ -68,7 +68,7 @@ def bernoulli_kl(passes: Tensor) -> Tensor:
 
 
 def squared_difference(passes: Tensor) -> Tensor:
-    """Mean over pairs of passes of their squared difference, averaged over the K outputs: `(m, ..., K)` to `(...)`.
+    """Computes the squared difference of two passes, mean over pairs and the K outputs: `(m, ..., K)` to `(...)`.
 
     For regression, beside `squared_error`, as the paper does for STS-B. For two passes this computes
     `(passes[0] - passes[1]).square().mean(-1)`; for m, twice the unbiased variance over the passes.
@@ -79,7 +79,7 @@ def squared_difference(passes: Tensor) -> Tensor:
 
 
 def kl_from_first(passes: Tensor) -> Tensor:
-    """`KL(p||q)` from pass 1 to each other pass, mean over those: `(m, ..., V)` logits to `(...)`.
+    """Computes `KL(p||q)` from pass 1 to each other pass, mean over those: `(m, ..., V)` logits to `(...)`.
 
     For SimCut, whose first pass is the clean one. For two passes this computes ::
 
@@ -111,7 +111,7 @@ def _kl_from_first_and_gradient(logits: Tensor, *, gradient_wanted: bool = True)
 
 
 def _exp_beyond_tangent(r: Tensor) -> Tensor:
-    """`exp(r) - 1 - r` for |r| < 0.05, to rounding in float64."""
+    """Returns `exp(r) - 1 - r` for |r| < 0.05, to rounding in float64."""
     series = torch.ones_like(r)
     for n in range(8, 2, -1):
         series = 1 + r / n * series
@@ -183,13 +183,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Computes the softmax. Not torch's: on CPU its running sum is off by 2e-5 at V = 250,000."""
+    """Returns the softmax, not by torch, whose running sum on a CPU is off by 2e-5 at V = 250,000."""
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     return p / p.sum(-1, keepdim=True)
 
 
 def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
-    """`log p_a - log p_1`, accurate also where the passes nearly agree: `(m, ..., V)`, 0 for pass 1.
+    """Returns `log p_a - log p_1`, accurate also where the passes nearly agree: `(m, ..., V)`, 0 for pass 1.
 
     The difference of the logits is taken before anything else, with its rounding error, and relative to its value at a
     class that is likely: what is left is as small as the disagreement itself, and rounds no worse.
@@ -215,7 +215,7 @@ def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weight: Tensor | None = None
 ) -> Tensor:
-    """`F.cross_entropy(..., reduction="none")` with the classes last: `(M, ..., V)` and `(M, ...)` to `(M, ...)`.
+    """Computes `F.cross_entropy(..., reduction="none")`, classes last: `(M, ..., V)` and `(M, ...)` to `(M, ...)`.
 
     Labels are class indices `(M, ...)`, or probabilities `(M, ..., V)`. For indices it is written with logsumexp:
     on CPU the running sum inside `F.cross_entropy` puts its gradient off by 2e-5 at V = 250,000.
@@ -239,12 +239,12 @@ def cross_entropy(
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`F.binary_cross_entropy_with_logits`, averaged over the K labels: twice `(M, ..., K)` to `(M, ...)`."""
+    """Computes `F.binary_cross_entropy_with_logits`, mean over the K labels: twice `(M, ..., K)` to `(M, ...)`."""
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """`F.mse_loss`, averaged over the K outputs: twice `(M, ..., K)` (labels `(M, ...)` if K = 1) to `(M, ...)`."""
+    """Computes `F.mse_loss`, mean over K outputs: twice `(M, ..., K)` (labels `(M, ...)` if K = 1) to `(M, ...)`."""
     if labels.dim() == logits.dim() - 1 and logits.shape[-1] == 1:
         labels = labels[..., None]
     if labels.shape != logits.shape:  # mse_loss would broadcast them

@@ -79,7 +79,7 @@ def views_of(
     task_passes: Literal["all", "first"] = "all",
     passes: int = 2,
 ) -> tuple[View, ...]:
-    """The views that these settings name: the first pass clean, all others with the cutoff. None has no ratio.
+    """Returns the views that these settings name: the first pass clean, all others with the cutoff. None has no ratio.
 
     `RDROP == views_of()`, `CUTOFF == views_of("token", 0.1)`, `SIMCUT == views_of("embedding", 0.05, "first")`.
     """
@@ -92,7 +92,7 @@ def views_of(
 
 
 def task_passes_of(views: Sequence[View]) -> tuple[int, ...]:
-    """The passes that carry the task loss, as `rdrop_loss(task_passes=...)` wants them."""
+    """Returns the passes that carry the task loss, as `rdrop_loss(task_passes=...)` wants them."""
     return tuple(index for index, view in enumerate(views) if view.carries_task_loss)
 
 
@@ -102,7 +102,7 @@ def task_passes_of(views: Sequence[View]) -> tuple[int, ...]:
 def perturb_batch(
     batch: B, views: Sequence[View], *, special_ids: Collection[int] | None = None, unknown_id: int | None = None
 ) -> tuple[B, Perturbation]:
-    """`repeat_batch(batch, len(views))` in which each pass has its own cutoff, and what the model must leave out.
+    """Returns `repeat_batch(batch, len(views))` in which each pass has its own cutoff, and what to leave out.
 
     Example::
 
@@ -236,7 +236,7 @@ def _shape(value: object) -> str:
 
 
 def _first(attended: Tensor) -> Tensor:
-    """True at the first True of each row only."""
+    """Returns True at the first True of each row only."""
     return attended & (attended.cumsum(-1) == 1)
 
 
@@ -246,18 +246,18 @@ def _is_one_of(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
 
 @cache
 def _on_device(special_ids: frozenset[int], device: torch.device) -> Tensor:
-    """Kept, because sending them waits for an accelerator."""
+    """Returns the ids, and keeps them, because sending them waits for an accelerator."""
     with torch.inference_mode(False):
         return torch.tensor(sorted(special_ids), dtype=torch.long, device=device)
 
 
 def random_tokens(may_be_cut: Tensor, ratio: float) -> Tensor:
-    """Each of the tokens that may be cut with probability `ratio`: `(N, S)` bool to `(N, S)` bool."""
+    """Chooses each of the tokens that may be cut with probability `ratio`: `(N, S)` bool to `(N, S)` bool."""
     return may_be_cut & (torch.rand(may_be_cut.shape, device=may_be_cut.device) < ratio)
 
 
 def random_span(may_be_cut: Tensor, ratio: float) -> Tensor:
-    """One run of neighbors among the tokens of each row that may be cut: `(N, S)` bool to `(N, S)` bool."""
+    """Chooses one run of neighbors among the tokens of each row that may be cut: `(N, S)` bool to `(N, S)` bool."""
     place = may_be_cut.cumsum(-1) - 1
     count = may_be_cut.sum(-1, keepdim=True)
     length = _random_count(count * ratio)
@@ -267,13 +267,13 @@ def random_span(may_be_cut: Tensor, ratio: float) -> Tensor:
 
 
 def random_features(rows: int, dimensions: int, ratio: float, device: torch.device) -> Tensor:
-    """A random set of dimensions for each row: `(rows, D)` bool."""
+    """Chooses a random set of dimensions for each row: `(rows, D)` bool."""
     place = torch.rand(rows, dimensions, device=device).argsort(-1).argsort(-1)
     return place < _random_count(torch.full((rows, 1), dimensions * ratio, device=device))
 
 
 def _random_count(expected: Tensor) -> Tensor:
-    """Whole numbers next to `expected` that are `expected` in the mean, so that short examples are cut too."""
+    """Draws whole numbers next to `expected` that are `expected` in the mean, so that short examples are cut too."""
     return (expected + torch.rand(expected.shape, device=expected.device)).floor().long()
 
 
@@ -289,7 +289,7 @@ class _Zeroing:
     """The dimensions cut of embeddings of each width, so that ids looked up in parts lose the same."""
 
     def apply(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        """`embedded` `(..., D)` of `ids` `(...)`, which are a view of the side's ids, with zeros in the cut places."""
+        """Returns `embedded` `(..., D)` of `ids` `(...)`, a view of the side's ids, with zeros in the cut places."""
         cut = self.seen_as(ids, self.side.zeroed)[..., None]
         if self.side.features:
             row = torch.arange(len(self.side.ids), device=ids.device).view(-1, *[1] * (self.side.ids.dim() - 1))
@@ -297,7 +297,7 @@ class _Zeroing:
         return embedded.masked_fill(cut, 0.0)
 
     def features(self, embedded: Tensor) -> Tensor:
-        """`(m*N, D)`: the dimensions that are zero in each row."""
+        """Returns the dimensions that are zero in each row: `(m*N, D)`."""
         width = embedded.shape[-1]
         if width not in self.drawn:
             cut = torch.zeros(len(self.side.ids), width, dtype=torch.bool, device=embedded.device)
@@ -307,7 +307,7 @@ class _Zeroing:
         return self.drawn[width]
 
     def seen_as(self, ids: Tensor, values: Tensor) -> Tensor:
-        """Values for each of the side's ids, in the order in which the view `ids` shows these."""
+        """Returns values for each of the side's ids, in the order in which the view `ids` shows these."""
         return values.as_strided(ids.shape, ids.stride(), ids.storage_offset())
 
     def is_of(self, ids: object) -> TypeGuard[Tensor]:

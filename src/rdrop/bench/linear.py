@@ -50,7 +50,7 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
         return lambda hidden, labels: whole(hidden, parameter(), labels)
 
     def torch_linear_cross_entropy(hidden: Tensor, labels: Tensor) -> Tensor:
-        """Plain cross-entropy of the same rows by PyTorch, in chunks, which exclude label smoothing."""
+        """Computes plain cross-entropy of the same rows by PyTorch, in chunks, which exclude label smoothing."""
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, parameter(), labels.repeat(2), options=options)
 
@@ -85,7 +85,7 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
 
 
 def measure_linear(pairs: int, features: int, classes: int, conditions: Conditions) -> list[Record]:
-    """One record a form."""
+    """Returns one record for each form."""
     hidden, weight, labels = problem(pairs, features, classes, conditions)
     table = forms(weight, conditions)
     calls: dict[str, Prepare] = {name: partial(_prepare, form, hidden, labels) for name, form in table.items()}
@@ -96,7 +96,7 @@ def measure_linear(pairs: int, features: int, classes: int, conditions: Conditio
 
 
 def problem(pairs: int, features: int, classes: int, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `(2N, D)`, weight `(V, D)`, labels `(N,)`."""
+    """Returns hidden states `(2N, D)`, weight `(V, D)` and labels `(N,)`."""
     device, dtype = torch.device(conditions.device), DTYPES[conditions.dtype]
     g = torch.Generator(device).manual_seed(0)
     first = torch.randn(pairs, features, generator=g, device=device)

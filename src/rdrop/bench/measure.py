@@ -93,7 +93,7 @@ class Conditions:
         return KERNELS[self.device]
 
     def chosen(self, table: Mapping[str, T], compared_with: Collection[str]) -> dict[str, T]:
-        """The forms that are to be measured, in the order of the table."""
+        """Returns the forms that are to be measured, in the order of the table."""
         if self.forms:
             wanted = {*self.forms, *compared_with}
         else:
@@ -102,7 +102,7 @@ class Conditions:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Runs the block with as many threads as asked for, and with memory that can be measured."""
+        """Runs the block with as many threads as asked for, and memory that can be measured."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         _return_freed_memory(True)
@@ -122,7 +122,7 @@ class Measurement:
 
 
 def measure(calls: Mapping[str, Prepare], conditions: Conditions) -> dict[str, Measurement]:
-    """Each call once for its memory, which warms it up too, then `rounds` times in turn with the others.
+    """Runs each call once for its memory, which warms it up too, then `rounds` times in turn with the others.
 
     What is compiled at its first call has that before.
     """
@@ -155,7 +155,9 @@ def _seconds(call: Call, conditions: Conditions) -> float:
 
 
 def _device_seconds(call: Call) -> float:
-    """Between two events. The device is kept busy first, so that it need not wait for the host to launch kernels."""
+    """Returns the time between two events.
+
+    The device is kept busy first, so that it need not wait for the host to launch kernels."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # clock cycles: about 10 ms
@@ -185,7 +187,7 @@ def _peak_extra_bytes(call: Call, device: str) -> int | None:
 
 
 def _return_freed_memory(at_once: bool) -> None:
-    """Sets for glibc whether blocks of 64 kB and more are the system's again as soon as they are freed. Then what is
+    """Whether blocks of 64 kB and more are the system's again as soon as they are freed, by glibc. Then what is
     resident is what is in use, not what a heap holds between its blocks; but each block takes the time to be cleared.
     Otherwise they are kept, up to 32 MB each, which is where a process of large tensors arrives by itself.
     """
@@ -206,7 +208,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def record(benchmark: str, form: str, what: str, measured: Measurement, conditions: Conditions, **size: Any) -> Record:
-    """One measurement with all that is needed to make it again."""
+    """Returns one measurement with all that is needed to make it again."""
     median, p20, p80 = _quantiles(measured.seconds)
     return {
         "benchmark": benchmark,
@@ -231,7 +233,7 @@ def record(benchmark: str, form: str, what: str, measured: Measurement, conditio
 
 
 def _quantiles(seconds: list[float]) -> tuple[float | None, ...]:
-    """The median and the quantiles 0.2 and 0.8."""
+    """Returns the median and the quantiles 0.2 and 0.8."""
     if not seconds:
         return None, None, None
     of = torch.tensor(seconds, dtype=torch.float64)
@@ -259,7 +261,7 @@ def _versions(device: str) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout, with "-dirty" where the source differs from it; None where installed."""
+    """Returns the commit of the checkout, with "-dirty" where the source differs; None where it is installed."""
     root = Path(__file__).resolve().parents[3]
     if not (root / "src/rdrop/bench/measure.py").exists() or shutil.which("git") is None:
         return None

@@ -45,7 +45,7 @@ _LEFT_OUT = ("copy", "ours_reference")
 
 
 def draw(all_records: Sequence[Sequence[Record]]) -> Figure:
-    """Comparisons of one benchmark: a form a row, a bar a comparison; time on the left, memory on the right."""
+    """Draws comparisons of one benchmark: a form a row, a bar a comparison; time on the left, memory on the right."""
     layout = layout_of(all_records[0])
     columns = [{line.form: line for line in compare(records)} for records in all_records]
     forms = [form for form in layout.words if form not in _LEFT_OUT and any(form in column for column in columns)]

@@ -25,8 +25,9 @@ def read(path: Path) -> list[Record]:
 
 
 def comparisons(records: Iterable[Record]) -> list[list[Record]]:
-    """The records of one benchmark, size, dtype and machine together, in their order; a later one of a form replaces an
-    earlier one.
+    """Returns the records of one benchmark, size, dtype and machine together, in their order.
+
+    A later one of a form replaces an earlier one.
     """
     found: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in records:

@@ -31,12 +31,12 @@ Form = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """No R-Drop: plain cross-entropy of the same rows, what everything else is compared with."""
+    """Computes plain cross-entropy of the same rows, without R-Drop: what everything else is compared with."""
     return F.cross_entropy(logits, labels.repeat(2), label_smoothing=SMOOTHING)
 
 
 def official(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss as it is usually written: two cross-entropies, two `kl_div` with softmax targets."""
+    """Computes the loss as it is usually written: two cross-entropies, two `kl_div` with softmax targets."""
     first, second = logits.chunk(2)
     task = sum(F.cross_entropy(rows, labels, label_smoothing=SMOOTHING) for rows in (first, second)) / 2
     valid = labels != IGNORED
@@ -47,7 +47,7 @@ def official(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def tidy(logits: Tensor, labels: Tensor) -> Tensor:
-    """One `log_softmax` for everything, `kl_div` between logarithms."""
+    """Computes the loss from one `log_softmax`, with `kl_div` between logarithms."""
     log_p = logits.log_softmax(-1)
     uniform = -log_p.mean(-1)
     valid = labels != IGNORED
@@ -64,7 +64,7 @@ def ours(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
 
 
 def ours_cross_entropy(logits: Tensor, labels: Tensor, *, implementation: str) -> Tensor:
-    """Plain cross-entropy by the same kernel, in place: the floor of ours in place."""
+    """Computes plain cross-entropy by the same kernel, in place: the floor of ours in place."""
     targets = labels.repeat(2)
     valid = targets != IGNORED
     scale = (1 / valid.sum()).expand(len(targets))
@@ -82,7 +82,7 @@ def ours_cross_entropy(logits: Tensor, labels: Tensor, *, implementation: str) -
 
 
 def compiled(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The form through `torch.compile`, which takes seconds to load and is not loaded before the first call."""
+    """Returns the form through `torch.compile`, which takes seconds to load and is not loaded before the first call."""
     once = cache(lambda: torch.compile(form))
     return lambda *tensors: once()(*tensors)
 
@@ -120,7 +120,7 @@ class _Model(torch.autograd.Function):
 
 
 def measure_rows(pairs: int, classes: int, conditions: Conditions) -> list[Record]:
-    """One record a form, and one of a copy of the logits, the yardstick of bandwidth."""
+    """Returns one record for each form, and one of a copy of the logits, the yardstick of bandwidth."""
     logits, labels = problem(pairs, classes, conditions)
     calls: dict[str, Prepare] = {
         name: partial(_prepare, form, logits, labels) for name, form in forms(conditions).items()
@@ -151,7 +151,7 @@ def measure_rows(pairs: int, classes: int, conditions: Conditions) -> list[Recor
 
 
 def problem(pairs: int, classes: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
-    """Logits `(2N, V)` whose passes differ as dropout makes them differ, and labels `(N,)`."""
+    """Returns logits `(2N, V)` whose passes differ as dropout makes them differ, and labels `(N,)`."""
     device = torch.device(conditions.device)
     g = torch.Generator(device).manual_seed(0)
     first = 3 * torch.randn(pairs, classes, generator=g, device=device)

@@ -91,7 +91,7 @@ def classification_model(size: StepSize) -> nn.Module:
 
 
 def ragged_tokens(size: StepSize, classes: int) -> tuple[Tensor, Tensor]:
-    """Tokens and their mask: lengths from half of the longest to all of it."""
+    """Returns tokens and their mask: lengths from half of the longest to all of it."""
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(size.length // 2, size.length + 1, (size.batch, 1), generator=g)
     mask = torch.arange(size.length) < lengths
@@ -128,7 +128,7 @@ def without_labels(batch: Batch) -> Batch:
 
 
 def ours(model: nn.Module, batch: Batch, conditions: Conditions, **method: Any) -> Way:
-    """Forward and backward of the Trainer, as after its first steps, in which it looks at the model."""
+    """Returns forward and backward of the Trainer, as after its first steps, in which it looks at the model."""
     with tempfile.TemporaryDirectory() as folder:
         args = Seq2SeqTrainingArguments(
             folder,
@@ -151,7 +151,7 @@ def ours(model: nn.Module, batch: Batch, conditions: Conditions, **method: Any) 
 
 
 def ways(model: nn.Module, batch: Batch, conditions: Conditions) -> dict[str, Way]:
-    """Returns the ways to make a step by name, in the order of the tables."""
+    """Returns the ways by name, in the order of the tables."""
     trainer = partial(ours, model, batch, conditions)
     table: dict[str, Callable[[], Way]] = {
         "plain": lambda: partial(_backward, plain, model, batch, conditions),
@@ -171,7 +171,7 @@ def ways(model: nn.Module, batch: Batch, conditions: Conditions) -> dict[str, Wa
 
 
 def _quiet(encoder: nn.Module, trainer: Callable[..., Way], **method: Any) -> Way:
-    """A step in which the encoder drops nothing."""
+    """Returns a step in which the encoder drops nothing."""
     with without_dropout(encoder):
         way = trainer(**method)
 
@@ -205,7 +205,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 def measure_steps(classes: int | None, size: StepSize, conditions: Conditions) -> list[Record]:
-    """One record a way, of the translation model with `classes` or, with None, of the classifier."""
+    """Returns one record for each way, of the translation model with `classes` or, with None, of the classifier."""
     torch.manual_seed(0)
     device = torch.device(conditions.device)
     if classes is None:

@@ -72,7 +72,7 @@ def _check(benchmarks: Sequence[str], conditions: Conditions) -> None:
 
 
 def _measurements(benchmarks: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, Measuring]]:
-    """One benchmark: its description, and the function that measures."""
+    """Yields what is measured, in words, and the measuring of it."""
     if "logits" in benchmarks:
         from rdrop.bench import rows
 
@@ -96,7 +96,7 @@ def _measurements(benchmarks: Sequence[str], sizes: Sizes) -> Iterator[tuple[str
 
 
 def _chosen(own: Sequence[tuple[int, ...]], wanted: tuple[int | None, ...]) -> Sequence[tuple[int, ...]]:
-    """The benchmark's own sizes; or one, its first, with what is wanted in its place."""
+    """Returns the benchmark's own sizes; or one, its first, with what is wanted in its place."""
     if not any(wanted):
         return own
     return [tuple(value or default for value, default in zip(wanted, own[0], strict=True))]

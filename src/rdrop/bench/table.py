@@ -103,7 +103,7 @@ def layout_of(records: Sequence[Record]) -> Layout:
 
 
 def compare(records: Sequence[Record]) -> list[Line]:
-    """The forms of one comparison, in the order of their layout."""
+    """Returns the forms of one comparison, in the order of their layout."""
     layout = layout_of(records)
     by_form = {r["form"]: r for r in records}
     time = by_form.get(layout.time_base, {}).get("median")
@@ -138,7 +138,7 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def terminal_table(records: Sequence[Record]) -> Table:
-    """One comparison, a form a row; ratios to what the benchmark compares with."""
+    """Returns one comparison, a form a row; ratios to what the benchmark compares with."""
     layout, first = layout_of(records), records[0]
     table = Table(
         title=Text(f"{layout.heading}: {layout.size(first)}, {first['dtype']}", style="bold"),
@@ -175,7 +175,7 @@ def _caption(layout: Layout, r: Record) -> str:
 
 
 def markdown_table(all_records: Sequence[Sequence[Record]]) -> str:
-    """Comparisons of one benchmark side by side: `time, memory` as ratios, a column each."""
+    """Returns comparisons of one benchmark side by side: `time, memory` as ratios, a column each."""
     layout = layout_of(all_records[0])
     columns = [{line.form: line for line in compare(records)} for records in all_records]
     heads = [f"{layout.size(records[0])}: time, memory" for records in all_records]
@@ -194,7 +194,7 @@ def _cell(line: Line | None) -> str:
 
 
 def number(ratio: float | None) -> str:
-    """Two digits after the point; one would hide what a small ratio is made of, three would pretend."""
+    """Returns two digits after the point: one would hide what a small ratio is made of, three would pretend."""
     return "" if ratio is None else f"{ratio:.2f}"
 
 

@@ -40,7 +40,7 @@ def check_rdrop(model: nn.Module, batch: Any = None) -> CheckReport:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    """Returns the model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

@@ -54,7 +54,7 @@ class CheckReport:
         return not any(finding.severity == "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in what JSON has: dicts, lists, strings, numbers, null."""
+        """Returns the report in what JSON has: dicts, lists, strings, numbers, null."""
         report: dict[str, Any] = json.loads(json.dumps({"ok": self.ok, **asdict(self)}))
         return report
 

@@ -57,7 +57,7 @@ def _no_dropout(model: nn.Module, sources: Collection[DropoutSource], passes_dif
 
 
 def acting(model: nn.Module, sources: Iterable[DropoutSource]) -> list[DropoutSource]:
-    """Returns the sources that draw for each row. A model in evaluation mode is judged as if it were training."""
+    """Returns the sources that draw anew for every row. A model in evaluation mode is judged as if it were training."""
     idle = single_layer_rnns(model)
     return [
         source

@@ -58,7 +58,7 @@ def _two_forwards(model: nn.Module, batch: Any) -> Trial:
 
 
 def _repeated(batch: Any) -> tuple[Any, int]:
-    """[x; x] cut off from the caller's graph, and its number of rows."""
+    """Returns [x; x] cut off from the caller's graph, and its number of rows."""
     try:
         rows = 2 * find_batch_size(batch)
         if rows == 0:
@@ -234,7 +234,7 @@ def _not_tried(obstacle: str) -> Finding:
 
 
 def _obstacle(model: nn.Module) -> str | None:
-    """Why the model cannot be run and then put back as it was, if it cannot."""
+    """Returns why the model cannot be run and then put back as it was, if it cannot."""
     tensors = [*model.parameters(), *model.buffers()]
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
@@ -252,7 +252,7 @@ def _obstacle(model: nn.Module) -> str | None:
 
 
 def _eagerly() -> AbstractContextManager[Any]:
-    """Compiled parts run eagerly: hooks are seen, nothing is compiled again for the check."""
+    """Runs compiled parts eagerly in the block: hooks are seen, nothing is compiled again for the check."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

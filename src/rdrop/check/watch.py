@@ -15,7 +15,7 @@ SAMPLE_SIZE = 4096
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever happens in the block, the model and the random numbers are afterwards what they were before.
+    """Leaves the model and the random numbers as they were before, whatever happens in the block.
 
     Put back: parameters, buffers, `.grad`, `requires_grad`, training flags, hooks and every other attribute of every
     submodule; the random state of torch on every device, of `random`, and of numpy where it is loaded. Holds one copy
@@ -123,7 +123,7 @@ def _has_trainable_parameters(module: nn.Module) -> bool:
 
 
 def _with_gradient(output: Any) -> Any:
-    """The output as trained parameters would have made it: part of a graph."""
+    """Returns the output as trained parameters would have made it: part of a graph."""
     if type(output) is tuple:
         return tuple(_with_gradient(part) for part in output)
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.requires_grad:
@@ -156,7 +156,7 @@ def _attributes(model: nn.Module) -> Iterator[Callable[[], object]]:
 
 
 def _attributes_of(module: nn.Module) -> Callable[[], object]:
-    """Hooks, submodules, parameters and the training flag are attributes too, most of them inside dicts."""
+    """Puts back hooks, submodules, parameters and the training flag, which are attributes too, most inside dicts."""
     before = dict(vars(module))
     contents = {name: value.copy() for name, value in before.items() if type(value) in (dict, OrderedDict, list, set)}
 

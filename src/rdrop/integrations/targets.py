@@ -181,7 +181,7 @@ def question_answering(config: Any, inputs: Batch) -> list[Target]:
     """Returns two softmaxes over the T positions of the sequence: where the answer starts and where it ends."""
 
     def position(name: str, length: int) -> Tensor:
-        """Returns the positions as the models read them: below 0 means 0, beyond the sequence means ignored."""
+        """Reads a position as the models do: below 0 means 0, beyond the sequence means ignored."""
         found = _required(inputs, name).reshape(-1).clamp(0, length)
         return found.masked_fill(found == length, IGNORE_INDEX)
 
@@ -248,7 +248,7 @@ def is_of_transformers(model: nn.Module) -> bool:
 
 @cache
 def _class_names(head: str) -> frozenset[str]:
-    """The model classes of a list of transformers, whose entries are a name or several."""
+    """Returns the model classes of a list of transformers, whose entries are a name or several."""
     from transformers.models.auto import modeling_auto
 
     entries = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values()

@@ -45,7 +45,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def why_not() -> str | None:
-    """Why the library cannot be used here; None if it can."""
+    """Returns why the library cannot be used here; None if it can."""
     if not LIBRARY.exists():
         return (
             f"{LIBRARY.name} was not built: installing found no C++ compiler, or it failed (pip install -v shows "
@@ -61,7 +61,7 @@ def why_not() -> str | None:
 
 
 def why_not_for(logits: Tensor, passes: int) -> str | None:
-    """Why these logits cannot be given to the library; None if they can."""
+    """Returns why these logits cannot be given to the library; None if they can."""
     if logits.device.type != "cpu":
         return f"the logits are on {logits.device}"
     if logits.dtype not in DTYPES:
@@ -72,12 +72,12 @@ def why_not_for(logits: Tensor, passes: int) -> str | None:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of `INSTRUCTIONS` this processor has, the best last."""
+    """Returns those of `INSTRUCTIONS` this processor has, the best last."""
     return INSTRUCTIONS[: _library().rdrop_rows_instructions() + 1]
 
 
 def instructions() -> str:
-    """The processor's best instruction set, or, for tests, what the variable RDROP_CPU_INSTRUCTIONS names."""
+    """Returns the processor's best instruction set, or, for tests, what the variable RDROP_CPU_INSTRUCTIONS names."""
     present = instruction_sets()
     name = os.environ.get("RDROP_CPU_INSTRUCTIONS", present[-1])
     if name not in present:

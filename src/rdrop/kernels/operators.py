@@ -23,12 +23,12 @@ _IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton}
 
 
 def available() -> dict[str, str | None]:
-    """Each implementation's name, and None if it can run here or the reason why not."""
+    """Returns each implementation's name, and None if it can run here or the reason why not."""
     return {name: module.why_not() for name, module in _IMPLEMENTATIONS.items()}
 
 
 def why_not(implementation: str, logits: Tensor, passes: int) -> str | None:
-    """Why `implementation` cannot compute these logits; None if it can."""
+    """Returns why `implementation` cannot compute these logits; None if it can."""
     reason: str | None = _why_not_here(implementation)
     if reason is None and type(logits) not in (Tensor, torch.nn.Parameter):
         reason = f"the logits are a {type(logits).__name__}"
@@ -43,7 +43,7 @@ def _why_not_here(implementation: str) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def warn_if_missing(implementation: str) -> None:
-    """One line in the log, once, where `implementation` was not built or does not load."""
+    """Writes one line into the log, once, where `implementation` was not built or does not load."""
     reason = _why_not_here(implementation)
     if reason is not None:
         _warn_once(reason)
@@ -63,7 +63,7 @@ def _warn_once(reason: str) -> None:
 def rows_forward(
     logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the package's docstring."""
+    """Computes the forward of the package's docstring."""
     module = _IMPLEMENTATIONS[implementation]
     terms: tuple[Tensor, Tensor, Tensor] = module.forward(logits, labels, weight, label_smoothing, passes)
     return terms
@@ -81,7 +81,7 @@ def rows_backward(
     grad_task: Tensor,
     grad_divergence: Tensor,
 ) -> Tensor:
-    """See the package's docstring."""
+    """Computes the gradient of the package's docstring."""
     gradient: Tensor = _IMPLEMENTATIONS[implementation].backward(
         logits, labels, weight, label_smoothing, passes, statistics, grad_task, grad_divergence
     )
@@ -99,7 +99,7 @@ def rows_forward_backward_(
     grad_task: Tensor,
     grad_divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See the package's docstring."""
+    """Computes both, the gradient in the place of the logits."""
     terms: tuple[Tensor, Tensor] = _IMPLEMENTATIONS[implementation].forward_backward_(
         logits, labels, weight, label_smoothing, passes, grad_task, grad_divergence
     )
@@ -158,7 +158,7 @@ rows_forward.register_autograd(_rows_gradient, setup_context=_keep_for_backward)
 def row_terms(
     logits: Tensor, labels: Tensor, *, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Task loss and divergence `(N, ...)` per position of `(m*N, ..., V)` logits; `labels` `(N, ...)` or IGNORED."""
+    """Returns task loss and divergence per position, `(N, ...)`, of `(m*N, ..., V)` logits; labels may be IGNORED."""
     rows = _as_rows(logits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -169,7 +169,7 @@ def row_terms(
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """`(n, ..., V)` to `(n, T, V)`: a view, where strides allow."""
+    """Returns `(n, ..., V)` as `(n, T, V)`: a view, where strides allow."""
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)
 
 
@@ -184,7 +184,7 @@ def overwriting_loss(
     passes: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad_task * task + grad_divergence * divergence`, task loss and divergence, `(N, ...)` each.
+    """Returns `grad_task * task + grad_divergence * divergence`, task loss and divergence, `(N, ...)` each.
 
     Only the first is differentiable; its gradient is in the logits' memory when this returns.
     """

@@ -15,7 +15,7 @@ from ..terms import cross_entropy, symmetric_kl, symmetric_kl_and_gradient
 def forward(
     logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
 ) -> tuple[Tensor, Tensor]:
-    """Task loss and divergence `(N, T)` of `(m*N, T, V)` logits, in float32 at least."""
+    """Returns task loss and divergence `(N, T)` of `(m*N, T, V)` logits, in float32 at least."""
     rows = _as_passes(logits, passes)
     return _mean_cross_entropy(rows, labels, weight, label_smoothing), symmetric_kl(rows)
 
@@ -29,7 +29,7 @@ def forward_backward_(
     grad_task: Tensor,
     grad_divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same terms; afterwards `logits` holds the gradient of `(grad_task * task + grad_divergence * divergence)`."""
+    """Returns the same, and leaves the gradient of `grad_task * task + grad_divergence * divergence` in the logits."""
     rows = _as_passes(logits, passes)
     task = _mean_cross_entropy(rows, labels, weight, label_smoothing)
     divergence, of_divergence = symmetric_kl_and_gradient(rows)

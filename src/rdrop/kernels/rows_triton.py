@@ -56,7 +56,7 @@ def rows(
     FAR_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Forward, backward or both, for position `program_id(0)`. `gradient` may be the logits themselves.
+    """Computes forward, backward or both, for position `program_id(0)`. `gradient` may be the logits themselves.
 
     Strides in elements, from one example, place and pass to the next. `statistics` are 1 + 4 M numbers a position:
     1 if far, and for each pass base, scale, mean F_a and growth X_a (near only), with p_a = scale * exp(z_a - base).
@@ -130,7 +130,7 @@ def rows(
 
 @triton.jit
 def _block(row, start, classes, BLOCK: tl.constexpr):
-    """BLOCK logits in float32; -inf after the last class."""
+    """Returns BLOCK logits in float32; -inf after the last class."""
     c = start + tl.arange(0, BLOCK)
     return tl.load(row + c, mask=c < classes, other=-INFINITY).to(tl.float32)
 
@@ -160,7 +160,7 @@ def _fill(out, pass_stride, classes, value, M: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _pass(statistics, a: tl.constexpr):
-    """base, scale, mean, growth in float32."""
+    """Returns base, scale, mean, growth in float32."""
     at = statistics + 1 + 4 * a
     return (
         tl.load(at).to(tl.float32),
@@ -184,14 +184,14 @@ def _keep(statistics, a: tl.constexpr, base, scale, mean, growth):
 
 @triton.jit
 def _expm1(x):
-    """Within 1e-6 of its value everywhere, without libdevice's branches."""
+    """Returns expm1 within 1e-6 of its value everywhere, without libdevice's branches."""
     series = 1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
     return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1)
 
 
 @triton.jit
 def _two_difference(a, b):
-    """`a - b == high + low`, exactly (Knuth)."""
+    """Returns high and low with `a - b == high + low`, exactly (Knuth)."""
     high = a - b
     taken = high - a
     return high, (a - (high - taken)) - (b + taken)
@@ -199,7 +199,7 @@ def _two_difference(a, b):
 
 @triton.jit
 def _difference(z, first, offset_high, offset_low, EXACT: tl.constexpr):
-    """d_a, correctly rounded but for a couple of units; 0 where both logits are -inf."""
+    """Returns d_a, correctly rounded but for a couple of units; 0 where both logits are -inf."""
     high, low = _two_difference(z, first)
     d = high - offset_high
     if EXACT:
@@ -333,7 +333,7 @@ def _near_forward(
 
 @triton.jit
 def _moved(sums, mass, base, top, at_class, pass_stride, M: tl.constexpr):
-    """The sums relative to another class k, at `at_class`, where z_1 is `top` instead of `base`.
+    """Returns the sums relative to another class k, at `at_class`, where z_1 is `top` instead of `base`.
 
     With c_a the difference of the two z_a[k] - z_1[k]: d_a falls by c_a, f_a by c_a - mean_b c_b, and x_a becomes
     exp(-c_a) x_a + expm1(-c_a).
@@ -417,7 +417,7 @@ def _near_gradient(
 
 @triton.jit
 def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
-    """Computes for each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
+    """Returns for each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
     zs = ()
     highest = tl.full((BLOCK,), -INFINITY, tl.float32)
     for a in tl.static_range(M):
@@ -439,7 +439,7 @@ def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BL
 
 @triton.jit
 def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
-    """The divergence."""
+    """Returns the divergence."""
     tl.debug_barrier()  # the near path's statistics are written before these
     for a in tl.static_range(M):
         top = tl.full((BLOCK,), -INFINITY, tl.float32)

@@ -29,7 +29,7 @@ def _kernels() -> ModuleType:
 
 @cache
 def why_not() -> str | None:
-    """Why the kernel cannot be used here; None if it can."""
+    """Returns why the kernel cannot be used here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
     if torch.cuda.is_available():
@@ -48,7 +48,7 @@ def _interpreted() -> bool:
 
 
 def why_not_for(logits: Tensor, passes: int) -> str | None:
-    """Why these logits cannot be given to the kernel; None if they can."""
+    """Returns why these logits cannot be given to the kernel; None if they can."""
     if logits.device.type != "cuda" and not (logits.device.type == "cpu" and _interpreted()):
         return f"the logits are on {logits.device}"
     if logits.dtype not in DTYPES:
@@ -122,7 +122,7 @@ def _launch(
     gradient: Tensor | None = None,
     upstream: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One program a position. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
+    """Runs one program for each position. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
     if not labels.numel():
         return
     examples, classes = labels.shape[0], logits.shape[2]
@@ -163,5 +163,5 @@ def _launch(
 
 
 def _block(classes: int, passes: int) -> int:
-    """Classes at a time, a power of two."""
+    """Returns how many classes are read at a time, a power of two."""
     return min(MAX_BLOCK, max(32, 1 << (classes - 1).bit_length()))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """The trainers are imported when first asked for: `forward` is of use without transformers' Trainer."""
+        """Imports the trainers when they are first asked for: `forward` is of use without transformers' Trainer."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.trainer"), name)

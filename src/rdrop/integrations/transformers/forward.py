@@ -46,7 +46,7 @@ class Fused:
     )
 
     def __init__(self, inner: Any) -> None:
-        """`inner` is the transformers model itself, without DDP, torch.compile and LoRA around it."""
+        """Takes the transformers model itself, without DDP, torch.compile and LoRA around it."""
         self.is_of_transformers = is_of_transformers(inner)
         self.layer: Any = inner.get_output_embeddings() if self.is_of_transformers else None
         self._hidden: Tensor | None = None

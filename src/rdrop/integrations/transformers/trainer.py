@@ -163,7 +163,7 @@ class RDropMixin(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Returns in training the R-Drop loss, or the plain one in plain updates; else the stock Trainer's loss."""
+        """Computes the R-Drop loss in training, or the plain one in updates without it; else the stock Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
@@ -251,7 +251,7 @@ class RDropMixin(Trainer):
         return logits_bytes > chunk_bytes(weight.device.type)
 
     def _inspect_head(self, fused: Fused, inputs: Batch, target: Target) -> str | None:
-        """Checks in the first micro-batches, by one example, that it is exact and that the model's own loss is ours."""
+        """Looks, in the first micro-batches, by one example: is it exact, is the model's own loss what we compute?"""
         if self._checks_left == 0:
             return None
         model, inner = self._unwrapped_model(), self._inner_model()
@@ -274,7 +274,7 @@ class RDropMixin(Trainer):
     # ------------------------------------------------------------------------- without
 
     def _plain_step(self, model: nn.Module, inputs: Batch, targets: list[Target], counts: Tensor) -> tuple[Tensor, Any]:
-        """One pass: the stock Trainer's loss where that is the mean over the whole update, else that mean."""
+        """Runs one pass: the stock Trainer's loss where that is the mean over the whole update, else that mean."""
         label_smoothing = self._label_smoothing(inputs, targets)
         alone = self._accumulation == 1 and self._processes() == 1
         if not self._loss_is_overridden() and (alone or self._divides_by_count is not False):
@@ -293,7 +293,7 @@ class RDropMixin(Trainer):
         return loss, outputs
 
     def _stock_loss(self, model: nn.Module, inputs: Batch, count: Tensor | None) -> tuple[Tensor, Any]:
-        """The stock Trainer's loss, and once whether `count`, the labels of the whole update, divides it.
+        """Computes the stock Trainer's loss, and sees once whether `count`, the labels of the whole update, divides it.
 
         Many models accept a count and ignore it. The signature does not tell; the graph of the loss does.
         """
@@ -313,15 +313,15 @@ class RDropMixin(Trainer):
         super().log(logs, start_time)
 
     def _processes(self) -> int:
-        """Over how many processes the mean of an update is taken; their gradients are averaged afterwards."""
+        """Returns over how many processes the mean of an update is taken; their gradients are averaged afterwards."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def _unwrapped_model(self) -> Any:
-        """The model without DDP and torch.compile around it."""
+        """Returns the model without DDP and torch.compile around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _inner_model(self) -> PreTrainedModel:
-        """The model without DDP, torch.compile and LoRA around it."""
+        """Returns the model without DDP, torch.compile and LoRA around it."""
         model = self._unwrapped_model()
         inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         return inner
@@ -336,7 +336,7 @@ class RDropMixin(Trainer):
         return float(self.label_smoother.epsilon)
 
     def _check_model(self, outputs: Any, targets: list[Target]) -> None:
-        """Checks in the first micro-batches that something in the model is random and that its own loss is ours."""
+        """Looks, in the first micro-batches: is anything random in the model, and is its loss the one we compute?"""
         if self._checks_left == 0 or any(target.count()[0] == 0 for target in targets):
             return
         if self.alpha > 0:
