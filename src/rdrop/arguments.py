@@ -6,7 +6,8 @@ Whatever depends on values is checked on CPU, outside `torch.compile`: an accele
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,12 +29,9 @@ def checked_alpha(alpha: Any) -> float:
     return value
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
+def check_options(label_smoothing: float, reduction: Reduction, num_items: int | Tensor | None) -> None:
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing (={label_smoothing}) must be in [0, 1)")
-
-
-def check_reduction(reduction: Reduction, num_items: int | Tensor | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction (={reduction!r}) must be 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
@@ -151,24 +149,20 @@ def place(row: list[int]) -> str:
     return str(row[0]) if len(row) == 1 else f"{row[0]}, position {', '.join(map(str, row[1:]))}"
 
 
-class BadLogit(NamedTuple):
-    """The first logit that makes a loss infinite or NaN: where it is, what it is, and how many are like it."""
-
-    row: list[int]
-    column: int
-    what: str
-    alike: int
-
-
-def bad_logit(
+def check_rows(
     passes: Tensor,
     valid: Tensor,
     labels: Tensor | None,
     *,
+    name: str = "logit",
+    row: Sequence[int] = (),
     nan: str = "the model or its input already is",
     infinite: str = "the model overflowed",
-) -> BadLogit | None:
-    """Returns the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`, if there is one."""
+) -> None:
+    """Raises a ValueError about the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`.
+
+    `row` stands before the places in `...`; `nan` and `infinite` are what the caller knows of the cause.
+    """
     masked = passes == -torch.inf
     bad_label = torch.zeros_like(masked[0])
     if labels is not None:
@@ -185,9 +179,9 @@ def bad_logit(
     ):
         places = (found & valid[..., None]).nonzero()
         if len(places):
-            *row, column = places[0].tolist()
-            return BadLogit(row, column, what, len(places))
-    return None
+            *inner, column = places[0].tolist()
+            where = f"{name} at example {place([*row, *inner])}, class {column}"
+            raise ValueError(f"{where} {what} ({len(places)} such logits)")
 
 
 def not_finite(tasks: Tensor, divergences: Tensor) -> str:

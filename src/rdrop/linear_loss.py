@@ -17,10 +17,9 @@ from torch import Tensor
 from .arguments import (
     Implementation,
     Reduction,
-    bad_logit,
     check_class_labels,
-    check_label_smoothing,
-    check_reduction,
+    check_options,
+    check_rows,
     checked_alpha,
     divide,
     divisors,
@@ -115,8 +114,7 @@ def linear_rdrop_loss(
     Source: as `rdrop_loss`.
     """
     alpha = checked_alpha(alpha)
-    check_reduction(reduction, num_items)
-    check_label_smoothing(label_smoothing)
+    check_options(label_smoothing, reduction, num_items)
     if chunk_positions is not None and chunk_positions < 1:
         raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
@@ -482,19 +480,20 @@ def _check_position(
 ) -> None:
     """Raises a ValueError about the logits of the first position whose loss is not finite, if they are the reason."""
     row = (~terms.isfinite()).nonzero()[0].tolist()
-    where = f"hidden at example {place(row)}"
     by_pass = hidden.detach().reshape(-1, *labels.shape, hidden.shape[-1])
     rows = by_pass[(slice(None), *row)].to(dtype)  # (m, D)
     if not rows.isfinite().all():
-        raise ValueError(f"{where} holds a NaN or an infinity: the model or its input already does")
+        raise ValueError(
+            f"hidden at example {place(row)} holds a NaN or an infinity: the model or its input already does"
+        )
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(rows, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-    bad = bad_logit(
+    check_rows(
         logits,
         torch.tensor(True),
         labels[tuple(row)].long(),
+        name="the logit of hidden",
+        row=row,
         nan="weight or bias holds one, or infinities that meet",
         infinite="weight or bias holds one, or the product overflows",
     )
-    if bad is not None:
-        raise ValueError(f"the logit of {where}, class {bad.column} {bad.what}")

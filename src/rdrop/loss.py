@@ -20,17 +20,15 @@ from torch import Tensor
 from .arguments import (
     Implementation,
     Reduction,
-    bad_logit,
     check_class_labels,
-    check_label_smoothing,
-    check_reduction,
+    check_options,
+    check_rows,
     checked_alpha,
     divide,
     divisors,
     kernel_for,
     not_finite,
     number_of_passes,
-    place,
     values_may_be_read,
 )
 from .terms import (
@@ -122,7 +120,7 @@ def rdrop_loss(
     Source: paper section 2; m passes: section 4.4. Closed form of the divergence: `symmetric_kl`.
     """
     alpha = checked_alpha(alpha)
-    check_reduction(reduction, num_items)
+    check_options(label_smoothing, reduction, num_items)
     of_labels = _with_options(task_loss, label_smoothing, weight)
     _check_divergence(task_loss, divergence)
     if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
@@ -169,7 +167,7 @@ def rdrop_loss(
             tasks, divergences = kernels.row_terms(logits, targets, passes=len(passes), **options)
             divergences = divergences if alpha > 0 else divergences.detach()
     if values_may_be_read(logits) and not (tasks.sum() + divergences.sum()).isfinite():
-        _check_rows(passes, valid, labels if indices and task_passes else None)
+        check_rows(passes, valid, labels if indices and task_passes else None)
         raise ValueError(not_finite(tasks, divergences))
 
     tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
@@ -191,14 +189,13 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_I
     passes = _split(logits, labels)
     indices = labels.dim() == logits.dim() - 1
     valid = labels != ignore_index if indices else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    _check_rows(passes, valid, labels.long() if indices and not labels.is_floating_point() else None)
+    check_rows(passes, valid, labels.long() if indices and not labels.is_floating_point() else None)
 
 
 # ---------------------------------------------------------------------------------------------- the terms
 
 
 def _with_options(task_loss: TaskLoss, label_smoothing: float, weight: Tensor | None) -> partial[Tensor]:
-    check_label_smoothing(label_smoothing)
     if task_loss is cross_entropy:
         return partial(cross_entropy, label_smoothing=label_smoothing, weight=weight)
     if label_smoothing or weight is not None:
@@ -365,10 +362,3 @@ def _check_overwritable(logits: Tensor) -> None:
     ):
         if found:
             raise ValueError(f"overwrite_logits=True needs logits of their own, and these {what}")
-
-
-def _check_rows(passes: Tensor, valid: Tensor, labels: Tensor | None) -> None:
-    bad = bad_logit(passes, valid, labels)
-    if bad is not None:
-        where = f"logit at example {place(bad.row)}, class {bad.column}"
-        raise ValueError(f"{where} {bad.what} ({bad.alike} such logits)")

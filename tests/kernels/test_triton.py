@@ -15,7 +15,7 @@ from benchmarks.accuracy import FAMILIES, Case, Errors, measure, random_cases
 from tests.kernels.test_rows import assert_no_worse_than_the_reference, in_float64, random_case, terms_and_gradient
 from tests.test_accuracy import assert_accurate
 
-from rdrop.kernels import triton
+from rdrop.kernels import operators, triton
 
 pytestmark = pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.why_not()))
 
@@ -69,7 +69,10 @@ def test_the_order_of_the_classes_costs_no_digits(small_blocks, order):
     _, exact_divergence, exact_gradient = in_float64(case)
     torch.testing.assert_close(divergence.double(), exact_divergence, rtol=1e-4, atol=0)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
-    near = triton.forward(rows.flatten(0, 1)[:, None], case.labels[:, None], None, 0.0, 3)[2][..., 0] == 0
+    near = (
+        operators.rows_forward(rows.flatten(0, 1)[:, None], case.labels[:, None], None, 0.0, 3, "triton")[2][..., 0]
+        == 0
+    )
     assert near.all()
 
 

@@ -18,8 +18,8 @@ from .watch import Watch, differ, unchanged
 
 
 class _Failure(Exception):  # noqa: N818 - it ends the trial, not the check
-    def __init__(self, finding: Finding) -> None:
-        self.finding = finding
+    def __init__(self, code: str, message: str, remedy: str) -> None:
+        self.finding = Finding(code, "error", message, remedy)
 
 
 def try_batch(model: nn.Module, batch: Any) -> Trial:
@@ -65,37 +65,28 @@ def _repeated(batch: Any) -> tuple[Any, int]:
             raise ValueError("it has no rows")
         return map_tensors(Tensor.detach, repeat_batch(batch)), rows
     except (TypeError, ValueError) as error:
-        raise _Failure(
-            Finding(
-                "batch", "error", f"The batch cannot be repeated: {error}.", "Give the batch as repeat_batch needs it."
-            )
-        ) from error
+        message = f"The batch cannot be repeated: {error}."
+        raise _Failure("batch", message, "Give the batch as repeat_batch needs it.") from error
 
 
 def _logits(model: nn.Module, batch: Any, repeated: Any, rows: int) -> Tensor:
     try:
         output = call_model(model, repeated)
     except Exception as error:
-        raise _Failure(_forward_failed(model, batch, error)) from error
+        raise _forward_failed(model, batch, error) from error
     logits = _find_logits(output, rows)
     if logits is None:
         raise _Failure(
-            Finding(
-                "no-logits",
-                "error",
-                f"No logits in the output, a {type(output).__name__}.",
-                "Return a tensor, or a tuple, mapping or object with `logits`.",
-            )
+            "no-logits",
+            f"No logits in the output, a {type(output).__name__}.",
+            "Return a tensor, or a tuple, mapping or object with `logits`.",
         )
     if logits.dim() == 0 or logits.shape[0] % rows:
         raise _Failure(
-            Finding(
-                "rows",
-                "error",
-                f"The repeated batch has {rows} rows, the logits have shape {tuple(logits.shape)}: their first "
-                "dimension does not go row by row, so the passes cannot be told apart.",
-                "R-Drop needs inputs and logits with the batch in the first dimension (batch_first=True).",
-            )
+            "rows",
+            f"The repeated batch has {rows} rows, the logits have shape {tuple(logits.shape)}: their first "
+            "dimension does not go row by row, so the passes cannot be told apart.",
+            "R-Drop needs inputs and logits with the batch in the first dimension (batch_first=True).",
         )
     return logits
 
@@ -117,24 +108,18 @@ def _find_logits(output: Any, rows: int) -> Tensor | None:
 def _backward(watch: Watch, logits: Tensor) -> None:
     if not logits.requires_grad:
         raise _Failure(
-            Finding(
-                "no-gradient",
-                "error",
-                "The logits carry no gradient: nothing would be learned from them.",
-                "Check that parameters require gradients, that the forward does not run under no_grad, and that the "
-                "logits are those of the loss.",
-            )
+            "no-gradient",
+            "The logits carry no gradient: nothing would be learned from them.",
+            "Check that parameters require gradients, that the forward does not run under no_grad, and that the "
+            "logits are those of the loss.",
         )
     try:
         watch.backward(logits)
     except Exception as error:
         raise _Failure(
-            Finding(
-                "backward-failed",
-                "error",
-                f"The backward of the repeated batch raised {_described(error)}",
-                "A training step would fail too: make it run on this batch first.",
-            )
+            "backward-failed",
+            f"The backward of the repeated batch raised {_described(error)}",
+            "A training step would fail too: make it run on this batch first.",
         ) from error
 
 
@@ -209,15 +194,14 @@ def _shared_masks(dropping: Collection[str]) -> Finding:
     )
 
 
-def _forward_failed(model: nn.Module, batch: Any, error: Exception) -> Finding:
+def _forward_failed(model: nn.Module, batch: Any, error: Exception) -> _Failure:
     try:
         call_model(model, batch)
         where = "the batch alone runs, so something in it or in the model does not follow its size"
     except Exception:
         where = "so did that of the batch alone"
-    return Finding(
+    return _Failure(
         "forward-failed",
-        "error",
         f"The forward of the repeated batch failed ({where}): {_described(error)}",
         "Make model(**batch), model(*batch) or model(batch) run first; tensors that must not be repeated stay out of "
         "the batch.",

@@ -19,7 +19,7 @@ The operators, in torch.ops.rdrop:
         task = mean over passes of rdrop.cross_entropy and divergence = rdrop.symmetric_kl per position, in float32, as
         accurate as the reference (benchmarks/accuracy.py). Differentiable once in `logits`, through rows_backward. A
         NaN, a +inf, a -inf in some passes only, or a -inf at the label make one of the two non-finite. `statistics` is
-        what the implementation wants to find again in its backward: a few numbers a position, layout its own.
+        what the implementation wants to find again in its backward: 1 + 4m numbers a position, layout its own.
     rows_backward(..., statistics, grad_task (N, T), grad_divergence (N, T)) -> gradient (m*N, T, V), contiguous
         of (grad_task * task + grad_divergence * divergence).sum() in the logits, in their dtype. The label's entry is
         rounded once, from float32. With grad_divergence 0 it is exactly the gradient of the cross-entropy alone.
@@ -29,8 +29,8 @@ The operators, in torch.ops.rdrop:
 
 The result does not depend on the number of threads, to the bit.
 
-An implementation is a module with `why_not()`, `why_not_for(logits, passes)`, `statistics_for(labels, passes)`,
-`forward`, `backward` and `forward_backward_` of the signatures above less `implementation`; see `cpu.py`.
+An implementation is a module with `why_not()`, `why_not_for(logits, passes)`, and `launch(...)` of the common arguments
+less `implementation`, `statistics`, and the tensors it is to fill; see `cpu.py`.
 """
 
 from .operators import IGNORED as IGNORED

@@ -85,94 +85,49 @@ def instructions() -> str:
     return name
 
 
-def statistics_for(labels: Tensor, passes: int) -> Tensor:
-    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
-
-
-def forward(
-    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    task, divergence = (torch.empty(labels.shape, dtype=torch.float32) for _ in range(2))
-    statistics = statistics_for(labels, passes)
-    call = _Call(logits, labels, weight, label_smoothing, passes)
-    call.run(forward=True, statistics=statistics, task=task, divergence=divergence)
-    return task, divergence, statistics
-
-
-def backward(
+def launch(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,
     label_smoothing: float,
     passes: int,
     statistics: Tensor,
-    grad_task: Tensor,
-    grad_divergence: Tensor,
-) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
-    call = _Call(logits, labels, weight, label_smoothing, passes)
-    call.run(backward=gradient, statistics=statistics, grad_task=grad_task, grad_divergence=grad_divergence)
-    return gradient
+    *,
+    terms: tuple[Tensor, Tensor] | None = None,
+    gradient: Tensor | None = None,
+    upstream: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Runs the library. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
+    kept: list[Tensor] = []
 
+    def pointer(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        kept.append(tensor.detach().to(dtype).contiguous())
+        return kept[-1].data_ptr()
 
-def forward_backward_(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    passes: int,
-    grad_task: Tensor,
-    grad_divergence: Tensor,
-) -> tuple[Tensor, Tensor]:
-    task, divergence = (torch.empty(labels.shape, dtype=torch.float32) for _ in range(2))
-    _Call(logits, labels, weight, label_smoothing, passes).run(
-        forward=True,
-        backward=logits,
-        statistics=statistics_for(labels, passes),
-        task=task,
-        divergence=divergence,
-        grad_task=grad_task,
-        grad_divergence=grad_divergence,
+    outer, inner, _ = logits.stride()
+    rows = _Rows(
+        logits=logits.data_ptr(),
+        labels=pointer(labels, torch.int64),
+        weight=None if weight is None else pointer(weight),
+        statistics=pointer(statistics, torch.float64),
+        positions=labels.numel(),
+        inner=logits.shape[1],
+        classes=logits.shape[2],
+        logits_outer_stride=outer,
+        logits_inner_stride=inner,
+        label_smoothing=label_smoothing,
+        passes=passes,
+        bfloat16=logits.dtype == torch.bfloat16,
+        forward=terms is not None,
+        backward=gradient is not None,
+        threads=torch.get_num_threads(),
+        instructions=INSTRUCTIONS.index(instructions()),
     )
-    return task, divergence
-
-
-class _Call:
-    """One call of the library: the arguments every mode has, and the tensors whose memory they point to."""
-
-    def __init__(
-        self, logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
-    ) -> None:
-        self._kept: list[Tensor] = []
-        outer, inner, _ = logits.stride()
-        self._rows = _Rows(
-            logits=logits.data_ptr(),
-            labels=self._pointer(labels, torch.int64),
-            weight=None if weight is None else self._pointer(weight, torch.float32),
-            positions=labels.numel(),
-            inner=logits.shape[1],
-            classes=logits.shape[2],
-            logits_outer_stride=outer,
-            logits_inner_stride=inner,
-            label_smoothing=label_smoothing,
-            passes=passes,
-            bfloat16=logits.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
-            instructions=INSTRUCTIONS.index(instructions()),
-        )
-
-    def _pointer(self, tensor: Tensor, dtype: torch.dtype) -> int:
-        tensor = tensor.detach().to(dtype).contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def run(self, *, forward: bool = False, backward: Tensor | None = None, **tensors: Tensor) -> None:
-        rows = self._rows
-        for name, tensor in tensors.items():
-            setattr(rows, name, self._pointer(tensor, torch.float64 if name == "statistics" else torch.float32))
-        rows.forward, rows.backward = forward, backward is not None
-        if backward is not None:
-            rows.gradient = backward.data_ptr()
-            rows.gradient_outer_stride, rows.gradient_inner_stride, _ = backward.stride()
-        if rows.positions:
-            _library().rdrop_rows(ctypes.byref(rows))
+    if terms is not None:
+        rows.task, rows.divergence = map(pointer, terms)
+    if gradient is not None and upstream is not None:
+        rows.grad_task, rows.grad_divergence = map(pointer, upstream)
+        rows.gradient = gradient.data_ptr()
+        rows.gradient_outer_stride, rows.gradient_inner_stride, _ = gradient.stride()
+    if rows.positions:
+        _library().rdrop_rows(ctypes.byref(rows))

@@ -64,9 +64,10 @@ def rows_forward(
     logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the forward of the package's docstring."""
-    module = _IMPLEMENTATIONS[implementation]
-    terms: tuple[Tensor, Tensor, Tensor] = module.forward(logits, labels, weight, label_smoothing, passes)
-    return terms
+    terms, statistics = _terms_like(labels), _statistics_like(labels, passes)
+    arguments = logits, labels, weight, label_smoothing, passes, statistics
+    _IMPLEMENTATIONS[implementation].launch(*arguments, terms=terms)
+    return *terms, statistics
 
 
 @torch.library.custom_op("rdrop::rows_backward", mutates_args=())
@@ -82,9 +83,10 @@ def rows_backward(
     grad_divergence: Tensor,
 ) -> Tensor:
     """Computes the gradient of the package's docstring."""
-    gradient: Tensor = _IMPLEMENTATIONS[implementation].backward(
-        logits, labels, weight, label_smoothing, passes, statistics, grad_task, grad_divergence
-    )
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    arguments = logits, labels, weight, label_smoothing, passes, statistics
+    upstream = grad_task, grad_divergence
+    _IMPLEMENTATIONS[implementation].launch(*arguments, gradient=gradient, upstream=upstream)
     return gradient
 
 
@@ -100,9 +102,10 @@ def rows_forward_backward_(
     grad_divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Computes both, the gradient in the place of the logits."""
-    terms: tuple[Tensor, Tensor] = _IMPLEMENTATIONS[implementation].forward_backward_(
-        logits, labels, weight, label_smoothing, passes, grad_task, grad_divergence
-    )
+    terms = _terms_like(labels)
+    arguments = logits, labels, weight, label_smoothing, passes, _statistics_like(labels, passes)
+    upstream = grad_task, grad_divergence
+    _IMPLEMENTATIONS[implementation].launch(*arguments, terms=terms, gradient=logits, upstream=upstream)
     return terms
 
 
@@ -110,9 +113,13 @@ def _terms_like(labels: Tensor) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.float32)
 
 
+def _statistics_like(labels: Tensor, passes: int) -> Tensor:
+    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
+
+
 @rows_forward.register_fake
 def _(logits, labels, weight, label_smoothing, passes, implementation):  # type: ignore[no-untyped-def]
-    return *_terms_like(labels), _IMPLEMENTATIONS[implementation].statistics_for(labels, passes)
+    return *_terms_like(labels), _statistics_like(labels, passes)
 
 
 @rows_backward.register_fake

@@ -58,59 +58,7 @@ def why_not_for(logits: Tensor, passes: int) -> str | None:
     return None
 
 
-def statistics_for(labels: Tensor, passes: int) -> Tensor:
-    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
-
-
-def forward(
-    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = statistics_for(labels, passes)
-    terms = _empty_terms(labels)
-    _launch(logits, labels, weight, label_smoothing, passes, statistics, terms=terms)
-    return *terms, statistics
-
-
-def backward(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    passes: int,
-    statistics: Tensor,
-    grad_task: Tensor,
-    grad_divergence: Tensor,
-) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    upstream = grad_task, grad_divergence
-    _launch(logits, labels, weight, label_smoothing, passes, statistics, gradient=gradient, upstream=upstream)
-    return gradient
-
-
-def forward_backward_(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    passes: int,
-    grad_task: Tensor,
-    grad_divergence: Tensor,
-) -> tuple[Tensor, Tensor]:
-    statistics = statistics_for(labels, passes)
-    terms = _empty_terms(labels)
-    upstream = grad_task, grad_divergence
-    _launch(
-        logits, labels, weight, label_smoothing, passes, statistics, terms=terms, gradient=logits, upstream=upstream
-    )
-    return terms
-
-
-def _empty_terms(labels: Tensor) -> tuple[Tensor, Tensor]:
-    task, divergence = (torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(2))
-    return task, divergence
-
-
-def _launch(
+def launch(
     logits: Tensor,
     labels: Tensor,
     weight: Tensor | None,

@@ -36,7 +36,6 @@ from rdrop.integrations.transformers.forward import (
     same_randomness,
     without_labels,
 )
-from rdrop.integrations.transformers.term_means import TermMeans
 from rdrop.linear_loss import chunk_bytes
 from rdrop.passes import repeat_batch
 
@@ -110,7 +109,7 @@ class RDropMixin(Trainer):
         return super().train(*args, **kwargs)
 
     def _begin(self) -> None:
-        self._term_means = TermMeans()
+        self._term_means = _TermMeans()
         self._checks_left = CHECKED_MICRO_BATCHES
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
@@ -366,6 +365,29 @@ class RDropSeq2SeqTrainer(RDropMixin, Seq2SeqTrainer):
         collator = DataCollatorForSeq2Seq(tokenizer, model=model)
         RDropSeq2SeqTrainer(model=model, args=args, data_collator=collator, train_dataset=train, alpha=5.0).train()
     """
+
+
+class _TermMeans:
+    """Sums of the logged terms since the last log. Each term is the mean over the updates that have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._updates: dict[str, set[int]] = {}
+
+    def add(self, update: int, **terms: Tensor) -> None:
+        """Adds a micro-batch's part of the terms of one update."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._updates.setdefault(name, set()).add(update)
+
+    def pop(self, accelerator: Any) -> dict[str, float]:
+        """Returns the means over all processes, and forgets them."""
+        means = {
+            name: accelerator.gather(total.reshape(1)).mean().item() / len(self._updates[name])
+            for name, total in self._sums.items()
+        }
+        self._sums, self._updates = {}, {}
+        return means
 
 
 def _depends_on(loss: Tensor, count: Tensor) -> bool:
