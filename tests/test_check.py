@@ -47,7 +47,16 @@ def mlp(*extra: nn.Module, p: float = 0.2) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(p), *extra, nn.Linear(16, 3))
 
 
+def mlp_with_end(*end: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*mlp(), *end)
+
+
 # ---------------------------------------------------------------------------------------------------- planted faults
+
+
+class HandMadeSoftmax(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp() / x.exp().sum(-1, keepdim=True)
 
 
 class Wrapper(nn.Module):
@@ -189,6 +198,12 @@ FAULTS: list[tuple[str, str, Callable[[], nn.Module], Any]] = [
     ("no-dropout", "error", lambda: RecurrentClassifier(layers=1), X),
     ("no-dropout", "error", vit, PIXELS),
     ("no-dropout", "error", llama_config_changed_too_late, TOKENS),
+    ("probabilities", "error", lambda: mlp_with_end(nn.Softmax(-1)), X),
+    ("probabilities", "error", lambda: mlp_with_end(HandMadeSoftmax()), X),
+    ("probabilities", "error", lambda: mlp_with_end(nn.Softmax(0)), X),
+    ("probabilities", "error", lambda: mlp_with_end(nn.Softmax(-1), nn.Unflatten(0, (-1, 1)), nn.Flatten(0, 1)), X),
+    ("probabilities", "warning", lambda: mlp_with_end(nn.Sigmoid()), X),
+    ("probabilities", "warning", lambda: mlp_with_end(nn.Sigmoid(), nn.Unflatten(1, (3, 1))), X),
     ("single-layer-rnn", "warning", lambda: RecurrentClassifier(layers=1), X),
     ("eval-mode", "error", lambda: mlp().eval(), X),
     ("frozen-dropout", "warning", frozen_dropout, X),
@@ -408,6 +423,9 @@ DEBERTA = {**TINY, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "
 MARIAN = {**TINY_SEQ2SEQ, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 GOOD: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "mlp-log-softmax": (lambda: mlp_with_end(nn.LogSoftmax(-1)), X),
+    "mlp-relu": (lambda: mlp_with_end(nn.ReLU()), X),
+    "mlp-sigmoid-inside": (lambda: mlp(nn.Sigmoid()), X),
     "bert-classification": (bert, labeled([0, 1, 1, 0])),
     "bert-regression": (lambda: bert(num_labels=1, problem_type="regression"), labeled([0.5, 1.0, 1.5, 0.0])),
     "bert-multi-label": (
@@ -693,7 +711,7 @@ def test_a_sharded_model_is_only_looked_at_and_trains_on() -> None:
 
 def test_the_page_lists_every_code() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in Path(rdrop.check.__file__).parent.glob("*.py"))
-    emitted = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
+    emitted = set(re.findall(r'(?:Finding|_Failure)\(\s*"([a-z-]+)"', source))
     page = (Path(__file__).parents[1] / "docs" / "check.md").read_text(encoding="utf-8")
     listed = {code for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for code in re.findall("`(.*?)`", row)}
     assert emitted == listed

@@ -466,6 +466,8 @@ def test_importing_rdrop_loads_no_kernel():
 
 # ------------------------------------------------------------------------------------------------ errors
 
+NAN, INFINITY = float("nan"), float("inf")
+
 
 def changed(**tensors) -> Problem:
     return replace(problem(), **tensors)
@@ -501,6 +503,9 @@ def changed(**tensors) -> Problem:
         ),
         (changed(labels=torch.zeros(5)), {}, "labels (5,) of torch.float32 cannot be class indices"),
         (changed(labels=torch.tensor([0, 1, 2, 37, 0])), {}, "label 37 at example 3 is outside [0, 37)"),
+        (changed(labels=torch.tensor([NAN, 1, 2, 3, 0])), {}, "labels (5,) of torch.float32 cannot be class indices"),
+        (changed(labels=torch.ones(5, 37)), {}, "hidden (10, 13) and labels (5, 37): expected (m*N, ..., D) and (N"),
+        (changed(weight=torch.ones(1, 13), bias=None), {}, "weight (1, 13) for 1 class: a softmax needs two"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(p, options, message):
@@ -514,7 +519,6 @@ def with_entry(tensor: Tensor, place: tuple[int, ...], value: float) -> Tensor:
     return tensor
 
 
-NAN, INFINITY = float("nan"), float("inf")
 P = problem()
 
 
@@ -536,6 +540,11 @@ P = problem()
             changed(bias=with_entry(P.bias, (int(P.labels[0]),), -INFINITY)),
             {},
             "is -inf and the label: its cross-entropy is infinite",
+        ),
+        (
+            changed(weight=P.weight * 0, bias=with_entry(torch.full((37,), 2e38), (int(P.labels[0]),), -1e38)),
+            {},
+            "overflows torch.float32",
         ),
         (
             changed(bias=with_entry(P.bias, ((int(P.labels[0]) + 1) % 37,), -INFINITY)),

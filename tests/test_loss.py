@@ -698,6 +698,128 @@ def test_zeros_and_ones_for_classes_are_explained():
         rdrop_loss(random_logits(4, 5), torch.ones(2, 5, dtype=torch.long), alpha=1.0)
 
 
+REGRESSION = {"task_loss": squared_error, "divergence": squared_difference}
+YES_OR_NO = {"task_loss": binary_cross_entropy, "divergence": bernoulli_kl}
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_a_number_to_learn_that_is_not_finite_is_named(value, column):
+    labels = torch.tensor([1.0, 2.0, value])
+    where = "example 2, class 0" if column else "example 2"
+    with pytest.raises(ValueError, match=rf"label {value} at {where} must be a finite number"):
+        rdrop_loss(random_logits(6, 1), labels[:, None] if column else labels, alpha=1.0, **REGRESSION)
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_an_output_of_a_regression_that_is_not_finite_is_named(column):
+    logits, labels = random_logits(8, 1), torch.zeros(4)
+    logits[3] = NAN
+    with pytest.raises(ValueError, match="logit at example 3, class 0 is NaN"):
+        rdrop_loss(logits, labels[:, None] if column else labels, alpha=1.0, **REGRESSION)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])
+def test_a_number_that_looks_like_ignore_index_counts(shape, dtype):
+    labels = torch.tensor([0, IGNORED, 0, 0], dtype=dtype).view(shape)
+    assert rdrop_loss(torch.zeros(8, 1), labels, alpha=1.0, **REGRESSION).loss == 2500
+
+
+def test_a_number_that_looks_like_ignore_index_counts_for_a_callable_too():
+    options = {"task_loss": lambda z, y: (z[..., 0] - y).abs(), "divergence": squared_difference}
+    assert rdrop_loss(torch.zeros(8, 1), torch.tensor([0.0, IGNORED, 0, 0]), alpha=1.0, **options).loss == 25
+
+
+@pytest.mark.parametrize("value", [-1.0, -1, IGNORED, 2.0, NAN, INFINITY])
+def test_yes_and_no_outside_zero_and_one_are_named(value):
+    labels = torch.tensor([[1, 0, 1], [0, 1, value]])  # whole numbers, where the value is one
+    with pytest.raises(ValueError, match=rf"label {value:g} at example 1, class 2 must be in \[0, 1\]: 1 for yes"):
+        rdrop_loss(torch.zeros(4, 3), labels, alpha=1.0, **YES_OR_NO)
+
+
+def test_a_task_loss_of_ones_own_may_leave_out_labels_that_are_not_known():
+    def known(logits, labels):
+        values = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
+        return (values * (labels >= 0)).sum(-1)
+
+    labels = torch.tensor([[1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    loss = rdrop_loss(torch.zeros(4, 3), labels, alpha=1.0, task_loss=known, divergence=bernoulli_kl).loss
+    assert loss.item() == pytest.approx(2 * 0.693147, abs=1e-5)
+
+
+def test_yes_and_no_of_one_output_may_leave_out_the_last_dimension():
+    logits, labels = random_logits(6, 1), torch.tensor([0.0, 1.0, 1.0])
+    expected = rdrop_loss(logits, labels[:, None], alpha=1.0, **YES_OR_NO)
+    assert rdrop_loss(logits, labels, alpha=1.0, **YES_OR_NO) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            [1.0, 1.0, 0.0],
+            "labels at example 1 add up to 2, and probabilities to 1; for zeros and ones pass task_loss=b",
+        ),
+        ([0.0, 0.0, 0.0], "labels at example 1 add up to 0, and probabilities to 1"),
+        ([-0.5, 1.0, 0.5], "label -0.5 at example 1, class 0 is no probability"),
+        ([NAN, 0.5, 0.5], "label nan at example 1, class 0 is no probability"),
+    ],
+)
+def test_rows_that_are_no_probabilities_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        rdrop_loss(random_logits(4, 3), torch.tensor([[0.2, 0.3, 0.5], row]), alpha=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_may_be_rounded(dtype):
+    labels = random_logits(50, 1000, dtype=torch.float32).softmax(-1).to(dtype)
+    rdrop_loss(random_logits(100, 1000, dtype=torch.float32), labels, alpha=1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"task_passes": ()}, {"task_loss": lambda z, y: z.sum(-1)}])
+def test_a_softmax_over_one_class_is_refused(options):
+    with pytest.raises(ValueError, match=r"logits \(8, 1\) for 1 class: a softmax needs two.*its loss 0 for ever"):
+        rdrop_loss(random_logits(8, 1), torch.zeros(4, dtype=torch.long), alpha=1.0, **options)
+
+
+def test_classes_that_count_from_one_are_recognized():
+    with pytest.raises(ValueError, match=r"label 3 at example 1 is outside \[0, 3\).*count from 0, and these from 1"):
+        rdrop_loss(random_logits(6, 3), torch.tensor([1, 3, 2]), alpha=1.0)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("row", [[3e38, -3e38, 0.0], [2e38, -1e38, 0.0], [0.0, torch.finfo().min, 0.0]])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_finite_logits_give_a_finite_loss_or_say_that_it_overflows(label, row, implementation, smoothing):
+    logits = torch.tensor([row] * 6)
+    logits[4] = 0.0
+    options = {"alpha": 1.0, "label_smoothing": smoothing, "implementation": implementation}
+    try:
+        found = rdrop_loss(logits, torch.full((3,), label), **options).loss
+    except ValueError as error:
+        found = str(error)
+    assert "overflows torch.float32" in found if isinstance(found, str) else found.isfinite()
+
+
+def test_a_position_that_is_finite_does_not_become_an_error_by_the_sum_over_all():
+    logits, labels = torch.tensor([[2e38, -1e38, 0.0]] * 4), torch.tensor([1, 1])
+    assert rdrop_loss(logits, labels, alpha=1.0, reduction="none").loss.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"the sum over the positions overflows torch.float32: task losses of up to 3e"
+    ):
+        rdrop_loss(logits, labels, alpha=1.0)
+
+
+def test_check_logits_names_labels_too():
+    with pytest.raises(ValueError, match="label nan at example 1 must be a finite number"):
+        check_logits(random_logits(4, 1), torch.tensor([0.0, NAN]))
+    with pytest.raises(ValueError, match=r"label 7 at example 0 is outside \[0, 5\)"):
+        check_logits(random_logits(4, 5), torch.tensor([7, IGNORED]))
+
+
 def test_check_logits_is_silent_on_good_logits():
     logits = random_logits(4, 5)
     logits[:, 3] = float("-inf")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rdrop.dropout import dropout_rate
-from rdrop.passes import repeat_batch, sequential_passes, split_passes
+from rdrop.passes import call_model, repeat_batch, sequential_passes, split_passes
 
 Pair = namedtuple("Pair", ["source", "target"])
 
@@ -134,6 +134,31 @@ def test_a_tensor_used_twice_is_repeated_in_both_places() -> None:
     repeated = repeat_batch({"input_ids": shared, "labels": shared})
     assert repeated["input_ids"].equal(repeated["labels"])
     assert len(shared) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sizes", [((8, 6), (8, 6)), ((8, 6), (4, 4), (5, 9))])
+def test_a_list_of_images_is_twice_as_long(channels: int, sizes: tuple[tuple[int, int], ...]) -> None:
+    images = [torch.randn(channels, *size) for size in sizes]
+    repeated = repeat_batch(images)
+    assert [id(image) for image in repeated] == [id(image) for image in images * 2]
+    inputs = {"pixel_values": images, "labels": torch.arange(len(images))}
+    for batch_size in (None, len(images)):
+        repeated = repeat_batch(inputs, batch_size=batch_size)
+        assert len(repeated["pixel_values"]) == len(repeated["labels"]) == 2 * len(images)
+    assert repeat_batch((images, torch.zeros(len(images))))[1].shape == (2 * len(images),)
+
+
+def test_a_model_gets_a_list_of_images_as_one_argument() -> None:
+    images = [torch.zeros(3, 2, 2), torch.zeros(3, 4, 4)]
+    model = nn.Identity()
+    assert call_model(model, images) is images
+
+
+def test_a_tuple_and_a_list_of_one_tensor_are_the_arguments_of_a_model() -> None:
+    sequences = torch.randn(3, 5, 4)
+    assert repeat_batch([sequences])[0].shape == (6, 5, 4)
+    assert [part.shape[0] for part in repeat_batch((sequences, sequences + 1))] == [6, 6]
 
 
 def test_the_gradient_of_both_passes_reaches_the_input() -> None:

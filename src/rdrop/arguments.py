@@ -6,11 +6,21 @@ Whatever depends on values is checked on CPU, outside `torch.compile`: an accele
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .terms import (
+    Divergence,
+    TaskLoss,
+    binary_cross_entropy,
+    cross_entropy,
+    kl_from_first,
+    squared_error,
+    symmetric_kl,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -55,21 +65,72 @@ def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
     return passes
 
 
+def check_classes(task_loss: TaskLoss | None, divergence: Divergence, name: str, given: Tensor, classes: int) -> None:
+    """Refuses a softmax over fewer than two classes; `name` and `given` are the argument that has them."""
+    if classes < 2 and (task_loss is cross_entropy or divergence is symmetric_kl or divergence is kl_from_first):
+        raise ValueError(
+            f"{name} {tuple(given.shape)} for {classes} class{'es' * (classes != 1)}: a softmax needs two, since that "
+            "of one is always 1 and its loss 0 for ever. For yes or no pass task_loss=binary_cross_entropy, "
+            "divergence=bernoulli_kl; for numbers task_loss=squared_error, divergence=squared_difference"
+        )
+
+
+def check_labels(task_loss: TaskLoss, labels: Tensor, valid: Tensor, classes: int) -> None:
+    """Refuses labels `(N, ...)` or `(N, ..., K)` that are not what `task_loss` learns from; a callable takes any.
+
+    Values are checked on CPU. An accelerator is not waited for: there wrong ones give a wrong or infinite loss.
+    """
+    if task_loss is cross_entropy and labels.dim() == valid.dim():
+        check_class_labels(labels, valid, classes)
+    elif task_loss is cross_entropy:
+        _check_probabilities(labels)
+    elif task_loss is binary_cross_entropy and values_may_be_read(labels):
+        rule = "must be in [0, 1]: 1 for yes, 0 for no. Where some are not known, pass a task_loss that leaves them out"
+        _refuse(~((labels >= 0) & (labels <= 1)), labels, valid.dim(), rule)
+    elif task_loss is squared_error and labels.is_floating_point() and values_may_be_read(labels):
+        _refuse(~labels.isfinite(), labels, valid.dim(), "must be a finite number")
+
+
 def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
     if labels.is_floating_point():
         raise ValueError(
             f"labels {tuple(labels.shape)} of {labels.dtype} cannot be class indices; for numbers pass "
             "task_loss=squared_error, divergence=squared_difference"
         )
-    if not values_may_be_read(labels):
-        return
-    outside = valid & ((labels < 0) | (labels >= classes))
-    if outside.any():
-        row = outside.nonzero()[0].tolist()
+    if values_may_be_read(labels):
+        outside = valid & ((labels < 0) | (labels >= classes))
+        if outside.any():
+            counted = labels[valid]
+            rule = f"is outside [0, {classes}), the classes of the logits, and is not ignore_index"
+            if counted.min() == 1 and counted.max() == classes:
+                rule += ": classes count from 0, and these from 1"
+            _refuse(outside, labels, valid.dim(), rule)
+
+
+def _check_probabilities(labels: Tensor) -> None:
+    instead = "for zeros and ones pass task_loss=binary_cross_entropy, divergence=bernoulli_kl"
+    if not labels.is_floating_point():
         raise ValueError(
-            f"label {labels[tuple(row)].item()} at example {place(row)} is outside [0, {classes}), the classes of "
-            "the logits, and is not ignore_index"
+            f"labels {tuple(labels.shape)} of {labels.dtype} have as many dimensions as the logits: class indices "
+            f"have one fewer, probabilities are floating point; {instead}"
         )
+    if values_may_be_read(labels):
+        _refuse(~((labels >= 0) & (labels <= 1)), labels, labels.dim() - 1, f"is no probability; {instead}")
+        total = labels.sum(-1, dtype=torch.float64)
+        wrong = ((total - 1).abs() > SUM_TOLERANCE).nonzero()
+        if len(wrong):
+            row = wrong[0].tolist()
+            found = f"labels at example {place(row)} add up to {total[tuple(row)].item():.6g}"
+            raise ValueError(f"{found}, and probabilities to 1; {instead}")
+
+
+def _refuse(wrong: Tensor, labels: Tensor, dims: int, rule: str) -> None:
+    """Raises a ValueError about the first label that is wrong; `dims` of its dimensions are examples and positions."""
+    if wrong.any():
+        row = wrong.nonzero()[0].tolist()
+        where = place(row[:dims]) + "".join(f", class {column}" for column in row[dims:])
+        value = labels[tuple(row)].item()
+        raise ValueError(f"label {f'{value:.6g}' if isinstance(value, float) else value} at example {where} {rule}")
 
 
 def kernel_for(implementation: Implementation, logits: Tensor, passes: int, why_not: str | None = None) -> str | None:
@@ -91,6 +152,13 @@ def kernel_for(implementation: Implementation, logits: Tensor, passes: int, why_
         kernels.warn_if_missing(name)
         return None
     raise ValueError(f"implementation={implementation!r} cannot compute this loss: {why_not}")
+
+
+OVERFLOWS = 1e15
+"""Logits of this size, squared by a regression or further apart than that, are why a loss is infinite."""
+
+SUM_TOLERANCE = 0.01
+"""How far probabilities may be from adding up to 1: bfloat16 rounds each by 0.4 %."""
 
 
 # ---------------------------------------------------------------------------------------------- the reduction
@@ -145,7 +213,7 @@ def values_may_be_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def place(row: list[int]) -> str:
+def place(row: Sequence[int]) -> str:
     return str(row[0]) if len(row) == 1 else f"{row[0]}, position {', '.join(map(str, row[1:]))}"
 
 
@@ -184,11 +252,26 @@ def check_rows(
             raise ValueError(f"{where} {what} ({len(places)} such logits)")
 
 
-def not_finite(tasks: Tensor, divergences: Tensor) -> str:
+def are_finite(tasks: Tensor, divergences: Tensor, reduction: Reduction) -> bool:
+    """Whether the terms are, and where they are added up their sum."""
+    terms = (tasks, divergences) if reduction == "none" else (tasks.sum() + divergences.sum(),)
+    return all(bool(term.isfinite().all()) for term in terms)
+
+
+def not_finite(tasks: Tensor, divergences: Tensor, logits_at: Callable[[Any], Tensor]) -> str:
     """Returns the message for terms that are not finite although every logit is within its conventions."""
-    name, values = ("task loss", tasks) if not tasks.isfinite().all() else ("divergence", divergences)
-    row = (~values.isfinite()).nonzero()[0].tolist()
-    return (
-        f"{name} is {values[tuple(row)].item()} at example {place(row)}, from logits within their conventions: label "
-        "smoothing or soft labels give probability to a class masked with -inf, or a callable returned it"
-    )
+    for name, values in (("task loss", tasks), ("divergence", divergences)):
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            row = bad[0].tolist()
+            logits = logits_at(row)
+            what = f"{name} is {values[tuple(row)].item()} at example {place(row)}"
+            size = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
+            if size > OVERFLOWS:
+                return f"{what}, from logits as large as {size:.3g}: the loss overflows {values.dtype}"
+            return (
+                f"{what}, from logits within their conventions: label smoothing or soft labels give probability to a "
+                "class masked with -inf, or a callable returned it"
+            )
+    largest = f"task losses of up to {tasks.max().item():.3g} and divergences of up to {divergences.max().item():.3g}"
+    return f"the sum over the positions overflows {tasks.dtype}: {largest}, from logits that are as large"

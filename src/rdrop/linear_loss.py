@@ -8,6 +8,7 @@ takes the same memory. Positions that are ignored are left out before the projec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from .arguments import (
     Implementation,
     Reduction,
+    are_finite,
     check_class_labels,
+    check_classes,
     check_options,
     check_rows,
     checked_alpha,
@@ -31,7 +34,7 @@ from .arguments import (
 )
 from .kernels import operators, reference
 from .kernels.operators import IGNORED
-from .terms import IGNORE_INDEX, LossTerms, refuse_second_derivative
+from .terms import IGNORE_INDEX, LossTerms, cross_entropy, refuse_second_derivative, symmetric_kl
 
 CHUNK_BYTES = {"cpu": 64 << 20}
 """Default size of a chunk of logits: the processor's matrix products are at full speed, and it is a few rows still."""
@@ -119,6 +122,7 @@ def linear_rdrop_loss(
         raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
     valid = labels != ignore_index
+    check_classes(cross_entropy, symmetric_kl, "weight", weight, weight.shape[0])
     check_class_labels(labels, valid, weight.shape[0])
     dtype = _products_dtype(hidden, weight)
     kernel = kernel_for(implementation, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes) or "reference"
@@ -140,9 +144,9 @@ def linear_rdrop_loss(
         loss, tasks, divergences, *_ = linear_forward_backward(*problem, *scales, *wanted)
 
     tasks, divergences = tasks.view(labels.shape), divergences.view(labels.shape)
-    if values_may_be_read(tasks) and not (tasks + divergences).isfinite().all():
-        _check_position(hidden, weight, bias, labels, tasks + divergences, dtype)
-        raise ValueError(not_finite(tasks, divergences))
+    if values_may_be_read(tasks) and not are_finite(tasks, divergences, reduction):
+        logits_at = partial(_checked_logits, hidden, weight, bias, labels, dtype)
+        raise ValueError(not_finite(tasks, divergences, logits_at))
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if loss is None:
@@ -475,13 +479,12 @@ def _default_chunk(logits_per_position: int, dtype: torch.dtype, device: str) ->
     return max(1, chunk_bytes(device) // max(1, logits_per_position * dtype.itemsize))
 
 
-def _check_position(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Tensor, dtype: torch.dtype
-) -> None:
-    """Raises a ValueError about the logits of the first position whose loss is not finite, if they are the reason."""
-    row = (~terms.isfinite()).nonzero()[0].tolist()
+def _checked_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, row: Any
+) -> Tensor:
+    """Returns the logits of one position, `(m, V)`, or raises a ValueError where they are why its loss is infinite."""
     by_pass = hidden.detach().reshape(-1, *labels.shape, hidden.shape[-1])
-    rows = by_pass[(slice(None), *row)].to(dtype)  # (m, D)
+    rows = by_pass[:, *row].to(dtype)  # (m, D)
     if not rows.isfinite().all():
         raise ValueError(
             f"hidden at example {place(row)} holds a NaN or an infinity: the model or its input already does"
@@ -497,3 +500,4 @@ def _check_position(
         nan="weight or bias holds one, or infinities that meet",
         infinite="weight or bias holds one, or the product overflows",
     )
+    return logits

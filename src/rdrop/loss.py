@@ -20,7 +20,9 @@ from torch import Tensor
 from .arguments import (
     Implementation,
     Reduction,
-    check_class_labels,
+    are_finite,
+    check_classes,
+    check_labels,
     check_options,
     check_rows,
     checked_alpha,
@@ -92,7 +94,8 @@ def rdrop_loss(
         alpha: the paper's weight of the divergence, >= 0: translation 5, summarization 0.7, language modeling 1,
             GLUE 0.1 to 1, ViT 0.6.
         label_smoothing, weight: as in `F.cross_entropy`. They act on the cross-entropy, never on the divergence.
-        ignore_index: positions with this label count in neither term; their logits never matter, NaN included.
+        ignore_index: positions with this class label count in neither term; their logits never matter, NaN included.
+            Numbers and probabilities always count.
         reduction: "mean" over valid positions (with `weight`, the task loss is the weighted mean, as in
             `F.cross_entropy`); "sum"; or "none", terms of shape `(N, ...)` with 0 at ignored positions.
         num_items: the number of valid positions in the whole update, over accumulation steps and processes. Divides the
@@ -112,17 +115,17 @@ def rdrop_loss(
         `LossTerms(loss, task_loss, divergence)`. A batch without a valid position gives 0 with zero gradients.
 
     Raises:
-        ValueError: shapes that do not fit, an argument out of range, a label outside `[0, V)`; or, at a valid
-            position, a NaN, a +inf, a -inf in some passes only (the KL is infinite), a label masked with -inf.
-            What depends on values is checked on CPU; an accelerator is never waited for: there, and under
-            `torch.compile`, the loss is not finite, and `check_logits` says where.
+        ValueError: shapes that do not fit, an argument out of range, a softmax over one class; a class label outside
+            `[0, V)`, probabilities that do not add up to 1, zeros and ones outside `[0, 1]`, a number that is not
+            finite; or, at a valid position, a NaN, a +inf, a -inf in some passes only (the KL is infinite), a label
+            masked with -inf. What depends on values is checked on CPU; an accelerator is never waited for: there, and
+            under `torch.compile`, the loss is wrong or not finite, and `check_logits` says where.
 
     Source: paper section 2; m passes: section 4.4. Closed form of the divergence: `symmetric_kl`.
     """
     alpha = checked_alpha(alpha)
     check_options(label_smoothing, reduction, num_items)
     of_labels = _with_options(task_loss, label_smoothing, weight)
-    _check_divergence(task_loss, divergence)
     if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
         logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
@@ -130,14 +133,18 @@ def rdrop_loss(
     indices = labels.dim() == logits.dim() - 1
     if indices and not labels.is_floating_point():
         labels = labels.long()
-    valid = (
-        labels != ignore_index if indices else torch.ones(passes.shape[1:-1], dtype=torch.bool, device=logits.device)
-    )
+    are_numbers = labels.is_floating_point() or task_loss in (squared_error, binary_cross_entropy)
+    if indices and not (task_passes and are_numbers):
+        valid = labels != ignore_index
+    else:
+        valid = labels.new_ones(passes.shape[1:-1], dtype=torch.bool)
+    _check_divergence(task_loss, divergence)
+    check_classes(task_loss if task_passes else None, divergence, "logits", logits, logits.shape[-1])
     if not task_passes:  # labels only say which positions count: class 0 is as good as any
         labels, weight = torch.zeros_like(labels, dtype=torch.long), None
         of_labels = _with_options(cross_entropy, 0.0, None)
-    elif task_loss is cross_entropy:
-        _check_labels(labels, valid, classes=logits.shape[-1], indices=indices)
+    else:
+        check_labels(task_loss, labels, valid, logits.shape[-1])
         _check_weight(weight, classes=logits.shape[-1])
     if overwrite_logits:
         _check_overwritable(logits)
@@ -166,9 +173,9 @@ def rdrop_loss(
         else:
             tasks, divergences = kernels.row_terms(logits, targets, passes=len(passes), **options)
             divergences = divergences if alpha > 0 else divergences.detach()
-    if values_may_be_read(logits) and not (tasks.sum() + divergences.sum()).isfinite():
-        check_rows(passes, valid, labels if indices and task_passes else None)
-        raise ValueError(not_finite(tasks, divergences))
+    if values_may_be_read(logits) and not are_finite(tasks, divergences, reduction):
+        check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
+        raise ValueError(not_finite(tasks, divergences, lambda row: passes[:, *row]))
 
     tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if reduction != "none":
@@ -181,15 +188,17 @@ def rdrop_loss(
 
 
 def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> None:
-    """Raises a ValueError that names the first row and class that make the R-Drop loss non-finite, if there is one.
+    """Raises a ValueError that names the first label or logit that makes the R-Drop loss non-finite, if there is one.
 
-    `rdrop_loss` calls it on CPU when a term is not finite. Call it yourself after a non-finite loss on an accelerator:
-    it waits for the device. `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`.
+    On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device.
+    `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`.
     """
     passes = _split(logits, labels)
     indices = labels.dim() == logits.dim() - 1
-    valid = labels != ignore_index if indices else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    check_rows(passes, valid, labels.long() if indices and not labels.is_floating_point() else None)
+    is_class = indices and not labels.is_floating_point()
+    valid = labels != ignore_index if is_class else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
+    check_labels(cross_entropy if is_class else squared_error, labels.cpu(), valid.cpu(), logits.shape[-1])
+    check_rows(passes, valid, labels.long() if is_class else None)
 
 
 # ---------------------------------------------------------------------------------------------- the terms
@@ -331,17 +340,6 @@ def _check_divergence(task_loss: TaskLoss, divergence: Divergence) -> None:
                 f"divergence={divergence.__name__} compares softmax distributions, which the logits of "
                 f"task_loss={other.__name__} are not; pass divergence={own.__name__}"
             )
-
-
-def _check_labels(labels: Tensor, valid: Tensor, *, classes: int, indices: bool) -> None:
-    if indices:
-        check_class_labels(labels, valid, classes)
-    elif not labels.is_floating_point():
-        raise ValueError(
-            f"labels {tuple(labels.shape)} of {labels.dtype} have as many dimensions as the logits: class indices "
-            "have one fewer, probabilities are floating point; for zeros and ones pass "
-            "task_loss=binary_cross_entropy, divergence=bernoulli_kl"
-        )
 
 
 def _check_weight(weight: Tensor | None, *, classes: int) -> None:

@@ -30,6 +30,8 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
         logits = model(repeat_batch(x))         # one forward, two dropout masks: (2N, ..., V)
         logits = model(**repeat_batch(inputs)).logits
 
+    A list of images `(C, H, W)`, of any sizes, is the list `passes` times over.
+
     Goes through tensors, mappings (dict, OrderedDict, `BatchEncoding`, `ModelOutput`), lists, tuples, namedtuples and
     dataclasses, and gives the same types back. The input is not changed. Left as they are: 0-dimensional tensors,
     tensors that are not batched, and whatever is not a tensor, lists of strings as long as the batch included.
@@ -37,7 +39,8 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
     A tensor is batched when its first dimension is the batch size. The batch size is `batch_size` if given, else what
     all tensors agree on, else the size of the main input (`input_ids`, `inputs_embeds`, `pixel_values`,
     `input_values`, `input_features` or `labels`, the first that is there). A tensor that is not batched but happens to
-    be as long as the batch cannot be told apart: keep it out of `batch`.
+    be as long as the batch cannot be told apart: keep it out of `batch`. A list is one of images where it has two or
+    more tensors, all of 3 dimensions with 1 or 3 in the first; the arguments of a model are a tuple.
 
     Raises `ValueError` when the batch size cannot be known or no tensor is batched, `TypeError` for a `PackedSequence`
     or a nested tensor.
@@ -45,12 +48,14 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
     _require_passes(passes)
     size = find_batch_size(batch) if batch_size is None else batch_size
 
-    def repeat(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor] * passes) if tensor.dim() > 0 and tensor.shape[0] == size else tensor
+    def repeat(part: Any) -> Any:
+        if number_of_rows(part) != size:
+            return part
+        return part * passes if isinstance(part, list) else torch.cat([part] * passes)
 
-    if size not in [tensor.shape[0] for _, tensor in named_tensors(batch, "batch") if tensor.dim() > 0]:
+    if size not in _named_rows(batch).values():
         raise ValueError(f"no tensor of the batch has batch_size={size} rows; there are:\n{_listing(batch)}")
-    return map_tensors(repeat, batch)
+    return map_batched(repeat, batch)
 
 
 def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:
@@ -120,34 +125,66 @@ def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float |
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Returns `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
+    """Returns `model(**batch)` of a mapping, `model(*batch)` of a tuple or list but of images, else `model(batch)`."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not is_images(batch):
         return model(*batch)
     return model(batch)
 
 
+def is_images(part: object) -> bool:
+    """Whether this is a list of two or more images, `(C, H, W)` each, C being 1 or 3."""
+    return (
+        isinstance(part, list)
+        and len(part) > 1
+        and all(isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] in (1, 3) for image in part)
+    )
+
+
+def number_of_rows(part: Any) -> int | None:
+    """Returns how many rows a tensor has, or how many images a list; None for a 0-dimensional tensor."""
+    return None if isinstance(part, Tensor) and part.dim() == 0 else len(part)
+
+
+def _is_tensor(part: object) -> bool:
+    return isinstance(part, Tensor)
+
+
+def _is_tensor_or_images(part: object) -> bool:
+    return isinstance(part, Tensor) or is_images(part)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], nest: T) -> T:
     """Returns the nest with `function` applied to every tensor; a part in which nothing changes is the same object."""
-    if isinstance(nest, Tensor):
-        return function(nest)  # type: ignore[return-value]
+    return map_batched(function, nest, is_batched=_is_tensor)
+
+
+def map_batched(
+    function: Callable[[Any], Any], nest: T, is_batched: Callable[[object], bool] = _is_tensor_or_images
+) -> T:
+    """Returns the nest with `function` applied to every tensor and every list of images."""
+    if is_batched(nest):
+        return function(nest)  # type: ignore[no-any-return]
     children = _children(nest)
-    changed = {key: new for key, old in children.items() if (new := map_tensors(function, old)) is not old}
+    changed = {key: new for key, old in children.items() if (new := map_batched(function, old, is_batched)) is not old}
     return _rebuild(nest, children, changed) if changed else nest
 
 
-def named_tensors(nest: object, place: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(
+    nest: object, place: str, is_batched: Callable[[object], bool] = _is_tensor
+) -> Iterator[tuple[str, Any]]:
     """Yields every tensor of a nest with its place as one would write it: `batch['input_ids']`, `batch[0].mask`."""
-    if isinstance(nest, Tensor):
-        if nest.is_nested:
+    if is_batched(nest):
+        if isinstance(nest, Tensor) and nest.is_nested:
             raise TypeError(
                 f"{place} is a nested tensor, which has no rows to repeat; pad it: tensor.to_padded_tensor(0)"
             )
         yield place, nest
+        return
     for key, child in _children(nest, place).items():
         step = f"[{key!r}]" if isinstance(nest, (Mapping, list)) or isinstance(key, int) else f".{key}"
-        yield from named_tensors(child, place + step)
+        yield from named_tensors(child, place + step, is_batched)
 
 
 def _children(nest: object, place: str = "the batch") -> dict[Any, Any]:
@@ -189,15 +226,15 @@ def _rebuild(nest: Any, children: dict[Any, Any], changed: dict[Any, Any]) -> An
 
 def find_batch_size(batch: object) -> int:
     """Returns the number of rows of a batch, by the rules of `repeat_batch`."""
-    tensors = {place: tensor for place, tensor in named_tensors(batch, "batch") if tensor.dim() > 0}
-    if not tensors:
+    rows = _named_rows(batch)
+    if not rows:
         raise ValueError(
             f"no batched tensor in the batch, a {type(batch).__name__}; "
             'lists and arrays must be tensors first (a tokenizer: return_tensors="pt")'
         )
-    sizes = {tensor.shape[0] for tensor in tensors.values()}
+    sizes = set(rows.values())
     if len(sizes) > 1:
-        sizes = _main_input_sizes(tensors)
+        sizes = _main_input_sizes(rows)
     if len(sizes) != 1:
         raise ValueError(
             f"the tensors of the batch disagree about the batch size; pass batch_size=. There are:\n{_listing(batch)}"
@@ -205,9 +242,16 @@ def find_batch_size(batch: object) -> int:
     return sizes.pop()
 
 
-def _main_input_sizes(tensors: dict[str, Tensor]) -> set[int]:
+def _named_rows(batch: object) -> dict[str, int]:
+    """The number of rows of every tensor and list of images, by its place."""
+    parts = named_tensors(batch, "batch", _is_tensor_or_images)
+    rows = {place: number_of_rows(part) for place, part in parts}
+    return {place: count for place, count in rows.items() if count is not None}
+
+
+def _main_input_sizes(rows: dict[str, int]) -> set[int]:
     for name in MAIN_INPUTS:
-        sizes = {tensor.shape[0] for place, tensor in tensors.items() if place.endswith((f"[{name!r}]", f".{name}"))}
+        sizes = {size for place, size in rows.items() if place.endswith((f"[{name!r}]", f".{name}"))}
         if sizes:
             return sizes
     return set()

@@ -239,17 +239,28 @@ def cross_entropy(
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes `F.binary_cross_entropy_with_logits`, mean over the K labels: twice `(M, ..., K)` to `(M, ...)`."""
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+    """Computes `F.binary_cross_entropy_with_logits`, mean over the K labels: twice `(M, ..., K)` to `(M, ...)`.
+
+    Labels may be `(M, ...)` where K is 1.
+    """
+    labels = _like("binary_cross_entropy", logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes `F.mse_loss`, mean over K outputs: twice `(M, ..., K)` (labels `(M, ...)` if K = 1) to `(M, ...)`."""
+    """Computes `F.mse_loss`, mean over the K outputs: twice `(M, ..., K)` to `(M, ...)`.
+
+    Labels may be `(M, ...)` where K is 1.
+    """
+    return F.mse_loss(logits, _like("squared_error", logits, labels), reduction="none").mean(-1)
+
+
+def _like(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dim() == logits.dim() - 1 and logits.shape[-1] == 1:
         labels = labels[..., None]
-    if labels.shape != logits.shape:  # mse_loss would broadcast them
+    if labels.shape != logits.shape:  # torch would broadcast them
         raise ValueError(
-            f"squared_error compares numbers one by one: labels {tuple(labels.shape)} must be of the shape of the "
+            f"{name} compares numbers one by one: labels {tuple(labels.shape)} must be of the shape of the "
             f"logits, {tuple(logits.shape)}"
         )
-    return F.mse_loss(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+    return labels.to(logits.dtype)

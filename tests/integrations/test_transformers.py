@@ -569,6 +569,130 @@ def test_a_batch_without_labels_is_refused(folder: str) -> None:
     refuses("R-Drop trains on 'labels', which this batch lacks", build(CLASSIFY), folder, batches=batches)
 
 
+def classifier(problem_type: str | None, num_labels: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return bert_classifier(num_labels=num_labels, hidden_dropout_prob=0.3, problem_type=problem_type)
+
+
+def with_labels(labels: Any) -> list[dict[str, Tensor]]:
+    return [{"input_ids": torch.randint(1, 13, (4, 5)), "labels": torch.tensor(labels)}]
+
+
+ONE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
+MULTI_HOT = [[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]]
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels", "message"),
+    [
+        (
+            ONE,
+            3,
+            [0.0, 2.0, 1.0, 0.0],
+            r"labels \(4,\) of torch.float32, of which example 0 has 0.0, .*from 0 to 2, \(N,\)",
+        ),
+        (None, 3, [0.0, 2.0, 1.0, 0.0], r"labels \(4,\) of torch.float32.* problem_type=None with num_labels=3"),
+        (None, 3, [1, 3, 2, 1], r"labels \(4,\) of torch.int64, of which example 1 has 3, .*whole numbers from 0 to 2"),
+        (
+            None,
+            3,
+            MULTI_HOT,
+            r"labels \(4, 3\) of torch.int64, of which example 0 has \[1, 0, 1\], .*give .*float 0 or 1",
+        ),
+        (SEVERAL, 3, [0, 1, 2, 0], r"labels \(4,\) of torch.int64.*a number from 0 to 1 for each class, \(N, 3\)"),
+        (
+            SEVERAL,
+            3,
+            [[0.0, 1, 0], [0, 2, 0], [0, 0, 0], [1, 1, 1]],
+            r"example 1 has \[0.0, 2.0, 0.0\].*number from 0 to 1",
+        ),
+        (
+            None,
+            3,
+            [[0.0, 1, 0], [-1, 1, 0], [0, 0, 0], [1, 1, 1]],
+            r"example 1 has \[-1.0, 1.0, 0.0\].*number from 0 to 1",
+        ),
+        (
+            NUMBERS,
+            1,
+            [0.5, 1.0, NAN, 1.0],
+            r"labels \(4,\) of torch.float32, of which example 2 has nan.*numbers, \(N, 1\)",
+        ),
+        (NUMBERS, 2, [0.5, 1.0, 2.0, 1.0], r"labels \(4,\) of torch.float32.*learns from numbers, \(N, 2\)"),
+    ],
+)
+def test_labels_of_another_kind_are_refused_with_dtype_shape_and_an_example(
+    problem_type: str | None, num_labels: int, labels: Any, message: str, alpha: float, folder: str
+) -> None:
+    model = classifier(problem_type, num_labels)
+    refuses(message, model, folder, batches=with_labels(labels), alpha=alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_one_class_is_refused(alpha: float, folder: str) -> None:
+    model: Any = classifier(None, 1)
+    model.config.problem_type = ONE
+    message = r"num_labels \(=1\) .*is a softmax over one class, whose loss is 0 for ever"
+    refuses(message, model, folder, batches=with_labels([0, 0, 0, 0]), alpha=alpha)
+    tagger = build(TAG)
+    tagger.config.num_labels = 1
+    refuses(message, tagger, folder, batches=TAG.batches, alpha=alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        (ONE, [0, 2, 1, 0]),  # what the messages above advise
+        (SEVERAL, [[1.0, 0.0, 1.0]] * 4),
+        (NUMBERS, [[0.5, -100.0, 7.0]] * 4),
+        (ONE, [[0], [2], [-100], [1]]),
+    ],
+)
+def test_labels_of_the_right_kind_train(problem_type: str, labels: Any, alpha: float, folder: str) -> None:
+    trained = train(RDropTrainer, classifier(problem_type), with_labels(labels), folder, alpha=alpha)
+    assert math.isfinite(logged(trained, "task_loss")[0])
+
+
+def test_tags_that_are_no_classes_are_refused(folder: str) -> None:
+    for labels, message in (
+        (TAG.batches[0]["labels"].float(), r"labels \(2, 5\) of torch.float32, of which example 0 has"),
+        (
+            TAG.batches[0]["labels"] + 3,
+            r"labels \(2, 5\) of torch.int64, of which example 0 has .*whole numbers from 0 to",
+        ),
+    ):
+        refuses(message, build(TAG), folder, batches=[{**TAG.batches[0], "labels": labels}])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_training_without_a_label_that_counts_is_refused(alpha: float, epochs: int, folder: str) -> None:
+    batches = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in TAG.batches]
+    settings = {"max_steps": -1, "num_train_epochs": epochs}
+    refuses(
+        "no label in 4 updates counts: all are -100",
+        build(TAG),
+        folder,
+        batches=batches,
+        settings=settings,
+        alpha=alpha,
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["token classification", "causal LM, Llama"])
+def test_an_update_without_a_label_that_counts_changes_nothing(name: str, alpha: float, folder: str) -> None:
+    case = CASES[name]
+    nothing = {**case.batches[1], "labels": torch.full_like(case.batches[1]["labels"], -100)}
+    settings = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    trained = train(RDropTrainer, build(case), [case.batches[0], nothing], folder, settings, alpha=alpha)
+    assert logged(trained, "loss")[1] == logged(trained, "task_loss")[1] == 0
+    assert not any(gradient.any() for gradient in trained.gradients[1].values())
+
+
 def test_a_packed_batch_is_refused(folder: str) -> None:
     batches = [{**batch, "cu_seq_lens_q": torch.tensor([0, 2, 5])} for batch in LLAMA.batches]
     refuses(r"packed \(padding-free\).*use a collator that pads", build(LLAMA), folder, batches=batches)

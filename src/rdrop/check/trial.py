@@ -1,5 +1,6 @@
 """Runs two forwards and a backward of a repeated batch, and reports what they show."""
 
+import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..arguments import SUM_TOLERANCE
 from ..dropout import dropout_sources
 from ..passes import call_model, find_batch_size, map_tensors, repeat_batch
 from ..terms import symmetric_kl
 from .report import Finding, Trial, some
 from .static import acting
 from .watch import Watch, differ, unchanged
+
+RESHAPES = (
+    *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Expand", "Alias"),
+    *("Clone", "ToCopy", "Slice", "Select"),
+)
 
 
 class _Failure(Exception):  # noqa: N818 - it ends the trial, not the check
@@ -47,7 +54,7 @@ def _two_forwards(model: nn.Module, batch: Any) -> Trial:
     logits_differ = any(differ(*forward.detach().chunk(2)) for forward in (logits, next_logits))
     passes_differ = logits_differ or not dropping.isdisjoint(first.passes_differ | second.passes_differ)
     repeats = _same_samples(first, second, dropping) and not differ(logits.detach(), next_logits.detach())
-    findings = [*_non_finite(logits)]
+    findings = [*_non_finite(logits), *_probabilities(logits)]
     if passes_differ and repeats:
         findings.append(_repeated_masks())
     elif passes_differ and not logits_differ:
@@ -149,6 +156,36 @@ def _non_finite(logits: Tensor) -> Iterator[Finding]:
             f"{bad} of {logits.numel()} logits are nan or +inf.",
             "Find their source first: learning rate, precision, a mask that hides a whole row.",
         )
+
+
+def _probabilities(logits: Tensor) -> Iterator[Finding]:
+    """By the graph, behind which a model may only reshape; a softmax also by its rows, however they were made."""
+    last = _last_operation(logits)
+    values, classes = logits.detach().float(), logits.shape[-1] if logits.dim() > 1 else 1
+    sums_to_one = classes > 1 and values.min() >= 0 and ((values.sum(-1) - 1).abs() < SUM_TOLERANCE).all()
+    if classes > 1 and (sums_to_one or last.startswith("Softmax")):
+        yield Finding(
+            "probabilities",
+            "error",
+            "The model ends in a softmax, and the loss takes the softmax of that: the task loss cannot fall below "
+            f"{math.log(math.e + classes - 1) - 1:.2g}, and the passes hardly differ.",
+            "Return the logits, which the softmax gets. Where probabilities are wanted, take their softmax afterwards.",
+        )
+    elif last.startswith(("Sigmoid", "Hardsigmoid")):
+        yield Finding(
+            "probabilities",
+            "warning",
+            "The model ends in a sigmoid, and binary_cross_entropy and bernoulli_kl take the sigmoid of its output.",
+            "For yes and no return the logits, which the sigmoid gets. For a regression between 0 and 1 it is right.",
+        )
+
+
+def _last_operation(tensor: Tensor) -> str:
+    """Returns autograd's name of what made the tensor, but for its shape and dtype."""
+    node = tensor.grad_fn
+    while node is not None and node.name().startswith(RESHAPES):
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name()
 
 
 def _repeated_masks() -> Finding:

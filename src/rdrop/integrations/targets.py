@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdrop.arguments import check_classes, check_labels, values_may_be_read
 from rdrop.linear_loss import linear_rdrop_loss
 from rdrop.loss import rdrop_loss
 from rdrop.passes import repeat_batch
@@ -108,7 +109,13 @@ class Target:
 
         For class labels `F.cross_entropy(logits.float(), labels, weight, label_smoothing=..., reduction="sum")`. A
         logit at a position without a label never matters, not even a NaN.
+
+        Raises a ValueError as `rdrop_loss` does for labels; their values are looked at on a CPU only.
         """
+        check_classes(self.task_loss, self.divergence, "logits", logits, logits.shape[-1])
+        is_class = not self.labels.is_floating_point()
+        valid = self.labels != IGNORE_INDEX if is_class else torch.ones_like(logits[..., 0], dtype=torch.bool)
+        check_labels(self.task_loss, self.labels, valid, logits.shape[-1])
         logits = at_least_float32(logits)
         if self.task_loss is not cross_entropy or self.labels.is_floating_point():
             return self.task_losses(logits, label_smoothing).sum()
@@ -152,16 +159,72 @@ def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
         single = "single_label_classification" if indices else "multi_label_classification"
         kind = "regression" if config.num_labels == 1 else single
     if kind == "single_label_classification":
+        _require_classes(config, labels, "(N,)", labels.shape[1:].numel() == 1, PROBLEM_TYPES)
         return [Target(labels.reshape(-1))]
+    of_numbers = kind == "regression"
+    wanted = "numbers" if of_numbers else "a number from 0 to 1 for each class"
+    wanted = f"{wanted}, (N, {config.num_labels}). {PROBLEM_TYPES}"
+    shape_fits = labels.shape[1:].numel() == config.num_labels
+    _require(config, labels, wanted, shape_fits, torch.isfinite if of_numbers else _from_0_to_1)
     rows = labels.reshape(-1, config.num_labels)
     rows = rows if rows.is_floating_point() else rows.float()
-    if kind == "regression":
+    if of_numbers:
         return [Target(rows, task_loss=squared_error, divergence=squared_difference)]
     return [Target(rows, task_loss=binary_cross_entropy, divergence=bernoulli_kl)]
 
 
+PROBLEM_TYPES = (
+    "For one class per example give whole numbers and problem_type='single_label_classification'; for several, a float "
+    "0 or 1 for each and 'multi_label_classification'; for numbers, floats and 'regression'"
+)
+
+
+def token_classification(config: Any, inputs: Batch) -> list[Target]:
+    """Returns one class per token."""
+    labels = _required(inputs, "labels")
+    _require_classes(config, labels, "(N, T)", labels.dim() > 1)
+    return [Target(labels)]
+
+
+def _require_classes(config: Any, labels: Tensor, shape: str, shape_fits: bool, advice: str = "") -> None:
+    if config.num_labels < 2:
+        raise ValueError(
+            f"num_labels (={config.num_labels}) with problem_type={config.problem_type!r} is a softmax over one class, "
+            "whose loss is 0 for ever: set num_labels=2, or problem_type='regression'"
+        )
+
+    def is_class(labels: Tensor) -> Tensor:
+        return _between(labels, 0, config.num_labels - 1).logical_or(labels == IGNORE_INDEX)
+
+    wanted = f"whole numbers from 0 to {config.num_labels - 1}, {shape}, or -100 for none. {advice}"
+    _require(config, labels, wanted, shape_fits and not labels.is_floating_point(), is_class)
+
+
+def _require(config: Any, labels: Tensor, wanted: str, shape_fits: bool, fits: Callable[[Tensor], Tensor]) -> None:
+    """Refuses labels of another kind than the config says. Values are looked at on a CPU only, which never waits."""
+    example = 0
+    if shape_fits:
+        right = fits(labels) if values_may_be_read(labels) else None
+        if right is None or right.all():
+            return
+        example = int((~right).nonzero()[0, 0])
+    raise ValueError(
+        f"labels {tuple(labels.shape)} of {labels.dtype}, of which example {example} has {labels[example].tolist()}, "
+        f"do not fit problem_type={config.problem_type!r} with num_labels={config.num_labels}, which learns from "
+        f"{wanted}".rstrip(". ")
+    )
+
+
+def _from_0_to_1(labels: Tensor) -> Tensor:
+    return _between(labels, 0, 1)
+
+
+def _between(labels: Tensor, low: int, high: int) -> Tensor:
+    return (labels >= low) & (labels <= high)
+
+
 def aligned(config: Any, inputs: Batch) -> list[Target]:
-    """Returns one class per position, aligned with the logits: token classification, masked LM, encoder-decoders."""
+    """Returns one class per position, aligned with the logits: masked LM, encoder-decoders."""
     return [Target(_required(inputs, "labels"))]
 
 
@@ -204,7 +267,7 @@ LANGUAGE_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
 
 HEADS: Mapping[str, Callable[[Any, Batch], list[Target]]] = {
     **dict.fromkeys(CLASSIFIERS, sequence_classification),
-    "TOKEN_CLASSIFICATION": aligned,
+    "TOKEN_CLASSIFICATION": token_classification,
     "QUESTION_ANSWERING": question_answering,
     **dict(zip(LANGUAGE_MODELS, (sequence_to_sequence, aligned, next_token), strict=True)),
 }

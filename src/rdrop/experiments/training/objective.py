@@ -49,7 +49,10 @@ class Objective:
         """Returns the terms of the update after `step` updates, in fp32. Only `loss` carries gradient."""
         target = self._target(batch)
         if not self._method.acts_at(step):
-            loss = target.plain_loss(self._forward(batch), self._recipe.label_smoothing) / num_items
+            try:
+                loss = target.plain_loss(self._forward(batch), self._recipe.label_smoothing) / num_items
+            except ValueError as error:
+                raise MethodError(str(error)) from error
             return LossTerms(loss, loss.detach(), torch.zeros_like(loss))
         self._require_exact(batch)
         if self._fused is not None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rdrop.dropout import dropout_sources
 from rdrop.integrations.targets import Batch, Target, is_of_transformers
-from rdrop.passes import agree, find_batch_size, map_tensors, split_passes
+from rdrop.passes import agree, find_batch_size, map_batched, number_of_rows, split_passes
 from rdrop.terms import IGNORE_INDEX
 
 LABELS = ("labels", "shift_labels")
@@ -185,12 +185,8 @@ def without_labels(inner: Any, inputs: Batch) -> Batch:
 
 
 def rows_of(batch: Batch, start: int, stop: int, *, batch_size: int) -> Batch:
-    """Returns rows `start` to `stop` of a batch; a tensor is batched when its first dimension is `batch_size`."""
-
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == batch_size else tensor
-
-    return map_tensors(rows, dict(batch))
+    """Returns rows `start` to `stop` of a batch; a tensor or list of images is batched when it has `batch_size`."""
+    return map_batched(lambda part: part[start:stop] if number_of_rows(part) == batch_size else part, dict(batch))
 
 
 def fullest_example(inputs: Batch, target: Target) -> tuple[Batch, Target]:

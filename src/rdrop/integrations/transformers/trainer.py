@@ -106,12 +106,15 @@ class RDropMixin(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._begin()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self._require_labels()
+        return output
 
     def _begin(self) -> None:
         self._term_means = _TermMeans()
         self._checks_left = CHECKED_MICRO_BATCHES
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
+        self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -127,7 +130,23 @@ class RDropMixin(Trainer):
         total = torch.stack([count.to(device) for count in counts]).sum(0)
         if self._processes() > 1:
             total = self.accelerator.gather(total[None]).sum(0)
+        if self.state.global_step == 0:
+            self._labels_seen = torch.zeros_like(total[0, 0])
+        if self._labels_seen is not None:
+            if self.state.epoch and self.state.epoch >= 1:
+                self._require_labels()
+            else:
+                self._labels_seen += total[:, 0].sum()
         return batches, total
+
+    def _require_labels(self) -> None:
+        """Refuses a training all of whose labels are ignored, once: after its first epoch, or where it ends before."""
+        seen, self._labels_seen = self._labels_seen, None
+        if seen is not None and seen == 0:
+            raise ValueError(
+                f"no label in {self.state.global_step} updates counts: all are -100, so the model has learned nothing. "
+                "See what the data collator leaves of the labels, and whether truncation cuts off the part with them"
+            )
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         *others, last = self._micro_batches_of(inputs)
@@ -288,6 +307,7 @@ class RDropMixin(Trainer):
                 for target, (_, weight) in zip(targets, counts, strict=True)
             ]
             loss = torch.stack(means).sum() * self._processes()
+        loss = torch.where(counts.sum() > 0, loss, 0.0)  # of no label: 0 / 0 in the stock Trainer
         self._term_means.add(self.state.global_step, task_loss=loss.detach())
         return loss, outputs
 
