@@ -76,3 +76,10 @@ def test_an_unknown_implementation_is_answered_with_the_known_ones():
 def test_a_strength_that_follows_the_batch_asks_for_it():
     with pytest.raises(ValueError, match=r"rows \(=None\) must be a positive number: the strength of 'official-bert'"):
         legacy_alpha("official-bert", 0.5)
+
+
+def test_rows_that_are_neighbors_are_put_into_the_order_of_passes():
+    """As docs/alpha.md converts a batch of bert4keras."""
+    passes = torch.randn(2, 4, 3)
+    neighbors = torch.stack([passes[0], passes[1]], 1).flatten(0, 1)  # x1, x1, x2, x2, ...
+    assert torch.equal(neighbors.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), passes.flatten(0, 1))

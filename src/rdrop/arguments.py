@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .terms import (
+    SUM_TOLERANCE,
     Divergence,
     TaskLoss,
     binary_cross_entropy,
@@ -156,9 +157,6 @@ def kernel_for(implementation: Implementation, logits: Tensor, passes: int, why_
 
 OVERFLOWS = 1e15
 """Logits of this size, squared by a regression or further apart than that, are why a loss is infinite."""
-
-SUM_TOLERANCE = 0.01
-"""How far probabilities may be from adding up to 1: bfloat16 rounds each by 0.4 %."""
 
 
 # ---------------------------------------------------------------------------------------------- the reduction

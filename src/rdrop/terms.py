@@ -22,6 +22,9 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 IGNORE_INDEX = -100
 """The class label of a position that counts for nothing, as in `F.cross_entropy`."""
 
+SUM_TOLERANCE = 0.01
+"""How far probabilities may be from adding up to 1: bfloat16 rounds each by 0.4 %."""
+
 
 class LossTerms(NamedTuple):
     """The result of both losses: `loss = task_loss + alpha / 2 * divergence`. Only `loss` carries gradient."""

@@ -20,7 +20,8 @@ from rdrop import linear_rdrop_loss
 from rdrop.bench import rows
 from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
-from rdrop.bench.rows import ALPHA, COMPARED_WITH, IGNORED, SMOOTHING, Form, compiled
+from rdrop.bench.rows import ALPHA, COMPARED_WITH, SMOOTHING, Form, compiled
+from rdrop.terms import IGNORE_INDEX
 
 SIZES = ((1024, 512, 32_768), (512, 768, 50_265), (256, 1024, 128_256))
 PADDING = 0.3
@@ -66,7 +67,7 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
 
     def ours_padded(hidden: Tensor, labels: Tensor) -> Tensor:
         padding = torch.arange(len(labels), device=labels.device) % 10 < 10 * PADDING
-        return ours(hidden, labels.masked_fill(padding, IGNORED))
+        return ours(hidden, labels.masked_fill(padding, IGNORE_INDEX))
 
     table: dict[str, Form] = {
         "cross_entropy": after_linear(rows.cross_entropy),

@@ -18,10 +18,11 @@ from torch import Tensor
 from rdrop import kernels, rdrop_loss
 from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
+from rdrop.terms import IGNORE_INDEX
 
 SIZES = ((1024, 32_768), (512, 50_265), (256, 128_256))
 COMPARED_WITH = ("cross_entropy",)
-ALPHA, SMOOTHING, IGNORED = 5.0, 0.1, -100
+ALPHA, SMOOTHING = 5.0, 0.1
 
 Form = Callable[[Tensor, Tensor], Tensor]
 """`(2N, V)` logits of two passes and `(N,)` labels to the loss."""
@@ -39,7 +40,7 @@ def official(logits: Tensor, labels: Tensor) -> Tensor:
     """Computes the loss as it is usually written: two cross-entropies, two `kl_div` with softmax targets."""
     first, second = logits.chunk(2)
     task = sum(F.cross_entropy(rows, labels, label_smoothing=SMOOTHING) for rows in (first, second)) / 2
-    valid = labels != IGNORED
+    valid = labels != IGNORE_INDEX
     forward = F.kl_div(F.log_softmax(first, -1), F.softmax(second, -1), reduction="none")
     backward = F.kl_div(F.log_softmax(second, -1), F.softmax(first, -1), reduction="none")
     forward, backward = (kl.masked_fill(~valid[:, None], 0.0).sum() for kl in (forward, backward))
@@ -50,7 +51,7 @@ def tidy(logits: Tensor, labels: Tensor) -> Tensor:
     """Computes the loss from one `log_softmax`, with `kl_div` between logarithms."""
     log_p = logits.log_softmax(-1)
     uniform = -log_p.mean(-1)
-    valid = labels != IGNORED
+    valid = labels != IGNORE_INDEX
     targets = labels.masked_fill(~valid, 0).repeat(2)
     nll = -log_p.gather(-1, targets[:, None])[:, 0]
     task = ((1 - SMOOTHING) * nll + SMOOTHING * uniform).masked_fill(~valid.repeat(2), 0.0).sum() / 2
@@ -66,7 +67,7 @@ def ours(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
 def ours_cross_entropy(logits: Tensor, labels: Tensor, *, implementation: str) -> Tensor:
     """Computes plain cross-entropy by the same kernel, in place: the floor of ours in place."""
     targets = labels.repeat(2)
-    valid = targets != IGNORED
+    valid = targets != IGNORE_INDEX
     scale = (1 / valid.sum()).expand(len(targets))
     losses, *_ = kernels.overwriting_loss(
         logits,
@@ -129,7 +130,7 @@ def measure_rows(pairs: int, classes: int, conditions: Conditions) -> list[Recor
     calls["copy"] = lambda: partial(copy.copy_, logits)
     measured = measure(calls, conditions)
     row_bytes = 2 * classes * logits.element_size()
-    valid = int((labels != IGNORED).sum())
+    valid = int((labels != IGNORE_INDEX).sum())
     moved = {
         "copy": 2 * pairs * row_bytes,
         "ours_overwriting": (3 * valid + (pairs - valid)) * row_bytes,
@@ -158,7 +159,7 @@ def problem(pairs: int, classes: int, conditions: Conditions) -> tuple[Tensor, T
     second = first + 0.5 * torch.randn(pairs, classes, generator=g, device=device)
     logits = torch.cat([first, second]).to(DTYPES[conditions.dtype])
     labels = torch.randint(0, classes, (pairs,), generator=g, device=device)
-    labels[::10] = IGNORED
+    labels[::10] = IGNORE_INDEX
     return logits, labels
 
 

@@ -28,10 +28,11 @@ from transformers import (
 
 from rdrop.bench.measure import DTYPES, Call, Conditions, measure, record
 from rdrop.bench.records import Record
-from rdrop.bench.rows import ALPHA, IGNORED, SMOOTHING, official
+from rdrop.bench.rows import ALPHA, SMOOTHING, official
 from rdrop.dropout import dropout_sources
 from rdrop.integrations.transformers.trainer import CHECKED_MICRO_BATCHES, RDropSeq2SeqTrainer
 from rdrop.passes import repeat_batch
+from rdrop.terms import IGNORE_INDEX
 
 COMPARED_WITH = ("plain", "plain_twice_the_batch")
 VOCABULARIES = (10_000, 50_000)
@@ -101,7 +102,7 @@ def ragged_tokens(size: StepSize, classes: int) -> tuple[Tensor, Tensor]:
 def translation_batch(classes: int, size: StepSize) -> Batch:
     tokens, mask = ragged_tokens(size, classes)
     before = F.pad(tokens[:, :-1], (1, 0))
-    labels = tokens.flip(0).masked_fill(~mask.flip(0), IGNORED)
+    labels = tokens.flip(0).masked_fill(~mask.flip(0), IGNORE_INDEX)
     return {"input_ids": tokens, "attention_mask": mask.long(), "decoder_input_ids": before.flip(0), "labels": labels}
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..arguments import SUM_TOLERANCE
 from ..dropout import dropout_sources
 from ..passes import call_model, find_batch_size, map_tensors, repeat_batch
-from ..terms import symmetric_kl
+from ..terms import SUM_TOLERANCE, symmetric_kl
 from .report import Finding, Trial, some
 from .static import acting
 from .watch import Watch, differ, unchanged
@@ -159,7 +158,7 @@ def _non_finite(logits: Tensor) -> Iterator[Finding]:
 
 
 def _probabilities(logits: Tensor) -> Iterator[Finding]:
-    """By the graph, behind which a model may only reshape; a softmax also by its rows, however they were made."""
+    """Reads the graph, behind which a model may only reshape; a softmax is also known by its rows, however made."""
     last = _last_operation(logits)
     values, classes = logits.detach().float(), logits.shape[-1] if logits.dim() > 1 else 1
     sums_to_one = classes > 1 and values.min() >= 0 and ((values.sum(-1) - 1).abs() < SUM_TOLERANCE).all()

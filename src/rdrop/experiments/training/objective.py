@@ -52,7 +52,7 @@ class Objective:
             try:
                 loss = target.plain_loss(self._forward(batch), self._recipe.label_smoothing) / num_items
             except ValueError as error:
-                raise MethodError(str(error)) from error
+                raise ObjectiveError(str(error)) from error
             return LossTerms(loss, loss.detach(), torch.zeros_like(loss))
         self._require_exact(batch)
         if self._fused is not None:

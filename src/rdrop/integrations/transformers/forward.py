@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,13 +48,16 @@ class Fused:
 
     def __init__(self, inner: Any) -> None:
         """Takes the transformers model itself, without DDP, torch.compile and LoRA around it."""
-        self.is_of_transformers = is_of_transformers(inner)
-        self.layer: Any = inner.get_output_embeddings() if self.is_of_transformers else None
+        self.inner = inner
         self._hidden: Tensor | None = None
         self._seen: str | None = None
 
+    @cached_property
+    def layer(self) -> Any:
+        return self.inner.get_output_embeddings()
+
     def reason(self) -> str | None:
-        if not self.is_of_transformers:
+        if not is_of_transformers(self.inner):
             return NONE_OF_TRANSFORMERS
         if type(self.layer) is not nn.Linear:
             return f"the output layer is a {type(self.layer).__name__}, not a plain torch.nn.Linear"
