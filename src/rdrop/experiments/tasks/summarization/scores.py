@@ -35,7 +35,7 @@ class WordsOfAnyScript(Tokenizer):  # type: ignore[misc]  # rouge-score has no t
 
 
 class _Characters(dict[int, str]):
-    """What becomes of each character, found when it is first met: letters, marks and digits are kept."""
+    """Maps each character to what becomes of it, found when it is first met: letters, marks and digits are kept."""
 
     def __missing__(self, code: int) -> str:
         letter = chr(code)
