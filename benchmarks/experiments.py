@@ -5,7 +5,7 @@
 
 `add` puts the result of every finished run below RUNS into benchmarks/results/experiments.jsonl, one a line, with the
 command that made it; a run of the same recipe that is there already is replaced. `pages` writes each part of a page
-between `<!-- results: NAME -->` and `<!-- /results: NAME -->` anew; a test holds that it is what the records give.
+between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again; a test holds that it is what the records give.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tables and plots of docs/speed.md and docs/accuracy.md from the committed records: `python -m benchmarks.pages`.
 
-Each part of a page between `<!-- name -->` and `<!-- /name -->` is written anew; a test holds that it is what the
+Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, linear.jsonl and steps.jsonl of a
 CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and
 accuracy-linear.json.
@@ -112,7 +112,7 @@ def _gpu(records: list[Record]) -> str:
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)
 
 
-# ---------------------------------------------------------------------------------------------- figures to hold
+# ---------------------------------------------------------------------------------------------- performance targets
 
 
 @dataclass(frozen=True)

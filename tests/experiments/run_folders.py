@@ -1,4 +1,4 @@
-"""Run folders as the training loop leaves them, made up: learning curves of a small network that overfits."""
+"""Run folders as the training loop leaves them, but synthetic: learning curves of a small network that overfits."""
 
 import json
 import math

@@ -68,7 +68,7 @@ def rows(count: int, start: int = 0) -> list[Row]:
 
 
 def own(tmp_path: Path, **changes: object) -> SummarizationRecipe:
-    """The tiny recipe for own files, with the sources of the tests in place of made-up examples."""
+    """The tiny recipe for own files, with the sources of the tests in place of synthetic examples."""
     changes = {"data.tiny": False, "data.train": str(write_rows(tmp_path / "train.jsonl", rows(20)))} | changes
     columns = {"data.document_column": "document", "data.summary_column": "summary"}
     return SUMMARIZATION.tiny().replace(**(columns | changes))

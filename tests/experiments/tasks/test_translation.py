@@ -41,7 +41,7 @@ def tiny() -> Translation:
 
 
 def own(tmp_path: Path, pairs: Sequence[tuple[str, str]], **changes: object) -> TranslationRecipe:
-    """The tiny recipe on a file of one's own, in place of made-up examples."""
+    """The tiny recipe on a file of one's own, in place of synthetic examples."""
     path = tmp_path / "own.tsv"
     path.write_text("source\ttarget\n" + "".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
     return TINY.replace(**({"data.tiny": False, "data.train": str(path)} | changes))

@@ -1,4 +1,4 @@
-"""Which examples an update sees: all of them, those of like length together, the same wherever training resumes."""
+"""Which examples an update sees: all of them, length bucketing, the same wherever training resumes."""
 
 import numpy as np
 import pytest
