@@ -542,7 +542,7 @@ P = problem()
             "is -inf and the label: its cross-entropy is infinite",
         ),
         (
-            changed(weight=P.weight * 0, bias=with_entry(torch.full((37,), 2e38), (int(P.labels[0]),), -1e38)),
+            changed(weight=P.weight * 0, bias=with_entry(torch.full((37,), 3e38), (int(P.labels[0]),), -3e38)),
             {},
             "overflows torch.float32",
         ),

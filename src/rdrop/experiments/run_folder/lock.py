@@ -89,7 +89,12 @@ class RunLock:
         self._thread.join()
         # Where another is taking it over, or its disk is gone, it is stale as soon as this process is.
         with contextlib.suppress(RunLockedError, OSError):
-            _exchange(self._path, self._holder, None)
+            try:
+                _exchange(self._path, self._holder, None)
+            except OSError:  # a full disk has no room for the guard; while this process lives, nobody else takes it
+                found = _read(self._path)
+                if found is not None and found[0].token == self._holder.token:
+                    self._path.unlink()
 
     def require_held(self) -> None:
         """Raises `LockLostError` if another process has taken the run over. It costs nothing, so ask often."""
