@@ -90,8 +90,8 @@ recipe = override(find_recipe("text-classification"), settings)
 # %%
 from rich.console import Console
 
-from rdrop.experiments.jobs import train_all
-from rdrop.experiments.plan import plan_comparison
+from rdrop.experiments.launch.jobs import train_all
+from rdrop.experiments.launch.plan import plan_comparison
 
 plan = plan_comparison(recipe, range(SEEDS), folder / "runs", larger_batch=False)
 failed = train_all(plan, Console(quiet=True))

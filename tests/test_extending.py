@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ PATCHES = re.findall(r"<!-- patch -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
 TASK_LINES = re.search(r"<!-- append to the task -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
 COMMANDS_OF_A_COPY = """
 import sys
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 for command in sys.stdin.read().splitlines():
     status = cli.run(command.split()[1:])
     assert status == 0, command

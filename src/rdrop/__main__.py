@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     try:
-        from rdrop.experiments.cli import run
+        from rdrop.experiments.launch.cli import run
 
         sys.exit(run(sys.argv[1:]))
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ import rdrop.bench
 from rdrop.bench.plots import draw, main, svg
 from rdrop.bench.records import comparisons, read
 from rdrop.bench.table import LAYOUTS, compare, markdown_table
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 from rdrop.kernels import available
 
 pytestmark = pytest.mark.skipif(available()["cpu"] is not None, reason=str(available()["cpu"]))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments import cli, metrics, recipes
+from rdrop.experiments import metrics, recipes
+from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import find_runs

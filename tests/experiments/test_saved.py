@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rdrop.experiments import cli
 from rdrop.experiments.comparison.comparison import comparisons
-from rdrop.experiments.plan import Run
+from rdrop.experiments.launch import cli
+from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.recipe.settings import added
 from rdrop.experiments.recipes import RECIPES, load_recipe
 from rdrop.experiments.run_folder import RunFolder, find_runs, saved

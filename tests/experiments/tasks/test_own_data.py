@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 from rdrop.experiments.run_folder import find_runs
 
 

@@ -20,7 +20,7 @@ from transformers import (
     RobertaModel,
 )
 
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES

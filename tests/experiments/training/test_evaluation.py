@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tests.experiments.tasks import test_own_data
 
-from rdrop.experiments import cli
 from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
+from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES, load_recipe

@@ -17,9 +17,9 @@ import pytest
 from rich.console import Console
 from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 
-from rdrop.experiments import jobs
-from rdrop.experiments.jobs import train_all
-from rdrop.experiments.plan import Run, plan_comparison
+from rdrop.experiments.launch import jobs
+from rdrop.experiments.launch.jobs import train_all
+from rdrop.experiments.launch.plan import Run, plan_comparison
 from rdrop.experiments.run_folder.lock import RunLockedError
 from rdrop.experiments.training import trainer
 

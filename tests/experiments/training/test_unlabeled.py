@@ -10,7 +10,7 @@ from tests.experiments.tiny_runs import POSITIONS, RECIPE, VOCABULARY, TinyNetwo
 from torch import Tensor, nn
 
 from rdrop import rdrop_loss, repeat_batch
-from rdrop.experiments import cli
+from rdrop.experiments.launch import cli
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.jobs import (
+from rdrop.experiments.launch.jobs import (
     DIVERGED_STATUS,
     FailedRunsError,
     Failure,
@@ -35,7 +35,7 @@ from rdrop.experiments.jobs import (
     train_all,
     train_supervised,
 )
-from rdrop.experiments.plan import Command, Run, plan_comparison
+from rdrop.experiments.launch.plan import Command, Run, plan_comparison
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
@@ -164,7 +164,7 @@ def train(
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     run = Run.of(_label_of(chosen.saved()), chosen, runs)
-    if side_by_side:  # `rdrop.experiments.jobs` started this process
+    if side_by_side:  # `rdrop.experiments.launch.jobs` started this process
         raise typer.Exit(train_supervised(run, side_by_side, tracker or ()))
     failures = train_all([run], _progress_console(), trackers=tracker or ())
     if failures:
@@ -250,8 +250,8 @@ def tune(
 
     Plain training is tried with the same values of the keys that are not R-Drop's own. Finished runs are not repeated.
     """
-    from rdrop.experiments import tune as tuning
     from rdrop.experiments.comparison.looks import read_looks
+    from rdrop.experiments.launch import tune as tuning
 
     fixed, grid = tuning.split_grid(settings or [])
     fresh = parse_seeds(seeds)
@@ -458,8 +458,8 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
     """The finished runs below `runs`, with new scores of the test split in the place of the old."""
     from rdrop.experiments.comparison.finished_runs import split_usable
-    from rdrop.experiments.jobs import quiet_transformers
-    from rdrop.experiments.progress import summary
+    from rdrop.experiments.launch.jobs import quiet_transformers
+    from rdrop.experiments.launch.progress import summary
     from rdrop.experiments.training.checkpoints import CheckpointError
     from rdrop.experiments.training.evaluation import rescore
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from rdrop.experiments import cli
 from rdrop.experiments.comparison.comparison import Arm, Comparison
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.comparison.tuning import Tried, Tuning
-from rdrop.experiments.plan import Run
+from rdrop.experiments.launch import cli
+from rdrop.experiments.launch.plan import Run
+from rdrop.experiments.launch.tune import FIRST_SEED, MOST_IN_FULL, make_grid, search, split_grid
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import TUNING, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
 from rdrop.experiments.training import trainer
-from rdrop.experiments.tune import FIRST_SEED, MOST_IN_FULL, make_grid, search, split_grid
 
 BEST = {"alpha": 1.0, "model.dropout": 0.3}
 

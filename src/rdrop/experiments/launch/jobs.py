@@ -31,8 +31,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
 
-from rdrop.experiments.plan import Command, Run
-from rdrop.experiments.progress import Display, show_progress, summary
+from rdrop.experiments.launch.plan import Command, Run
+from rdrop.experiments.launch.progress import Display, show_progress, summary
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import ResultsError
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of

@@ -22,8 +22,8 @@ from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
-from rdrop.experiments.jobs import FailedRunsError, Failure
-from rdrop.experiments.plan import Run, with_larger_batch
+from rdrop.experiments.launch.jobs import FailedRunsError, Failure
+from rdrop.experiments.launch.plan import Run, with_larger_batch
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import TUNING, ResultsError, find_runs

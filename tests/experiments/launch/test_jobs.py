@@ -19,9 +19,10 @@ import pytest
 from rich.console import Console
 from tests.experiments.tiny_runs import RECIPE, final_state
 
-from rdrop.experiments import cli, jobs, recipes
-from rdrop.experiments.jobs import find_places, train_all
-from rdrop.experiments.plan import Command, Run, plan_comparison, settings_between
+from rdrop.experiments import recipes
+from rdrop.experiments.launch import cli, jobs
+from rdrop.experiments.launch.jobs import find_places, train_all
+from rdrop.experiments.launch.plan import Command, Run, plan_comparison, settings_between
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import RunFolder, find_runs
@@ -29,7 +30,7 @@ from rdrop.experiments.run_folder.lock import FILE, RunLockedError, holder_of
 from rdrop.experiments.tasks.digits.recipes import DIGITS
 from rdrop.experiments.training import trainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = "tests.experiments.tiny_runs:RECIPE"
 ENDLESS = ["updates=1000000", "warmup_updates=0", "evaluate_every=100", "checkpoint_every=1000000"]
 COMPARE = [sys.executable, "-m", "rdrop", "compare", TINY]

@@ -14,9 +14,9 @@ import pytest
 from accelerate.utils import LoggerType
 from rich.console import Console
 
-from rdrop.experiments import cli
-from rdrop.experiments.plan import plan_comparison
-from rdrop.experiments.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
+from rdrop.experiments.launch import cli
+from rdrop.experiments.launch.plan import plan_comparison
+from rdrop.experiments.launch.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.run_folder import RunFolder, find_runs
@@ -430,12 +430,12 @@ import sys, types
 package = types.ModuleType("rdrop")
 package.__path__ = [sys.argv[1]]
 sys.modules["rdrop"] = package
-from rdrop.experiments.cli import run
+from rdrop.experiments.launch.cli import run
 assert run(["list"]) == run(["list", "digits"]) == run(["--help"]) == 0
 heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "scipy", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
-    package = Path(__file__).parents[2] / "src/rdrop"
+    package = Path(__file__).parents[3] / "src/rdrop"
     command = [sys.executable, "-c", program, str(package)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)  # where there are no runs
     assert (done.returncode, done.stderr) == (0, "")
