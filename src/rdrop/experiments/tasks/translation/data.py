@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_parallel, read_table
 from rdrop.experiments.tasks.spelling import is_blank
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
@@ -84,14 +85,26 @@ class HubPairs:
                 )
 
 
-def load_pairs(data: TranslationData, test: str | None = None) -> dict[str, Pairs]:
-    """Loads the three splits, from the first source that the recipe sets; `test` from that file. Raises `DataError`."""
+def load_pairs(data: TranslationData, test: str | None = None, *, seed: int = 0) -> dict[str, Pairs]:
+    """Loads the three splits, from the first source that the recipe sets; `test` from that file. Raises `DataError`.
+
+    `seed` draws the `data.train_pairs` that are trained on.
+    """
     splits = _load(data)
+    if data.train_pairs is not None:
+        splits["train"] = _drawn(splits["train"], data.train_pairs, seed)
     if test is None:
         return splits
     if data.train is not None:
         require_different_files({"train": _own_files(data, data.train), "test": _own_files(data, test)})
     return splits | {"test": _own_split(data, test)}
+
+
+def _drawn(train: Pairs, size: int, seed: int) -> Pairs:
+    if size > len(train):
+        raise DataError(f"{train.where}: has {len(train)} pairs; set data.train_pairs (={size}) to at most that")
+    order = np.random.default_rng(derived_seed(seed, "train pairs")).permutation(len(train))
+    return train.take(np.sort(order[:size]), "train")
 
 
 def _load(data: TranslationData) -> dict[str, Pairs]:

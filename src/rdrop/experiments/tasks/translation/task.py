@@ -62,9 +62,11 @@ class Translation:
         data = recipe.data
         self._data, self._model, self._decoding = data, recipe.model, recipe.decoding
         self.metric = data.metric
-        pairs = load_pairs(data, test)
+        pairs = load_pairs(data, test, seed=recipe.seed)
         self.subwords = build_subwords(data, pairs["train"])
         self._splits = {split: encode_pairs(self.subwords, own) for split, own in pairs.items()}
+        if data.bidirectional:
+            self._splits["train"] = both_ways(*self._splits["train"])
         self._used, self.counts = usable(
             *(side.lengths for side in self._splits["train"]), max_length=data.max_length, max_ratio=data.max_ratio
         )
@@ -210,6 +212,15 @@ def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
 def encode_pairs(subwords: Subwords, pairs: Pairs) -> Split:
     source, target = (TokenSequences(_encoded(subwords, (pair[side] for pair in pairs))) for side in (0, 1))
     return source, target
+
+
+def both_ways(source: TokenSequences, target: TokenSequences) -> Split:
+    """Returns the pairs in both directions: those given, then the same with their sides exchanged."""
+    rows = range(len(source))
+    first, second = (
+        TokenSequences(side[row] for side in sides for row in rows) for sides in ((source, target), (target, source))
+    )
+    return first, second
 
 
 def _encoded(subwords: Subwords, lines: Iterable[str]) -> Iterator[list[int]]:
