@@ -57,6 +57,7 @@ def test_every_key_changes_the_digest() -> None:
         "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_updates": "41",
         "weight_decay": "0.02", "clip_norm": "null", "label_smoothing": "0.1", "precision": '"bf16"',
         "evaluate_every": "41", "checkpoint_every": "99", "keep_checkpoints": "3", "seed": "1",
+        "init_from": '"runs"',
         "data.train_labels": "299", "data.valid_size": "299", "data.test_size": "999", "data.split_seed": "1",
         "data.shift": "2",
         "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",

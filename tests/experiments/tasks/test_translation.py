@@ -115,6 +115,43 @@ def test_translations_without_spaces_need_a_language_that_bleu_knows(tmp_path: P
     assert "tok:char" in task.notes["signature of bleu"]
 
 
+def test_train_pairs_are_drawn_by_the_seed_and_the_scored_ones_stay(tmp_path: Path) -> None:
+    pairs = [(f"ba{number}", f"ko{number}") for number in range(60)]
+
+    def texts(seed: int) -> tuple[list[str], list[str]]:
+        task = Translation(own(tmp_path, pairs, seed=seed, **{"data.train_pairs": 20}))
+        rows = [task.train_batch([row], epoch=0)["labels"][0, :-1].tolist() for row in range(task.train_size())]
+        return task.subwords.decode(rows), task._references["test"]
+
+    (first, scored), (again, _), (other, same) = texts(seed=0), texts(seed=0), texts(seed=1)
+    assert len(first) == len(set(first)) == 20
+    assert first == again != other
+    assert scored == same
+    assert not set(first) & set(scored)
+
+
+def test_more_train_pairs_than_there_are_is_an_error_that_says_how_many(tmp_path: Path) -> None:
+    recipe = own(tmp_path, [("ba", "ko")] * 30, **{"data.train_pairs": 25})
+    with pytest.raises(DataError, match=r"has 24 pairs; set data\.train_pairs \(=25\) to at most that"):
+        Translation(recipe)
+
+
+def test_both_directions_are_the_pairs_and_the_same_turned_around(tmp_path: Path) -> None:
+    pairs = [(f"ba{number}", f"ko{number} li") for number in range(20)]
+    one, both = (Translation(own(tmp_path, pairs, **{"data.bidirectional": way})) for way in (False, True))
+    size = one.train_size()
+    assert both.train_size() == 2 * size
+    for row in range(size):
+        there, back = both.train_batch([row], epoch=0), both.train_batch([size + row], epoch=0)
+        assert there["input_ids"].tolist() == one.train_batch([row], epoch=0)["input_ids"].tolist()
+        assert back["input_ids"].tolist() == there["labels"].tolist()
+        assert back["labels"].tolist() == there["input_ids"].tolist()
+    assert both.names_of_ids() == one.names_of_ids()  # so that one may start the other
+    assert [tokens.ids.tolist() for tokens in both._splits["test"]] == [
+        tokens.ids.tolist() for tokens in one._splits["test"]
+    ]
+
+
 def test_limits_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     recipe = own(tmp_path, [("a b c d e f", "g h i j k l")] * 20, **{"data.max_length": 2})
     with pytest.raises(DataError, match=r"data\.max_length and data\.max_ratio skip every pair"):

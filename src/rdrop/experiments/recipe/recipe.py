@@ -20,6 +20,7 @@ from rdrop.experiments.recipe.settings import (
     RecipeError,
     Section,
     Seed,
+    added,
     nearest_name,
     read_settings,
     was_added,
@@ -185,6 +186,11 @@ class Recipe(Section):
     checkpoint_every: Count = Field(description="Updates between checkpoints to resume from. The last one is saved.")
     keep_checkpoints: Count = Field(2, description="How many of the newest checkpoints are kept.")
 
+    init_from: str | None = added(
+        None,
+        "Folder of a finished run whose scored weights training starts from; or of several, of which the one with this "
+        "seed is taken. null: new or pre-trained weights, as `model` says.",
+    )
     seed: Seed = Field(
         0, description="Decides initial weights, order of the data, dropout masks, and what the task draws."
     )

@@ -1,5 +1,6 @@
 """The protocol of a task: all that the training loop asks of its data, model and scores."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,6 +79,14 @@ class LearnsFromUnlabeled(Protocol):
 
     def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
         """Returns a batch as `train_batch` does. Its labels only say which positions count: those that are not -100."""
+
+
+@runtime_checkable
+class NamesItsIds(Protocol):
+    """A task that says what its ids mean, so that the weights of one run may start another."""
+
+    def names_of_ids(self) -> Iterable[str]:
+        """Yields what each id of the vocabulary stands for, then each class, in their order."""
 
 
 @runtime_checkable

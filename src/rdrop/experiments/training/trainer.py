@@ -50,6 +50,7 @@ from rdrop.experiments.training.order import DataOrder, Indices, OrderError, Unl
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.training.prefetch import Prefetched
 from rdrop.experiments.training.progress import Progress as Progress
+from rdrop.experiments.training.start import start_from, vocabulary_digest
 from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
 from rdrop.terms import LossTerms
@@ -85,6 +86,8 @@ class RunState:
     resumed: int = 0
     data: str = ""
     """The fingerprint of the training data."""
+    start: dict[str, str] = field(default_factory=dict)
+    """A note on the run whose weights this one started from."""
     sums: dict[str, float] = field(default_factory=dict)
     """Of what the next `train` row averages, with the counts."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -185,6 +188,8 @@ class _Training:
         self.state = RunState(data=fingerprint(self.task))
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
+        if not (self.state.step or self.state.resumed):
+            self.state.start = start_from(recipe, self.task, self.model)
         self.parallel_model = self.accelerator.prepare_model(self.model)  # what is trained: under DDP, its wrapper
         if recipe.compile:
             self.parallel_model = torch.compile(self.parallel_model)
@@ -385,8 +390,9 @@ class _Training:
             "test": test,
             "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
             "metrics": metrics.rows(test),
-            "notes": self.task.notes | self.note_on_alpha(),
+            "notes": self.task.notes | self.state.start | self.note_on_alpha(),
             "data": state.data,
+            "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes)
             | ({} if self.side_by_side == 1 else {"side_by_side": self.side_by_side}),

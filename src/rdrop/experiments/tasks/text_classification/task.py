@@ -101,6 +101,9 @@ class TextClassification:
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
 
+    def names_of_ids(self) -> list[str]:
+        return [*self._tokenizer.convert_ids_to_tokens(range(len(self._tokenizer))), *self.classes]
+
     def unknown_id(self) -> int | None:
         unknown: int | None = self._tokenizer.unk_token_id
         return unknown

@@ -85,6 +85,7 @@ class TranslationRecipe(Recipe):
             learning_rate=1e-2,
             batch_size=16,
             batch_tokens=None,
+            init_from=None,
             **SYNTHETIC,
             **{
                 "data.vocabulary": 60,
@@ -191,6 +192,11 @@ IWSLT14_DE_EN_SIMCUT = IWSLT14_DE_EN.replace(
     **{
         "data.metric": "bleu_tokenized"
     },  # the form of their figures: compounds are not split at hyphens, as R-Drop's are
+)
+# Bi-SimCut, Gao et al. 2022: SimCut on both directions as one training set, then on one, from those weights.
+IWSLT14_DE_EN_BOTH = IWSLT14_DE_EN_SIMCUT.replace(name="iwslt14-de-en-both", **{"data.bidirectional": True})
+IWSLT14_DE_EN_BI_SIMCUT = IWSLT14_DE_EN_SIMCUT.replace(
+    name="iwslt14-de-en-bi-simcut", init_from="runs/iwslt14-de-en-both"
 )
 IWSLT14_DE_EN_40K = IWSLT14_DE_EN.replace(
     name="iwslt14-de-en-40k",
@@ -376,6 +382,8 @@ RECIPES = (
     IWSLT14_DE_EN,
     IWSLT14_DE_EN_CUTOFF,
     IWSLT14_DE_EN_SIMCUT,
+    IWSLT14_DE_EN_BOTH,
+    IWSLT14_DE_EN_BI_SIMCUT,
     IWSLT14_DE_EN_40K,
     IWSLT14_EN_DE,
     IWSLT14_EN_ES,
@@ -436,6 +444,17 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
             source="Gao et al. 2022, run again by the authors",
         ),
     ),
+    "iwslt14-de-en-bi-simcut": (
+        _published("IWSLT14 De-En", None, 38.37, metric="BLEU tokenized", method="Bi-SimCut", source="Gao et al. 2022"),
+        _published(
+            "IWSLT14 De-En",
+            None,
+            38.42,
+            metric="BLEU tokenized",
+            method="Bi-SimCut",
+            source="Gao et al. 2022, run again by the authors",
+        ),
+    ),
     "iwslt14-en-de": (_published("IWSLT14 En-De", 28.57, 30.72),),
     "iwslt14-en-es": (_published("IWSLT14 En-Es", 39.0, 41.8),),
     "iwslt14-es-en": (_published("IWSLT14 Es-En", 40.6, 43.2),),
@@ -448,6 +467,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "multi30k-en-de": (_published("Multi30k En-De", 41.02, None, model="Transformer-Tiny", source="Wu et al. 2021"),),
 }
 DATASETS = {
+    "iwslt14-de-en-both": "IWSLT14 De-En, both directions",
     "iwslt14-de-en-40k": "IWSLT14 De-En, 40,270 pairs",
     "multi30k-de-en": "Multi30k De-En",
     "multi30k-en-fr": "Multi30k En-Fr",

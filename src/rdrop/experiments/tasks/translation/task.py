@@ -102,6 +102,9 @@ class Translation:
     def special_ids(self) -> frozenset[int]:
         return frozenset(range(len(SPECIAL_TOKENS)))
 
+    def names_of_ids(self) -> list[str]:
+        return self.subwords.decode([[token] for token in range(self.subwords.size)])
+
     def unknown_id(self) -> int:
         return UNKNOWN
 

@@ -1,0 +1,66 @@
+"""The weights of a finished run as the start of another: Bi-SimCut, or any training in two stages."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.tasks.task import NamesItsIds, Task
+from rdrop.experiments.training import checkpoints
+
+
+def vocabulary_digest(task: Task) -> str | None:
+    """Returns 12 hexadecimal digits of what the ids of vocabulary and classes mean; None if the task does not say."""
+    if not isinstance(task, NamesItsIds):
+        return None
+    return hashlib.sha256("\0".join(task.names_of_ids()).encode()).hexdigest()[:12]
+
+
+def start_from(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, str]:
+    """Copies the weights that `init_from` names into `model`; returns a note on where they are from.
+
+    Raises:
+        ResultsError: there is no such run, or its ids stand for other tokens or classes.
+        CheckpointError: its weights are damaged, deleted, or those of another model.
+    """
+    if recipe.init_from is None:
+        return {}
+    run = _find(Path(recipe.init_from), recipe.seed)
+    assert run.result is not None  # it is finished
+    own, theirs = vocabulary_digest(task), run.result.get("vocabulary")
+    if own is None:
+        rule = f"must be null: {recipe.task} does not say what its ids mean"
+        raise ResultsError(f"init_from (={recipe.init_from}) {rule}")
+    if own != theirs:
+        was = "does not say what its ids mean" if theirs is None else "has another vocabulary or other classes"
+        raise ResultsError(
+            f"init_from (={recipe.init_from}): {run.path} {was}, so its weights mean something else here. Train it "
+            "again with this version, on the same data and with the same seed"
+        )
+    best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
+    checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
+    first = run.result["recipe"]
+    update = f"the mean of {len(averaged_steps)} weights" if averaged_steps else f"update {best_step}"
+    return {"started from": f"{first['name']}, seed {first['seed']}, {update} ({run.result['digest']})"}
+
+
+def _find(path: Path, seed: int) -> RunRecord:
+    """Returns the finished run in the folder; the one with this seed, if the folder holds several."""
+    finished = [run for run in find_runs(path) if run.problem is None and run.result is not None]
+    if len(finished) == 1 and finished[0].path == path:
+        return finished[0]
+    fitting = [run for run in finished if run.result is not None and run.result["recipe"]["seed"] == seed]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise ResultsError(
+            f"init_from (={path}) holds no finished run with seed {seed}; train it first, or name one run's folder"
+        )
+    raise ResultsError(
+        f"init_from (={path}) holds {len(fitting)} finished runs with seed {seed}; name the folder of one: "
+        f"{', '.join(str(run.path) for run in fitting)}"
+    )

@@ -1,0 +1,104 @@
+"""A run that starts from the weights of another: which ones, and when it is refused."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdrop.experiments.launch import cli
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
+from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.task import load_task
+from rdrop.experiments.tasks.translation.recipes import TRANSLATION
+from rdrop.experiments.training import checkpoints, trainer
+from rdrop.experiments.training.preemption import Preempted
+from rdrop.experiments.training.start import start_from
+
+BOTH = TRANSLATION.tiny().replace(updates=4, warmup_updates=1, evaluate_every=2, **{"data.bidirectional": True})
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of both directions for each of two seeds."""
+    folder = tmp_path_factory.mktemp("both")
+    for seed in (0, 1):
+        trainer.train(BOTH.replace(seed=seed), folder / str(seed))
+    return folder
+
+
+def second(start: Path, **changes: object) -> Recipe:
+    return BOTH.replace(init_from=str(start), **({"data.bidirectional": False} | changes))
+
+
+def weights_of(run: Path) -> list[torch.Tensor]:
+    result = RunFolder(run).result()
+    assert result is not None
+    model = load_task(BOTH).build_model()
+    checkpoints.restore_final(run / "checkpoints", result["best_step"], result["averaged_steps"], model)
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_several_runs_the_one_with_this_seed_is_the_start(started: Path, seed: int) -> None:
+    recipe = second(started, seed=seed)
+    task = load_task(recipe)
+    model = task.build_model()
+    note = start_from(recipe, task, model)
+    assert all(map(torch.equal, model.parameters(), weights_of(started / str(seed))))
+    assert note["started from"].startswith(f"{BOTH.name}, seed {seed}, update ")
+
+
+def test_one_run_named_itself_starts_any_seed_and_the_result_says_so(started: Path, tmp_path: Path) -> None:
+    recipe = second(started / "1", seed=7, learning_rate=1e-12, updates=1, warmup_updates=1)
+    result = trainer.train(recipe, tmp_path)
+    assert f"{BOTH.name}, seed 1" in result["notes"]["started from"]
+    assert all(
+        torch.allclose(a, b, atol=1e-9) for a, b in zip(weights_of(tmp_path), weights_of(started / "1"), strict=True)
+    )
+
+
+def test_a_resumed_run_needs_its_start_no_more_and_ends_in_the_same_bits(started: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(started / "0", start)
+    recipe = second(start)
+    whole = trainer.train(recipe, tmp_path / "whole")
+
+    def stop(progress: trainer.Progress) -> None:
+        if progress.step == 3:
+            raise Preempted(15, 3, tmp_path)
+
+    with pytest.raises(Preempted):
+        trainer.train(recipe, tmp_path / "run", on_progress=stop)
+    shutil.rmtree(start)
+    result = trainer.train(recipe, tmp_path / "run")
+    assert result["notes"] == whole["notes"]
+    assert all(map(torch.equal, weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (lambda runs: second(runs, seed=5), "holds no finished run with seed 5; train it first"),
+        (lambda runs: second(runs / "nowhere"), "is not a folder"),
+        (lambda runs: second(runs, **{"data.vocabulary": 50}), "has another vocabulary or other classes"),
+        (lambda runs: second(runs, **{"model.hidden_size": 16}), "does not fit the model of this recipe"),
+        (lambda runs: DIGITS.tiny().replace(init_from=str(runs)), "init_from .* must be null: digits does not say"),
+    ],
+)
+def test_a_start_that_means_something_else_is_refused(recipe, message: str, started: Path, tmp_path: Path) -> None:
+    with pytest.raises((ResultsError, checkpoints.CheckpointError), match=message):
+        trainer.train(recipe(started), tmp_path)
+    assert RunFolder(tmp_path).result() is None
+
+
+def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick: Sequence[str] = ("tiny=true", "updates=4", "warmup_updates=1", "evaluate_every=2")
+    assert cli.run(["train", "iwslt14-de-en-simcut-both", *quick]) == 0
+    folder = "runs/iwslt14-de-en-simcut-both-tiny"
+    assert cli.run(["train", "iwslt14-de-en-bi-simcut", *quick, f"init_from={folder}"]) == 0
+    notes = [run.result["notes"] for run in find_runs("runs/iwslt14-de-en-bi-simcut-tiny") if run.result]
+    assert "iwslt14-de-en-simcut-both-tiny, seed 0" in notes[0]["started from"]
