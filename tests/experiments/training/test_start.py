@@ -97,8 +97,8 @@ def test_a_start_that_means_something_else_is_refused(recipe, message: str, star
 def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quick: Sequence[str] = ("tiny=true", "updates=4", "warmup_updates=1", "evaluate_every=2")
-    assert cli.run(["train", "iwslt14-de-en-simcut-both", *quick]) == 0
-    folder = "runs/iwslt14-de-en-simcut-both-tiny"
+    assert cli.run(["train", "iwslt14-de-en-both", *quick]) == 0
+    folder = "runs/iwslt14-de-en-both-tiny"
     assert cli.run(["train", "iwslt14-de-en-bi-simcut", *quick, f"init_from={folder}"]) == 0
     notes = [run.result["notes"] for run in find_runs("runs/iwslt14-de-en-bi-simcut-tiny") if run.result]
-    assert "iwslt14-de-en-simcut-both-tiny, seed 0" in notes[0]["started from"]
+    assert "iwslt14-de-en-both-tiny, seed 0" in notes[0]["started from"]
