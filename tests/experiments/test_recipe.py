@@ -53,17 +53,17 @@ def test_every_key_changes_the_digest() -> None:
         "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
         "dropout": "[0.1,0.3]", "task_passes": '"first"', "divergence": '"from-first"',
         "optimizer": '"sgd"', "beta1": "0.8", "beta2": "0.98", "epsilon": "1e-6", "compile": "true", "fused": "true",
-        "encoder_once": "true", "patience": "3", "average_last": "5",
+        "encoder_once": "true", "views": '"each"', "patience": "3", "average_last": "5",
         "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_updates": "41",
         "weight_decay": "0.02", "clip_norm": "null", "label_smoothing": "0.1", "precision": '"bf16"',
         "evaluate_every": "41", "checkpoint_every": "99", "keep_checkpoints": "3", "seed": "1",
         "init_from": '"runs"',
         "data.train_labels": "299", "data.valid_size": "299", "data.test_size": "999", "data.split_seed": "1",
-        "data.shift": "2",
+        "data.shift": "2", "data.unlabeled": "all", "data.unlabeled_batch": "32",
         "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",
         "model.patch_size": "4", "model.dropout": "0.2", "model.attention_dropout": "0.2",
     }  # fmt: skip
-    need_another = {"cutoff", "cutoff_ratio", "batch_tokens"}
+    need_another = {"cutoff", "cutoff_ratio", "batch_tokens", "model.kind"}
     assert {*other, "task", *need_another} == set(BASE.descriptions())
     digests = {override(BASE, [f"{key}={value}"]).digest() for key, value in other.items()}
     assert len(digests) == len(other)

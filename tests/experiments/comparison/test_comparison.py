@@ -248,6 +248,7 @@ def test_what_is_trained_in_another_way_is_another_arm():
         "dropout": (None, [0.1, 0.3]),
         "cutoff": (None, "token", "span", "feature", "embedding", "unknown"),
         "cutoff_ratio": (0.0, 0.05, 0.1),
+        "views": ("same", "each"),
         "task_passes": ("all", "first"),
         "divergence": ("symmetric", "from-first"),
         "fused": (False, True),

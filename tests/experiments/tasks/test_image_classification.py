@@ -644,6 +644,22 @@ def test_an_image_is_the_same_in_whichever_batch_it_stands_and_new_in_each_epoch
         assert not torch.equal(other["pixel_values"], batch["pixel_values"])
 
 
+@pytest.mark.parametrize("crop", ["padded", "resized"])
+def test_each_view_is_another_augmentation_and_the_first_is_as_always(cifar: Path, crop: str) -> None:
+    task = ImageClassification(CIFAR_10_4K.replace(**{"data.folder": str(cifar), "data.crop": crop}))
+    shared, other = task.train_batch([5, 3, 8], 2), task.train_batch([5, 3, 8], 2, 1)
+    assert torch.equal(task.train_batch([5, 3, 8], 2, 0)["pixel_values"], shared["pixel_values"])
+    assert torch.equal(task.train_batch([3], 2, 1)["pixel_values"][0], other["pixel_values"][1])
+    assert torch.equal(other["labels"], shared["labels"])
+    assert not any(torch.equal(a, b) for a, b in zip(shared["pixel_values"], other["pixel_values"], strict=True))
+
+
+def test_views_of_images_that_are_not_augmented_are_refused() -> None:
+    assert ImageClassificationRecipe.parse(CIFAR_10_4K.replace(views="each").saved()).data.is_augmented
+    with pytest.raises(RecipeError, match=r'^views="each": needs data\.crop or data\.flip'):
+        CIFAR_10_4K.replace(views="each", **{"data.crop": None, "data.flip": False})
+
+
 def test_without_crop_and_flip_training_images_are_the_images(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "x.npz")
     task = ImageClassification(SMALL.replace(**{"data.train": str(path), "data.crop": None, "data.flip": False}))

@@ -183,6 +183,7 @@ def test_the_encoder_runs_on_one_pass_only_when_asked() -> None:
     [
         ({"fused": True}, r"fused \(=true\) must be false: "),
         ({"encoder_once": True}, r"encoder_once \(=true\) must be false: the model is none of transformers"),
+        ({"views": "each"}, r'views \(="each"\) must be "same": tiny does not change its inputs at random'),
         ({"cutoff": "token", "cutoff_ratio": 0.1}, r"cutoff \(='token'\) must be null: tiny has no tokens to cut"),
     ],
 )

@@ -49,6 +49,10 @@ class Method(Section):
     cutoff_ratio: Probability = Field(
         0.0, description="Share of the tokens, or of the features, that the cutoff takes."
     )
+    views: Literal["same", "each"] = added(
+        "same",
+        "Whether all passes have the same augmented input, as in the paper; or each has one of its own.",
+    )
     task_passes: Literal["all", "first"] = Field(
         "all",
         description="Which passes carry the task loss: all; or the first, which is SimCut where the others are cut.",
@@ -79,8 +83,11 @@ class Method(Section):
             raise RecipeError("cutoff_ratio", f"must be above 0 for cutoff (={self.cutoff})", value=0)
         if self.fused and (self.dropout is not None or self.task_passes != "all"):
             raise RecipeError("fused", 'must be false where dropout is set, or task_passes is not "all"', value=True)
-        if self.encoder_once and (self.dropout is not None or self.cutoff is not None):
-            raise RecipeError("encoder_once", "must be false with dropout or cutoff set: passes differ", value=True)
+        if self.views == "each" and self.cutoff is not None:
+            raise RecipeError("views", 'must be "same" with a cutoff, which is a view of its own', value=self.views)
+        if self.encoder_once and (self.dropout is not None or self.cutoff is not None or self.views == "each"):
+            rule = 'must be false with dropout, a cutoff or views="each": passes differ before the encoder'
+            raise RecipeError("encoder_once", rule, value=True)
         return self
 
     @property
@@ -99,6 +106,10 @@ class Method(Section):
     def acts_at(self, step: int) -> bool:
         """Whether the update after `step` updates has several passes: updates k, 2k, ... of k-step R-Drop."""
         return not self.is_plain and (step + 1) % self.every == 0
+
+    def views_at(self, step: int) -> int:
+        """Returns how many views of its examples the batch of the update after `step` updates has: 1, or `passes`."""
+        return self.passes if self.views == "each" and self.acts_at(step) else 1
 
     def alpha_at(self, step: int, updates: int) -> float:
         """Returns the weight of the divergence in the update after `step` of `updates` updates."""
@@ -141,6 +152,8 @@ class Method(Section):
             details.append(f"every {self.every} updates")
         if self.cutoff is not None:
             details.append(f"cutoff {self.cutoff_ratio:g}")
+        if self.views == "each":
+            details.append("a view per pass")
         if self.task_passes == "first" and self.name() != "SimCut":
             details.append("task loss of the first pass")
         if self.divergence != "symmetric":

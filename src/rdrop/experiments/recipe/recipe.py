@@ -237,7 +237,8 @@ class Recipe(Section):
 
     def _something_is_random(self) -> None:
         method, rates = self.method, self.model.dropout_rates()
-        if not method.is_plain and rates and not any(rates.values()) and method.cutoff is None:
+        differ = method.cutoff is not None or method.views == "each"
+        if not method.is_plain and rates and not any(rates.values()) and not differ:
             keys = " and ".join(f"model.{name}" for name in rates)
             raise RecipeError(
                 "alpha",

@@ -74,11 +74,19 @@ def read_settings(settings: Iterable[str], names: Iterable[str]) -> dict[str, ob
 
 
 def nearest_name(wrong: str, names: Iterable[str]) -> str:
-    """Returns the valid name most like a wrong one: by its last part (`dropout`), its initials (`lr`), its spelling."""
+    """Returns the valid name most like a wrong one.
+
+    By its last part (`dropout`), its initials (`lr`), a word of its own section (`data.labels`), its spelling.
+    """
     names = list(names)
     for name in names:
         last_part = name.rpartition(".")[2]
         if wrong in (last_part, "".join(word[:1] for word in last_part.split("_"))):
+            return name
+    section, dot, word = wrong.rpartition(".")
+    for name in names:
+        own_section, _, last_part = name.rpartition(".")
+        if dot and own_section == section and word in last_part.split("_"):
             return name
     return difflib.get_close_matches(wrong, names, n=1, cutoff=0.0)[0]
 

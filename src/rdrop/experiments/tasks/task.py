@@ -90,6 +90,21 @@ class NamesItsIds(Protocol):
 
 
 @runtime_checkable
+class Augments(Protocol):
+    """A task whose training inputs change at random, so that each pass of R-Drop may have a view of its own."""
+
+    augments: bool
+    """Whether they do with this recipe."""
+
+    def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
+        """Returns `train_batch` as another view has it: a pure function of the recipe and these three.
+
+        View 0 is what all passes share where each has no view of its own. All views of a batch have the same shapes and
+        the same labels. A task that learns from examples without labels too has the same argument in `unlabeled_batch`.
+        """
+
+
+@runtime_checkable
 class KeepsPredictions(Protocol):
     """A task whose runs keep their predictions of the test split, to be compared example by example."""
 

@@ -1,7 +1,8 @@
 """The method as a recipe asks for it: from a batch to the loss of one microbatch, with one pass or several.
 
     plain        one pass: alpha 0, and the updates that `every` leaves out
-    one forward  of the repeated batch, cut as the views say (R-Drop, Cutoff, SimCut)
+    one forward  of the repeated batch, cut as the views say (R-Drop, Cutoff, SimCut); or of a batch in which every
+                 pass has augmented inputs of its own already
     several      a forward for each pass, at its own dropout rate
     fused        one forward without the output layer: the loss from hidden states
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from rdrop.dropout import acting_sources, dropout_rate
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.tasks.task import Batch, Task
+from rdrop.experiments.tasks.task import Augments, Batch, Task
 from rdrop.integrations.requirements import why_gradient_is_wrong
 from rdrop.integrations.targets import Target
 from rdrop.integrations.transformers.forward import EncoderOnce, Fused, rows_of, same_randomness
-from rdrop.passes import find_batch_size, repeat_batch
+from rdrop.passes import find_batch_size, repeat_batch, split_passes
 from rdrop.terms import LossTerms, cross_entropy, kl_from_first, symmetric_kl
 from rdrop.views import perturb_batch, task_passes_of, views_of
 
@@ -45,9 +46,17 @@ class Objective:
         self._is_seen_exact = not (method.fused or method.encoder_once)  # until the first microbatch has shown it
         self._require_fitting_task()
 
+    def labels(self, batch: Batch, step: int) -> Tensor:
+        """Returns the labels of the examples, once each, however many views of them the batch of the update has."""
+        labels = self._task.labels(batch)
+        return labels[: len(labels) // self._method.views_at(step)]
+
     def terms(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
-        """Returns the terms of the update after `step` updates, in fp32. Only `loss` carries gradient."""
-        target = self._target(batch)
+        """Returns the terms of the update after `step` updates, in fp32. Only `loss` carries gradient.
+
+        `batch` has all views of its examples where each pass has its own (`joined_views`).
+        """
+        target = self._target(batch, step)
         if not self._method.acts_at(step):
             try:
                 loss = target.plain_loss(self._forward(batch), self._recipe.label_smoothing) / num_items
@@ -62,14 +71,14 @@ class Objective:
 
     def unlabeled_terms(self, batch: Batch, step: int, num_items: Tensor) -> LossTerms:
         """Returns the divergence alone, of examples without labels, in an update that uses R-Drop."""
-        return self._terms(batch, self._target(batch), (), self._options(step, num_items))
+        return self._terms(batch, self._target(batch, step), (), self._options(step, num_items))
 
     def _options(self, step: int, num_items: Tensor) -> dict[str, Any]:
         alpha = self._method.alpha_at(step, self._recipe.updates)
         return {"alpha": alpha, "label_smoothing": self._recipe.label_smoothing, "num_items": num_items}
 
-    def _target(self, batch: Batch) -> Target:
-        return Target(self._task.labels(batch), task_loss=self._task.task_loss, divergence=self._divergence)
+    def _target(self, batch: Batch, step: int) -> Target:
+        return Target(self.labels(batch, step), task_loss=self._task.task_loss, divergence=self._divergence)
 
     def _terms(
         self, batch: Batch, target: Target, task_passes: tuple[int, ...] | None, options: dict[str, Any]
@@ -82,6 +91,8 @@ class Objective:
             raise (ObjectiveError if logits.isfinite().all() else FloatingPointError)(str(error)) from error
 
     def _one_forward(self, batch: Batch) -> Tensor:
+        if self._method.views == "each":
+            return self._forward(batch)
         special_ids, unknown_id = self._task.special_ids(), self._task.unknown_id()
         repeated, perturbed = perturb_batch(batch, self._views, special_ids=special_ids, unknown_id=unknown_id)
         with perturbed(self._model):
@@ -90,10 +101,11 @@ class Objective:
             return self._forward(repeated)
 
     def _forward_each(self, batch: Batch, rates: Sequence[float]) -> Tensor:
+        inputs = split_passes(batch, len(rates)) if self._method.views == "each" else [batch] * len(rates)
         passes = []
-        for rate in rates:
+        for rate, of_pass in zip(rates, inputs, strict=True):
             with dropout_rate(self._model, rate):
-                passes.append(self._forward(batch))
+                passes.append(self._forward(of_pass))
         return torch.cat(passes)
 
     def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
@@ -143,6 +155,8 @@ class Objective:
             raise ObjectiveError(
                 "cutoff (='unknown') needs an unknown token, and the vocabulary has none; take 'embedding'"
             )
+        if method.views == "each" and not (isinstance(task, Augments) and task.augments):
+            raise ObjectiveError(f'views (="each") must be "same": {recipe.task} does not change its inputs at random')
         if method.fused and (task.task_loss is not cross_entropy or task.divergence is not symmetric_kl):
             raise ObjectiveError(f"fused (=true) must be false: the loss of {recipe.task} is not that of one softmax")
         model.train()
@@ -152,7 +166,8 @@ class Objective:
 
     def _require_randomness(self) -> None:
         asked = f"alpha (={self._method.alpha}) asks for R-Drop, but"
-        if not acting_sources(self._model) and not any(view.cuts for view in self._views):
+        inputs_differ = self._method.views == "each" or any(view.cuts for view in self._views)
+        if not inputs_differ and not acting_sources(self._model):
             raise ObjectiveError(
                 f"{asked} the model has no dropout: all passes would be the same. Set a dropout rate of the model "
                 "above 0, or alpha=0 for plain training."
@@ -160,6 +175,14 @@ class Objective:
         why = why_gradient_is_wrong(self._model)
         if why is not None:
             raise ObjectiveError(f"{asked} {why}")
+
+
+def joined_views(views: Sequence[Batch]) -> Batch:
+    """Returns the views of a batch as one: all examples as the first pass has them, then as the second, ..."""
+    return {
+        name: torch.cat([view[name] for view in views]) if isinstance(value, Tensor) and value.dim() > 0 else value
+        for name, value in views[0].items()
+    }
 
 
 def _require_exact(key: str, reason: str | None) -> None:

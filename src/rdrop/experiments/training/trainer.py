@@ -44,7 +44,7 @@ from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
-from rdrop.experiments.training.objective import Objective, ObjectiveError
+from rdrop.experiments.training.objective import Objective, ObjectiveError, joined_views
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
 from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
@@ -244,14 +244,14 @@ class _Training:
 
     def accumulate_gradient(self, step: int) -> Tensor:
         """Leaves the gradient of the update's loss in the parameters; returns loss, task loss, divergence: `(3,)`."""
-        accelerator, recipe, task = self.accelerator, self.recipe, self.task
+        accelerator, recipe = self.accelerator, self.recipe
         self.parallel_model.train()
         microbatches = [
             part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in self.batches.at(step)
         ]
         positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
         for part in microbatches:
-            positions[int(part.is_labeled)] += count_positions(task.labels(part.batch))
+            positions[int(part.is_labeled)] += count_positions(self.objective.labels(part.batch, step))
         num_items = self.sum_over_processes(positions).clamp(min=1)
         terms = torch.zeros(3, device=accelerator.device)
         for index, part in enumerate(microbatches):
@@ -271,12 +271,21 @@ class _Training:
         examples without labels. Called in a thread.
         """
         epoch, indices = self.order.at(step)
-        parts = [Microbatch(self.task.train_batch(part, epoch), True) for part in self.own_parts(indices)]
+        of_task = self.task.train_batch
+        parts = [Microbatch(self.views(of_task, part, epoch, step), True) for part in self.own_parts(indices)]
         if self.unlabeled_order is not None and self.recipe.method.acts_at(step):
             assert isinstance(self.task, LearnsFromUnlabeled)
             epoch, indices = self.unlabeled_order.at(step)
-            parts += [Microbatch(self.task.unlabeled_batch(part, epoch), False) for part in self.own_parts(indices)]
+            of_task = self.task.unlabeled_batch
+            parts += [Microbatch(self.views(of_task, part, epoch, step), False) for part in self.own_parts(indices)]
         return parts
+
+    def views(self, batch: Callable[..., Batch], indices: list[int], epoch: int, step: int) -> Batch:
+        """The examples at `indices`, once; or once for each pass, where each has a view of its own."""
+        views = self.recipe.method.views_at(step)
+        if views == 1:
+            return batch(indices, epoch)
+        return joined_views([batch(indices, epoch, view) for view in range(views)])
 
     def own_parts(self, indices: Indices) -> list[list[int]]:
         parts = np.array_split(indices, self.parts)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from rdrop.experiments.recipe import ModelSection, Recipe
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.published import Published
-from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, Section, Seed
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, Section, Seed, added
 
 IMAGES = 1797
 IMAGE_SIZE = 8
@@ -28,20 +28,44 @@ class DigitsData(Section):
     split_seed: Seed = Field(
         description="Decides which images are scored; apart from `seed`, so that seeds share them."
     )
+    unlabeled: Literal["all"] | None = added(
+        None,
+        "all: R-Drop also learns from all images that are not scored, the labeled ones among them, by the divergence "
+        "alone and without their labels; plain training does not see them. null: there are none.",
+    )
+    unlabeled_batch: Count = added(64, "Images of `unlabeled` per update, beside those with labels. Unused without it.")
+
+
+OF_THE_TRANSFORMER = ("heads", "intermediate_size", "patch_size", "attention_dropout")
 
 
 class DigitsModel(ModelSection):
-    layers: Count = Field(description="Transformer layers.")
-    hidden_size: Count = Field(description="Width of the residual stream.")
-    heads: Count = Field(description="Attention heads per layer.")
-    intermediate_size: Count = Field(description="Width of the feed-forward layer.")
-    patch_size: Count = Field(description="Edge of a square patch, in pixels of the 8 x 8 image.")
-    dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layer.")
-    attention_dropout: Probability = Field(description="Rate on the attention probabilities.")
+    kind: Literal["vit", "mlp"] = added(
+        "vit", "vit: a small Vision Transformer; mlp: hidden layers of one width, ReLU and dropout after each."
+    )
+    layers: Count = Field(description="Transformer layers; hidden layers of the mlp.")
+    hidden_size: Count = Field(description="Width of the residual stream; of the mlp's hidden layers.")
+    heads: Count | None = Field(description="Attention heads per layer. This and the next two: null for an mlp.")
+    intermediate_size: Count | None = Field(description="Width of the feed-forward layer.")
+    patch_size: Count | None = Field(description="Edge of a square patch, in pixels of the 8 x 8 image.")
+    dropout: Probability = Field(
+        description="Rate after the embeddings, the attention and the feed-forward layer; after each hidden layer."
+    )
+    attention_dropout: Probability | None = Field(description="Rate on the attention probabilities. null for an mlp.")
+
+    @model_validator(mode="after")
+    def _has_the_keys_of_its_kind(self) -> Self:
+        for key in OF_THE_TRANSFORMER:
+            value = getattr(self, key)
+            if self.kind == "mlp" and value is not None:
+                raise RecipeError(f"model.{key}", 'must be null for model.kind="mlp", which has none', value=value)
+            if self.kind == "vit" and value is None:
+                raise RecipeError(f"model.{key}", 'must be given for model.kind="vit"', value=None)
+        return self
 
 
 class DigitsRecipe(Recipe):
-    """Handwritten digits of 8 x 8 pixels from few labels, with a small Vision Transformer."""
+    """Handwritten digits of 8 x 8 pixels from few labels, with a small network."""
 
     TASK = "rdrop.experiments.tasks.digits.task:Digits"
     task: Literal["digits"] = Field(description=Recipe.model_fields["task"].description)
@@ -67,7 +91,9 @@ class DigitsRecipe(Recipe):
                 f"must be at most data.train_labels (={data.train_labels})",
                 value=self.batch_size,
             )
-        if IMAGE_SIZE % model.patch_size:
+        if self.method.views == "each" and not data.shift:
+            raise RecipeError("views", "needs data.shift above 0: it is what tells two views apart", value="each")
+        if model.patch_size is not None and IMAGE_SIZE % model.patch_size:
             raise RecipeError(
                 "model.patch_size",
                 f"must divide the edge of the image, {IMAGE_SIZE} pixels",

@@ -1,6 +1,7 @@
-"""Handwritten digits (scikit-learn's 8 x 8 images) from few labels, by a small Vision Transformer."""
+"""Handwritten digits (scikit-learn's 8 x 8 images) from few labels, by a small network."""
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from rdrop.experiments.tasks.class_scores import (
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
-    from rdrop.experiments.tasks.digits.recipes import DigitsRecipe
+    from rdrop.experiments.tasks.digits.recipes import DigitsModel, DigitsRecipe
 
 IMAGE_SIZE = 8
 CLASSES = tuple("0123456789")
@@ -54,30 +55,24 @@ class Digits:
         order = np.random.default_rng(data.split_seed).permutation(len(self._labels))
         valid, test, pool = np.split(order, [data.valid_size, data.valid_size + data.test_size])
         train = stratified_draw(pool, digits.target, data.train_labels, recipe.seed)
+        self.augments = data.shift > 0
+        self.unlabeled_per_update = data.unlabeled_batch
+        self._unlabeled = torch.tensor(pool if data.unlabeled == "all" else pool[:0])
         self.splits = {name: torch.tensor(rows) for name, rows in (("train", train), ("valid", valid), ("test", test))}
         labels = {name: digits.target[rows] for name, rows in self.splits.items()}
         self.notes: dict[str, str] = notes_on_classes(CLASSES, labels)
 
     def build_model(self) -> nn.Module:
         model = self._model
-        return ViTForImageClassification(
-            ViTConfig(
-                image_size=IMAGE_SIZE,
-                patch_size=model.patch_size,
-                num_channels=1,
-                num_hidden_layers=model.layers,
-                hidden_size=model.hidden_size,
-                num_attention_heads=model.heads,
-                intermediate_size=model.intermediate_size,
-                # Both are 0 by default, and R-Drop would have nothing to act on.
-                hidden_dropout_prob=model.dropout,
-                attention_probs_dropout_prob=model.attention_dropout,
-                num_labels=len(CLASSES),  # type: ignore[call-arg]  # an argument of the parent class
-            )
-        )
+        if model.kind == "mlp":
+            return MultilayerPerceptron(model.layers, model.hidden_size, model.dropout)
+        return vision_transformer(model)
 
     def train_size(self) -> int:
         return len(self.splits["train"])
+
+    def unlabeled_size(self) -> int:
+        return len(self._unlabeled)
 
     def train_lengths(self) -> None:
         return None
@@ -88,20 +83,32 @@ class Digits:
     def unknown_id(self) -> None:
         return None
 
-    def train_batch(self, indices: list[int], epoch: int) -> Batch:
+    def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
         rows = self.splits["train"][indices]
-        return {"pixel_values": self._shifted(self._images[rows], indices, epoch), "labels": self._labels[rows]}
+        moves = self._moves("shift", self.train_size(), epoch, view)[indices]
+        return {"pixel_values": self._moved(self._images[rows], moves), "labels": self._labels[rows]}
 
-    def _shifted(self, images: Tensor, indices: list[int], epoch: int) -> Tensor:
-        """Moves each image by its own whole pixels in this epoch; what comes in is background."""
+    def unlabeled_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
+        moves = self._moves("shift unlabeled", self.unlabeled_size(), epoch, view)[indices]
+        images = self._moved(self._images[self._unlabeled[indices]], moves)
+        return {"pixel_values": images, "labels": torch.zeros(len(indices), dtype=torch.long)}
+
+    def _moves(self, what: str, size: int, epoch: int, view: int) -> NDArray[np.int64]:
+        """Draws for each of `size` images how far it moves in this view of this epoch: `(size, 2)`, from 0."""
+        key = (self._seed, what, epoch) if view == 0 else (self._seed, what, epoch, view)
+        return np.random.default_rng(derived_seed(*key)).integers(0, 2 * self._shift + 1, (size, 2))
+
+    def _moved(self, images: Tensor, moves: NDArray[np.int64]) -> Tensor:
+        """Moves each image by its own whole pixels; what comes in is background."""
         most, size = self._shift, IMAGE_SIZE
-        generator = np.random.default_rng(derived_seed(self._seed, "shift", epoch))
-        moves = generator.integers(0, 2 * most + 1, (self.train_size(), 2))[indices].tolist()
         padded = F.pad(images, (most, most, most, most), value=BACKGROUND)
-        return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves, strict=True)])
+        places = padded.unfold(2, size, 1).unfold(3, size, 1)  # (N, 1, 2 * most + 1, 2 * most + 1, 8, 8)
+        y, x = torch.from_numpy(moves).T
+        return places[torch.arange(len(images)), :, y, x]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = model(pixel_values=batch["pixel_values"]).logits
+        output = model(pixel_values=batch["pixel_values"])
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     def labels(self, batch: Batch) -> Tensor:
@@ -113,7 +120,8 @@ class Digits:
         rows = self.splits[split]
         device = next(model.parameters()).device
         logits = [
-            model(pixel_values=self._images[part].to(device)).logits for part in torch.split(rows, EVALUATION_BATCH)
+            self.logits(model, {"pixel_values": self._images[part].to(device)})
+            for part in torch.split(rows, EVALUATION_BATCH)
         ]
         scores, labels = torch.cat(logits).float().cpu(), self._labels[rows]
         predicted = scores.argmax(-1)
@@ -130,6 +138,37 @@ class Digits:
 
     def constant_scores(self) -> dict[str, float]:
         return constant_class_scores(self._labels[self.splits["test"]].numpy())
+
+
+class MultilayerPerceptron(nn.Module):
+    """Layers of one width with ReLU and dropout after each, and an output layer: from pixels to logits."""
+
+    def __init__(self, layers: int, width: int, dropout: float) -> None:
+        super().__init__()
+        sizes = [IMAGE_SIZE**2, *[width] * layers]
+        hidden = [part for size in pairwise(sizes) for part in (nn.Linear(*size), nn.ReLU(), nn.Dropout(dropout))]
+        self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, len(CLASSES)))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Returns logits `(N, 10)` for images `(N, 1, 8, 8)`."""
+        logits: Tensor = self.layers(pixel_values)
+        return logits
+
+
+def vision_transformer(model: "DigitsModel") -> nn.Module:
+    """Returns a new Vision Transformer of this size."""
+    options: dict[str, Any] = {
+        "patch_size": model.patch_size,
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.intermediate_size,
+        # Both are 0 by default, and R-Drop would have nothing to act on.
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
+        "num_labels": len(CLASSES),
+    }
+    return ViTForImageClassification(ViTConfig(image_size=IMAGE_SIZE, num_channels=1, **options))
 
 
 def stratified_draw(pool: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:

@@ -42,6 +42,11 @@ class ImageData(DataFiles):
     )
     flip: bool = Field(description="Whether half of the images are mirrored for training.")
 
+    @property
+    def is_augmented(self) -> bool:
+        """Whether training images change at random."""
+        return self.crop is not None or self.flip
+
 
 class ImageModel(NewOrPretrainedModel):
     SIZES = (*NewOrPretrainedModel.SIZES, "patch_size")
@@ -89,6 +94,10 @@ class ImageClassificationRecipe(Recipe):
         if model.patch_size is not None and self.data.image_size % model.patch_size:
             rule = f"must divide data.image_size (={self.data.image_size})"
             raise RecipeError("model.patch_size", rule, value=model.patch_size)
+        if self.method.views == "each" and not self.data.is_augmented:
+            raise RecipeError(
+                "views", "needs data.crop or data.flip: they are what tells two views apart", value="each"
+            )
         if self.data.test_split is not None and self.data.test_split == self.data.valid_split:
             rule = "must be another split than data.valid_split: what chooses must not score"
             raise RecipeError("data.test_split", rule, value=self.data.test_split)

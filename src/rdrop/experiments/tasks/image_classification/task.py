@@ -63,7 +63,8 @@ HALF = (0.5, 0.5, 0.5)
 class ImageClassification:
     """Labels are the classes of the images to train on, in their order: of class folders, that of their names.
 
-    All passes of R-Drop see the same augmented image, as in the paper: they differ in dropout alone.
+    All passes of R-Drop see the same augmented image, as in the paper, and differ in dropout alone; or each has one of
+    its own (`views`).
     """
 
     metric = "accuracy"
@@ -75,6 +76,7 @@ class ImageClassification:
         # Of what Pillow warns of on the side, an image is read all the same, or refused in one line.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._seed, self._model = recipe.seed, recipe.model
+        self.augments = recipe.data.is_augmented
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)
         self.notes: dict[str, str] = notes_on(self.splits)
@@ -132,13 +134,14 @@ class ImageClassification:
     def unknown_id(self) -> None:
         return None
 
-    def train_batch(self, indices: list[int], epoch: int) -> Batch:
-        """Each image is drawn from (seed, epoch, index): it is the same in whichever batch it stands."""
+    def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
+        """Each image is drawn from (seed, epoch, index, view): it is the same in whichever batch it stands."""
         data, split = self._data, self.splits["train"]
+        of_view = () if view == 0 else (view,)
 
         def draw(index: int) -> Image.Image:
             image = split.images.read(int(split.rows[index]))
-            generator = np.random.default_rng(derived_seed(self._seed, "image", epoch, index))
+            generator = np.random.default_rng(derived_seed(self._seed, "image", epoch, index, *of_view))
             return augment(image, data.image_size, data.crop, data.flip, data.smallest_crop, generator)
 
         # The threads live as long as the batch: nothing runs between batches, and nothing has to be closed.
