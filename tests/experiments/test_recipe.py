@@ -53,7 +53,7 @@ def test_every_key_changes_the_digest() -> None:
         "passes": "3", "every": "2", "updates": "399", "batch_size": "30",
         "dropout": "[0.1,0.3]", "task_passes": '"first"', "divergence": '"from-first"',
         "optimizer": '"sgd"', "beta1": "0.8", "beta2": "0.98", "epsilon": "1e-6", "compile": "true", "fused": "true",
-        "encoder_once": "true", "views": '"each"', "patience": "3", "average_last": "5",
+        "encoder_once": "true", "views": '"each"', "patience": "3", "select_by": '"loss"', "average_last": "5",
         "accumulation": "2", "learning_rate": "0.002", "schedule": '"linear"', "warmup_updates": "41",
         "weight_decay": "0.02", "clip_norm": "null", "label_smoothing": "0.1", "precision": '"bf16"',
         "evaluate_every": "41", "checkpoint_every": "99", "keep_checkpoints": "3", "seed": "1",

@@ -545,6 +545,30 @@ def test_the_checkpoint_with_the_best_valid_score_is_the_one_scored(
     assert result["test"] == {"loss": 7.0}
 
 
+class ConstantAccuracy(TinyTask):
+    """Its accuracy stands still while its loss falls and rises: scored after updates 2, 4, 6 and 8, then the best."""
+
+    metric = "accuracy"
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        self.scores = getattr(self, "scores", None) or iter([3.0, 2.0, 1.0, 1.5, 1.6, 0.0, 0.0, 0.0])
+        return {"accuracy": 0.5, "loss": next(self.scores)}
+
+
+@pytest.mark.parametrize(("select_by", "best", "updates"), [("score", 2, 6), ("loss", 6, 10)])
+def test_the_loss_may_choose_the_weights_and_count_the_patience(
+    select_by: str, best: int, updates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", ConstantAccuracy)
+    result = train(RECIPE.replace(select_by=select_by, patience=2, updates=20), tmp_path)
+    assert (result["best_step"], result["updates"]) == (best, updates)
+
+
+def test_selection_by_the_score_is_the_run_that_it_was_before_there_was_a_choice() -> None:
+    assert RECIPE.replace(select_by="score").digest() == RECIPE.digest()
+    assert "select_by" not in RECIPE.saved()
+
+
 @pytest.mark.parametrize(
     ("schedule", "weights"),
     [("constant", [2.0, 2.0, 2.0, 2.0]), ("linear", [0.5, 1.0, 1.5, 2.0]), ("quadratic", [0.125, 0.5, 1.125, 2.0])],

@@ -496,7 +496,8 @@ def _show_result(run: Run) -> None:
 def _scored_weights(result: Mapping[str, Any]) -> str:
     *others, last = result.get("averaged_steps") or [None]
     if last is None:
-        return f"The weights of update {result['best_step']}, the best on the valid split."
+        by_loss = " by its loss" if result["recipe"].get("select_by") == "loss" else ""
+        return f"The weights of update {result['best_step']}, the best on the valid split{by_loss}."
     if not others:
         return f"The weights of update {last}."
     return f"The mean of the weights of updates {', '.join(map(str, others))} and {last}."

@@ -178,10 +178,15 @@ class Recipe(Section):
         None,
         description="Scores in a row that are no new best, after which training ends before `updates`. null: never.",
     )
+    select_by: Literal["score", "loss"] = added(
+        "score",
+        "What is a new best on the valid split, for the weights that are scored and for `patience`: the task's score, "
+        "or the loss, which moves in smaller steps where the split is small.",
+    )
     average_last: Count = Field(
         1,
         description="How many of the last scored weights are averaged for the final score. 1: none are, the weights "
-        "with the best valid score are taken.",
+        "that are the best on valid are taken.",
     )
     checkpoint_every: Count = Field(description="Updates between checkpoints to resume from. The last one is saved.")
     keep_checkpoints: Count = Field(2, description="How many of the newest checkpoints are kept.")

@@ -4,7 +4,7 @@
       -> recipe.json
       -> task, seeded model, newest good checkpoint if the run was interrupted
       -> updates; every so often a score on the valid split, a checkpoint
-      -> the weights with the best valid score, scored on valid and test, once: result.json
+      -> the weights that are the best on valid, scored on valid and test, once: result.json
 
 Three properties hold for every task, and tests hold them:
 
@@ -354,9 +354,10 @@ class _Training:
         self.append_row("train", state.step, dict.fromkeys(TRAIN_KEYS) | means)
         self.append_row("valid", state.step, self.valid)
         state.sums, state.counts, state.evaluated_step = {}, {}, state.step
-        score = self.valid[self.task.metric]
+        metric = self.task.metric if self.recipe.select_by == "score" else "loss"
+        score = self.valid[metric]
         state.scores_since_best += 1
-        if state.best_score is None or metrics.find(self.task.metric).is_better(score, state.best_score):
+        if state.best_score is None or metrics.find(metric).is_better(score, state.best_score):
             state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
         if self.recipe.average_last > 1:
             state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
