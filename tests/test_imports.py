@@ -11,6 +11,8 @@ LOADED_BY_RDROP = """
 import sys, torch
 before = set(sys.modules)
 import rdrop
+for name in set(rdrop.__all__) - {"linear_rdrop_loss"}:  # for whose operators torch itself imports sympy and more
+    getattr(rdrop, name)
 print("\\n".join(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
 
@@ -19,6 +21,21 @@ def test_core_imports_only_torch_and_the_standard_library():
     output = subprocess.run([sys.executable, "-c", LOADED_BY_RDROP], capture_output=True, text=True, check=True).stdout
     foreign = set(output.split()) - set(sys.stdlib_module_names) - {"rdrop", "torch"}
     assert foreign == set()
+
+
+COMMANDS_WITHOUT_TORCH = """
+import sys
+import rdrop
+from rdrop.experiments.launch.cli import run
+for command in (["--help"], ["list"], ["list", "digits"]):
+    assert run(command) == 0
+assert "torch" not in sys.modules and "matplotlib" not in sys.modules
+"""
+
+
+def test_help_and_list_answer_without_torch():
+    pytest.importorskip("typer")
+    subprocess.run([sys.executable, "-c", COMMANDS_WITHOUT_TORCH], capture_output=True, check=True)
 
 
 WITHOUT_TRANSFORMERS = """
@@ -87,3 +104,9 @@ def test_the_import_paths_that_the_first_version_documented_still_work():
     assert Count != Probability
     assert issubclass(RDropTrainer, RDropMixin)
     assert issubclass(RDropSeq2SeqTrainer, RDropMixin)
+
+
+def test_what_is_no_name_of_the_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'rdrop' has no attribute 'rdrop_los'"):
+        _ = rdrop.rdrop_los
+    assert rdrop.terms.symmetric_kl is rdrop.symmetric_kl
