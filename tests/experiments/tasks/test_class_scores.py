@@ -8,6 +8,7 @@ from rdrop.experiments.tasks.class_scores import (
     calibration_error,
     note_on_predictions,
     notes_on_classes,
+    prediction_spread,
     top_class_confidence,
 )
 
@@ -58,3 +59,16 @@ def test_a_model_that_says_one_class_of_everything_is_noted() -> None:
     }
     assert note_on_predictions("test", classes, np.array([1, 0, 1]), labels) == {}
     assert note_on_predictions("test", classes, np.array([1, 1]), np.array([1, 1])) == {}
+
+
+def test_predictions_that_are_all_alike_have_no_spread_and_certain_right_ones_have_all() -> None:
+    labels = np.array([0, 1, 1, 2])
+    assert prediction_spread(np.ones((4, 3)), labels) == {"prediction_spread": 0.0}
+    certain = 50.0 * np.eye(3)[labels]
+    assert prediction_spread(certain, labels)["prediction_spread"] == pytest.approx(1.0)
+    numbers = np.array([[1.0], [3.0]], dtype=np.float32)
+    assert prediction_spread(2.0 + 0.5 * (numbers - 2.0), numbers)["prediction_spread"] == pytest.approx(0.5)
+
+
+def test_where_all_labels_are_equal_no_spread_is_measured() -> None:
+    assert prediction_spread(np.eye(2), np.array([1, 1])) == {}

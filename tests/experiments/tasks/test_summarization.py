@@ -545,6 +545,16 @@ def test_only_the_first_examples_of_the_valid_split_are_scored() -> None:
     assert [len(task.summarize(model, split)) for split in ("valid", "test")] == [3, 16]
 
 
+def test_a_valid_score_measures_the_use_of_the_source_and_a_test_score_does_not(tiny: Summarization) -> None:
+    torch.manual_seed(0)
+    model = tiny.build_model().eval()
+    tiny.signs = {}
+    tiny.evaluate(model, "test")
+    assert tiny.signs == {}
+    tiny.evaluate(model, "valid")
+    assert abs(tiny.signs["source_use"]) < 0.5
+
+
 # ------------------------------------------------------------------------------------------------------- recipes
 
 

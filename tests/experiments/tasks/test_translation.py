@@ -336,9 +336,12 @@ def test_every_recipe_trains_in_its_tiny_form(recipe: TranslationRecipe, tmp_pat
 
 def test_the_task_is_learned(tmp_path: Path) -> None:
     pairs = [(" ".join(words), " ".join(words).upper()) for words in [["ba", "ko"], ["li"], ["mu", "ba"], ["ko"]] * 20]
-    recipe = own(tmp_path, pairs, updates=60, evaluate_every=60, alpha=1.0, **{"model.dropout": 0.1})
+    recipe = own(tmp_path, pairs, updates=60, evaluate_every=12, select_by="loss", alpha=1.0)
+    recipe = recipe.replace(**{"model.dropout": 0.1})
     result = train(recipe, tmp_path / "run")
     assert result["test"]["loss"] < 1.0
+    first, *_, last = (row["source_use"] for row in RunFolder(tmp_path / "run").metrics() if row["kind"] == "valid")
+    assert last == result["source_use"] > 0.3 > abs(first)
 
 
 def test_published_rows_are_those_of_the_papers_tables() -> None:

@@ -507,6 +507,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "metrics", "best_step", "valid", "test"),
         *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "constant", "notes", "data"),
+        "vocabulary",
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
     assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}

@@ -482,7 +482,8 @@ def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> in
 
     def on_progress(progress: Progress) -> None:
         nonlocal told_at
-        if time.monotonic() - told_at >= SECONDS_BETWEEN_EVENTS or progress.step == progress.updates:
+        is_last = progress.step == progress.updates
+        if is_last or progress.warning is not None or time.monotonic() - told_at >= SECONDS_BETWEEN_EVENTS:
             told_at = time.monotonic()
             tell(progress=asdict(progress))
 

@@ -70,6 +70,8 @@ class Bars:
         self._show()
 
     def update(self, label: str, progress: Progress) -> None:
+        if progress.warning is not None:
+            self.say(f"{label}: {progress.warning}")
         bar = self._on[label]
         bar.share, bar.pace = progress.step / progress.updates, pace(progress)
         self._bars.update(bar.task, completed=progress.step, count=f"{progress.step}/{progress.updates}")
@@ -129,6 +131,8 @@ class Lines:
         self._on[label] = None
 
     def update(self, label: str, progress: Progress) -> None:
+        if progress.warning is not None:
+            self.say(f"{label}: {progress.warning}")
         self._on[label] = progress
         if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
             for name, known in self._on.items():

@@ -73,6 +73,22 @@ def _plots(comparison: Comparison) -> list[_Plot]:
             "How far the passes over one example disagree. Plain training has one pass and no such curve; "
             "a curve at zero means that dropout does not act.",
         ),
+        _Plot(
+            Curve("valid", "source_use", "rise of the valid loss, nats"),
+            raw,
+            "source-use",
+            "Use of the source.",
+            "By how much the valid loss of a label rises with the source of another example. At zero the model writes "
+            "without reading: it has not begun, whatever its loss.",
+        ),
+        _Plot(
+            Curve("valid", "prediction_spread", "spread of the predictions", from_zero=True),
+            raw,
+            "spread",
+            "Spread of the predictions.",
+            "How far predictions on valid differ between examples, as a share of how far the labels do. At zero the "
+            "model says the same of every example: it has not begun.",
+        ),
     ]
 
 

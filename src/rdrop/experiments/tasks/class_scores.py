@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,23 @@ def calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool
     """
     bins = np.ceil(confidence * BINS).astype(np.int64)
     return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
+
+
+def prediction_spread(predictions: NDArray[np.floating], labels: NDArray[Any]) -> dict[str, float]:
+    """Measures how far predictions differ between examples, as a share of how far the labels do.
+
+    `predictions` are logits `(N, V)` for classes `labels` `(N,)`, or numbers `(N, K)` for numbers `(N, K)`. The share
+    is one of standard deviations, over all V probabilities or K numbers: 0 for a model that says the same of every
+    example, 1 for one that says the labels. Returns `{"prediction_spread": ...}`; nothing where all labels are equal.
+    """
+    values = predictions.astype(np.float64)
+    if labels.dtype.kind == "f":
+        spread = labels.astype(np.float64).var(axis=0).sum()
+    else:
+        values = np.exp(values - values.max(axis=-1, keepdims=True))
+        values /= values.sum(axis=-1, keepdims=True)
+        spread = 1 - ((np.bincount(labels) / len(labels)) ** 2).sum()  # the variances of the labels, one-hot
+    return {} if np.ptp(labels) == 0 else {"prediction_spread": float(np.sqrt(values.var(axis=0).sum() / spread))}
 
 
 def constant_class_scores(labels: NDArray[np.integer]) -> dict[str, float]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.token_sequences import batches_by_length
 
 IGNORE_INDEX = -100
+MOST_SOURCES = 500
+"""Of so many examples of a large valid split the use of the source is measured."""
 
 
 def encoder_decoder_sizes(model: Any) -> dict[str, Any]:
@@ -44,11 +49,49 @@ def search_and_loss(
     found: dict[int, list[int]] = {}
     total, tokens = 0.0, 0
     for rows, batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = batch["labels"].flatten()
-        logits = forward(model, batch).flatten(0, 1).float()
-        total += F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").item()
-        tokens += int((labels != IGNORE_INDEX).sum())
+        loss, count = _loss(model, forward, {name: tensor.to(device) for name, tensor in batch.items()})
+        total, tokens = total + loss, tokens + count
         if search is not None:
             found |= zip(rows, search(rows), strict=True)
     return found, total, tokens
+
+
+@torch.no_grad()
+def source_use(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Batch], Tensor],
+    batch_of: Callable[[list[int], list[int]], Batch],
+    lengths: NDArray[np.int64],
+    batch_size: int,
+) -> dict[str, float]:
+    """Measures by how many nats the mean loss of a label rises where each example gets the source of another one.
+
+    It is 0 for a model of the targets alone, whatever its loss. Of the first `MOST_SOURCES` examples: two forwards
+    over them. Who gets whose source is the same at each call.
+
+    `batch_of(rows, sources)` makes a batch of the targets of some examples with the sources of others; `lengths` are
+    those of all targets. Returns `{"source_use": ...}`; nothing for a single example, which has no other.
+    """
+    size = min(len(lengths), MOST_SOURCES)
+    if size < 2:
+        return {}
+    order = np.random.default_rng(0).permutation(size)
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # one cycle through all: none gets its own
+    device = next(model.parameters()).device
+    rise, labels = 0.0, 0
+    for rows in batches_by_length(lengths, range(size), batch_size):
+        for sources, sign in ((rows, -1), (other[rows].tolist(), 1)):
+            batch = {name: tensor.to(device) for name, tensor in batch_of(rows, sources).items()}
+            loss, count = _loss(model, forward, batch)
+            rise += sign * loss
+        labels += count
+    return {"source_use": rise / labels}
+
+
+def _loss(model: nn.Module, forward: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> tuple[float, int]:
+    """Returns the summed loss of a batch's labels, and their number."""
+    labels = batch["labels"].flatten()
+    logits = forward(model, batch).flatten(0, 1).float()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").item()
+    return total, int((labels != IGNORE_INDEX).sum())

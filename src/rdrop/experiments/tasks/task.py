@@ -123,6 +123,19 @@ class KnowsConstant(Protocol):
         """
 
 
+@runtime_checkable
+class ShowsLearning(Protocol):
+    """A task that measures whether its model has begun to learn from its inputs, which the loss alone hides.
+
+    `source_use` is by how many nats the loss of a label rises with the source of another example. `prediction_spread`
+    is how far predictions differ between examples, as a share of how far the labels do. Either is 0 for a model that
+    ignores its input.
+    """
+
+    signs: dict[str, float]
+    """One of them, of the last `evaluate` of "valid"; empty where the split is too small to tell."""
+
+
 def load_task(recipe: Recipe, test: str | None = None) -> Task:
     """Returns the task of the recipe, with its data loaded; `test` is another file to score than the recipe's.
 

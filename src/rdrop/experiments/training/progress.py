@@ -16,3 +16,5 @@ class Progress:
     """The newest scores on the valid split."""
     seconds_per_step: float
     """Of this session, evaluation and checkpoints included: times the steps left, the time left."""
+    warning: str | None = None
+    """What should be said to whoever waits for this run; it is said once."""

@@ -39,8 +39,16 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import FORMAT, RunFolder, saved
 from rdrop.experiments.run_folder.predictions import write_predictions
-from rdrop.experiments.tasks.task import Batch, KeepsPredictions, KnowsConstant, LearnsFromUnlabeled, load_task
+from rdrop.experiments.tasks.task import (
+    Batch,
+    KeepsPredictions,
+    KnowsConstant,
+    LearnsFromUnlabeled,
+    ShowsLearning,
+    load_task,
+)
 from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training.beginning import complaints, has_begun
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
@@ -352,7 +360,7 @@ class _Training:
         self.valid = self.score("valid")
         state, means = self.state, _means(self.state)
         self.append_row("train", state.step, dict.fromkeys(TRAIN_KEYS) | means)
-        self.append_row("valid", state.step, self.valid)
+        self.append_row("valid", state.step, self.valid | self.signs())
         state.sums, state.counts, state.evaluated_step = {}, {}, state.step
         metric = self.task.metric if self.recipe.select_by == "score" else "loss"
         score = self.valid[metric]
@@ -361,7 +369,35 @@ class _Training:
             state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
         if self.recipe.average_last > 1:
             state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
-        self.report_progress(means["loss"])
+        self.report_progress(means["loss"], self.new_warning())
+
+    def signs(self) -> dict[str, float]:
+        """Whether the model that was scored on valid has begun to learn, where its task measures that."""
+        return self.task.signs if isinstance(self.task, ShowsLearning) else {}
+
+    def new_warning(self) -> str | None:
+        """Returns why training has not begun, once in a training: the rows tell what was said before a stop, too."""
+        if has_begun(self.signs()):
+            return None
+        *earlier, last = self.complaints() or [None]
+        return None if any(earlier) else last
+
+    def note_on_beginning(self) -> dict[str, str]:
+        """Returns a word for the reader where training has not begun, or late."""
+        found = self.complaints()
+        if not any(found):
+            return {}
+        if found[-1] is not None:
+            return {"has begun": f"no: {found[-1]}"}
+        begun = next(row["step"] for row in self.valid_rows() if has_begun(row))
+        return {"has begun": f"late, by the score after {begun} of {self.state.step} updates"}
+
+    def complaints(self) -> list[str | None]:
+        return complaints(self.valid_rows(), self.recipe)
+
+    def valid_rows(self) -> list[dict[str, Any]]:
+        """The scores of the valid split so far, in the process that writes them."""
+        return [row for row in self.folder.metrics() if row["kind"] == "valid"] if is_first_process() else []
 
     def score(self, split: Literal["valid", "test"]) -> dict[str, float]:
         """The task's scores of the model as it is. Every process computes them all: they need no exchange."""
@@ -386,7 +422,7 @@ class _Training:
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
         checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
-        valid, test = self.score("valid"), self.score("test")
+        valid, signs, test = self.score("valid"), self.signs(), self.score("test")
         result = {
             "format": FORMAT,
             "recipe": recipe.saved(),
@@ -400,7 +436,7 @@ class _Training:
             "test": test,
             "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
             "metrics": metrics.rows(test),
-            "notes": self.task.notes | self.state.start | self.note_on_alpha(),
+            "notes": self.task.notes | self.state.start | self.note_on_alpha() | self.note_on_beginning(),
             "data": state.data,
             "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
@@ -408,7 +444,7 @@ class _Training:
             | ({} if self.side_by_side == 1 else {"side_by_side": self.side_by_side}),
             "versions": versions(),
             "resumed": state.resumed,
-        }
+        } | signs
         if self.accelerator.is_main_process:
             if isinstance(self.task, KeepsPredictions) and self.task.predictions is not None:
                 write_predictions(self.folder.path, self.task.predictions)
@@ -493,10 +529,10 @@ class _Training:
             measured = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
             self.accelerator.log(measured | {"epoch": epoch}, step=step)
 
-    def report_progress(self, loss: float) -> None:
+    def report_progress(self, loss: float, warning: str | None = None) -> None:
         steps = self.state.step - self.started_step
         seconds = (time.perf_counter() - self.started_at) / max(steps, 1)
-        self.on_progress(Progress(self.state.step, self.recipe.updates, loss, self.valid, seconds))
+        self.on_progress(Progress(self.state.step, self.recipe.updates, loss, self.valid, seconds, warning))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, "sum")

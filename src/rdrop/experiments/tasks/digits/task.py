@@ -19,6 +19,7 @@ from rdrop.experiments.tasks.class_scores import (
     constant_class_scores,
     note_on_predictions,
     notes_on_classes,
+    prediction_spread,
     top_class_confidence,
 )
 from rdrop.experiments.tasks.task import Batch
@@ -45,6 +46,7 @@ class Digits:
 
     def __init__(self, recipe: "DigitsRecipe") -> None:
         self.predictions: Predictions | None = None
+        self.signs: dict[str, float] = {}
         self._model = recipe.model
         digits = load_digits()
         self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
@@ -126,6 +128,8 @@ class Digits:
         scores, labels = torch.cat(logits).float().cpu(), self._labels[rows]
         predicted = scores.argmax(-1)
         is_right = predicted == labels
+        if split == "valid":
+            self.signs = prediction_spread(scores.numpy(), labels.numpy())
         if split == "test":
             self.notes |= note_on_predictions(split, CLASSES, predicted.numpy(), labels.numpy())
             names = (f"image {row} of load_digits" for row in rows.tolist())

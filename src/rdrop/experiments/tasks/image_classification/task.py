@@ -33,6 +33,7 @@ from rdrop.experiments.tasks.class_scores import (
     calibration_error,
     constant_class_scores,
     note_on_predictions,
+    prediction_spread,
     top_class_confidence,
 )
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
@@ -73,6 +74,7 @@ class ImageClassification:
 
     def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
         self.predictions: Predictions | None = None
+        self.signs: dict[str, float] = {}
         # Of what Pillow warns of on the side, an image is read all the same, or refused in one line.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._seed, self._model = recipe.seed, recipe.model
@@ -164,7 +166,7 @@ class ImageClassification:
         device = next(model.parameters()).device
         images, rows = self.splits[split]
         labels = torch.from_numpy(images.labels[rows])
-        loss, predicted, confidence, kept = 0.0, [], [], []
+        loss, predicted, confidence, kept, valid = 0.0, [], [], [], []
         with ThreadPoolExecutor(DECODERS) as pool:
             for part in np.array_split(np.arange(len(rows)), -(-len(rows) // EVALUATION_BATCH)):
                 pixel_values = self._whole_images(Split(images, rows[part]), pool)
@@ -172,11 +174,15 @@ class ImageClassification:
                 loss += F.cross_entropy(logits, labels[part], reduction="sum").item()
                 predicted.append(logits.argmax(-1))
                 confidence.append(top_class_confidence(logits.numpy()))
+                if split == "valid":
+                    valid.append(logits.numpy())
                 if split == "test":
                     names = map(images.name, rows[part].tolist())
                     kept += class_rows(names, logits.numpy(), images.labels[rows[part]])
         says = torch.cat(predicted)
         is_right = says == labels
+        if split == "valid":
+            self.signs = prediction_spread(np.concatenate(valid), labels.numpy())
         if split == "test":
             self.notes |= note_on_predictions(split, self.classes, says.numpy(), labels.numpy())
             self.predictions = Predictions("classes", kept, self.classes)

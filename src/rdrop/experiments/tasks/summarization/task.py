@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates
-from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss
+from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss, source_use
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
 from rdrop.experiments.tasks.summarization.models import (
@@ -51,6 +52,7 @@ class Summarization:
     def __init__(self, recipe: SummarizationRecipe, test: str | None = None) -> None:
         self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
         self.predictions: Predictions | None = None
+        self.signs: dict[str, float] = {}
         examples = load_examples(recipe.data, test)
         examples["valid"] = examples["valid"][: recipe.data.valid_examples]
         self._tokenizer = self._build_tokenizer(examples["train"])
@@ -104,9 +106,15 @@ class Summarization:
         """Returns the loss of a reference's token, and the ROUGE of the summaries that the model writes."""
         summaries, loss = self._summarize(model, split)
         scores = rouge_of_each(summaries, self._references[split])
+        if split == "valid":
+            self.signs = self._signs(model)
         if split == "test":
             self.predictions = text_predictions(self._tests, summaries, self._references[split], scores=scores)
         return {"loss": loss} | mean_rouge(scores)
+
+    def _signs(self, model: nn.Module) -> dict[str, float]:
+        lengths = self._summaries["valid"].lengths
+        return source_use(model, self.logits, partial(self._batch, "valid"), lengths, self._decoding.batch_size)
 
     def summarize(self, model: nn.Module, split: str) -> list[str]:
         """Writes the summaries that are scored: one of each document of the split, in its order."""
@@ -138,11 +146,13 @@ class Summarization:
         self.notes["decoded by"] = decoder.name
         return decoder
 
-    def _batch(self, split: str, indices: list[int]) -> Batch:
+    def _batch(self, split: str, indices: list[int], sources: list[int] | None = None) -> Batch:
+        """Makes a batch of the examples at `indices`; with the documents of those at `sources`, if there are any."""
         pad = self._tokenizer.pad_token_id
-        documents = padded((self._documents[split][index] for index in indices), pad)
+        sources = indices if sources is None else sources
+        documents = padded((self._documents[split][index] for index in sources), pad)
         labels = padded((self._summaries[split][index] for index in indices), IGNORE_INDEX)
-        lengths = torch.from_numpy(self._documents[split].lengths[indices])
+        lengths = torch.from_numpy(self._documents[split].lengths[sources])
         return {
             "input_ids": documents,
             "attention_mask": (torch.arange(documents.shape[1]) < lengths[:, None]).long(),

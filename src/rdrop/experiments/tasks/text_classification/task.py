@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
-from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes
+from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes, prediction_spread
 from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
 from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import notes_on_repeats
@@ -50,6 +50,7 @@ class TextClassification:
 
     def __init__(self, recipe: TextClassificationRecipe, test: str | None = None) -> None:
         self.predictions: Predictions | None = None
+        self.signs: dict[str, float] = {}
         data, self._model, self._max_length = recipe.data, recipe.model, recipe.data.max_length
         if data.regression:
             self.task_loss, self.divergence = squared_error, squared_difference
@@ -138,6 +139,8 @@ class TextClassification:
             batch = self._batch(split, rows.tolist())
             outputs.append(self.logits(model, {name: value.to(device) for name, value in batch.items()}).float().cpu())
         logits, labels = torch.cat(outputs), self._labels[split][order]
+        if split == "valid":
+            self.signs = prediction_spread(logits.numpy(), labels.numpy())
         if split == "test":
             if self.classes:
                 predicted = logits.argmax(-1).numpy()

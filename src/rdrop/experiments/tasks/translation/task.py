@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
     encoder_decoder_sizes,
     forward_logits,
     search_and_loss,
+    source_use,
 )
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
@@ -81,6 +83,7 @@ class Translation:
             self._require_words(pairs[split].where, references)
         self._bleu = BleuScorer(data.target, tokenized=data.tokenized, lowercase=data.lowercase)
         self.predictions: Predictions | None = None
+        self.signs: dict[str, float] = {}
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
         self.notes |= notes_on_repeats(pairs, "pairs")
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
@@ -125,6 +128,8 @@ class Translation:
         rest, rest_loss = self._translate(model, split, range(size)[len(hypotheses) :], beams=None)
         assert not rest
         scores = self._bleu(hypotheses, self._references[split][: len(hypotheses)])
+        if is_valid:
+            self.signs = self._signs(model)
         if split == "test":
             counts = self._bleu.counts_of_each(hypotheses, self._references[split])
             references = [[reference] for reference in self._references[split]]
@@ -132,6 +137,10 @@ class Translation:
         self.notes |= {f"signature of {name}": signature for name, signature in self._bleu.signatures.items()}
         total, tokens = loss[0] + rest_loss[0], loss[1] + rest_loss[1]
         return {"loss": total / tokens} | scores
+
+    def _signs(self, model: nn.Module) -> dict[str, float]:
+        pairs = self._splits["valid"]
+        return source_use(model, self.logits, partial(make_batch, pairs), pairs[1].lengths, self._decoding.batch_size)
 
     def translate(self, model: nn.Module, split: str) -> list[str]:
         """Writes the translations of the test score: one of each sentence of the split, in its order."""
@@ -259,11 +268,13 @@ def rounded_up(vocabulary: int) -> int:
     return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def make_batch(split: Split, rows: Sequence[int]) -> Batch:
-    """Pads pairs at their ends. The decoder reads the target behind a `</s>`, to say it with a `</s>` behind it."""
-    sources = [split[0][row] for row in rows]
+def make_batch(split: Split, rows: Sequence[int], sources: Sequence[int] | None = None) -> Batch:
+    """Pads pairs at their ends. The decoder reads the target behind a `</s>`, to say it with a `</s>` behind it.
+
+    `sources` are the rows of which the sources are taken; None: those of the targets.
+    """
     targets = [split[1][row] for row in rows]
-    input_ids = padded(([*ids, END] for ids in sources), PAD)
+    input_ids = padded(([*split[0][row], END] for row in (rows if sources is None else sources)), PAD)
     return {
         "input_ids": input_ids,
         "attention_mask": (input_ids != PAD).long(),

@@ -1,0 +1,70 @@
+"""Whether a training has begun: one that ignores its inputs looks like any other in its loss.
+
+There are two ways not to begin. A run is delayed if it uses its inputs a little, and a little more each time: too much
+alpha too early does that. It has collapsed if it uses them not at all, though its loss falls: it learns how often each
+token or class comes, and the learning rate was too high for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from rdrop.experiments.comparison.learning import LEAST_SOURCE_USE, SOURCE_USE
+from rdrop.experiments.recipe import Recipe
+
+LEAST = {SOURCE_USE: LEAST_SOURCE_USE, "prediction_spread": 0.1}
+"""The signs that a task measures, and from what value on a model has begun."""
+NOTHING = 0.001
+"""What is below is no use of the inputs at all."""
+LEAST_PROGRESS = 0.2
+"""The share of the updates in which no run is expected to have begun."""
+
+
+def has_begun(signs: Mapping[str, Any]) -> bool:
+    """Whether a model uses its inputs, by the signs of a score of the valid split; also where there are none."""
+    return not any(signs.get(sign, least) < least for sign, least in LEAST.items())
+
+
+def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe) -> list[str | None]:
+    """Says of each score of the valid split but the first whether training should have begun and has not, and why.
+
+    `rows` are the `valid` rows of metrics.jsonl. None where the model has begun, or where it is too early to tell:
+    within the warm-up, and in the first fifth of the updates.
+    """
+    return [_complaint(before, last, recipe) for before, last in pairwise(rows)]
+
+
+def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str | None:
+    if has_begun(last) or last["step"] < max(recipe.warmup_updates, LEAST_PROGRESS * recipe.updates):
+        return None
+    sign = next(name for name, least in LEAST.items() if last.get(name, least) < least)
+    return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe)}"
+
+
+def _seen(sign: str, value: float, step: int) -> str:
+    if sign == SOURCE_USE:
+        return (
+            f"the model does not use its sources after {step} updates: with those of other examples the valid loss is "
+            f"{value:+.3f} nats"
+        )
+    return (
+        f"the model says nearly the same of all valid examples after {step} updates: its predictions differ by "
+        f"{100 * value:.1f} % of what the labels do"
+    )
+
+
+def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str:
+    rate = f"lower learning_rate (={recipe.learning_rate:g}) or raise warmup_updates (={recipe.warmup_updates})"
+    if abs(last[sign]) < NOTHING:
+        falls = " though the valid loss falls" if last["loss"] < before["loss"] else ""
+        return f"it has collapsed{falls}: {rate}"
+    grows = " and this grows" if last[sign] > before.get(sign, 0.0) else ""
+    longer = f"train longer than updates (={recipe.updates})"
+    if recipe.method.is_plain:
+        return f"it is slow to begin{grows}: {longer}, or {rate}"
+    alpha = f"lower alpha (={recipe.method.alpha:g})"
+    if recipe.method.alpha_schedule != "quadratic":
+        alpha = f"delay alpha (alpha_schedule=quadratic) or {alpha}"
+    return f"alpha slows its beginning{grows}: {alpha}, or {longer}"

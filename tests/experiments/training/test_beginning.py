@@ -1,0 +1,140 @@
+"""Whether a training has begun: what is said of it, when, and how often."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.experiments.tiny_runs import RECIPE, TinyTask
+from torch import nn
+
+from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.training import trainer
+from rdrop.experiments.training.beginning import complaints
+from rdrop.experiments.training.preemption import Preempted
+from rdrop.experiments.training.trainer import Progress, train
+
+LONG = RECIPE.replace(updates=1000, warmup_updates=100)
+PLAIN = LONG.replace(alpha=0.0)
+
+
+def rows(*found: tuple[int, float, float], sign: str = "source_use") -> list[dict[str, Any]]:
+    """Rows of (update, sign, valid loss)."""
+    return [{"kind": "valid", "step": step, "loss": loss, sign: value} for step, value, loss in found]
+
+
+def test_a_run_without_any_use_of_its_source_whose_loss_falls_is_told_to_lower_the_learning_rate() -> None:
+    (said,) = complaints(rows((300, 0.0, 5.0), (400, 0.0002, 4.0)), LONG)
+    assert said == (
+        "the model does not use its sources after 400 updates: with those of other examples the valid loss is +0.000 "
+        "nats; it has collapsed though the valid loss falls: lower learning_rate (=0.05) or raise warmup_updates (=100)"
+    )
+
+
+def test_a_run_that_uses_its_source_a_little_more_each_time_is_told_to_delay_alpha() -> None:
+    (said,) = complaints(rows((300, 0.01, 5.0), (400, 0.02, 4.9)), LONG)
+    assert said is not None
+    assert said.endswith(
+        "alpha slows its beginning and this grows: delay alpha (alpha_schedule=quadratic) or lower alpha (=2), or "
+        "train longer than updates (=1000)"
+    )
+    (said,) = complaints(rows((300, 0.02, 5.0), (400, 0.01, 4.9)), LONG.replace(alpha_schedule="quadratic"))
+    assert said is not None
+    assert said.endswith("alpha slows its beginning: lower alpha (=2), or train longer than updates (=1000)")
+
+
+def test_plain_training_is_not_told_to_change_alpha() -> None:
+    (said,) = complaints(rows((300, 0.01, 5.0), (400, 0.02, 4.9)), PLAIN)
+    assert said is not None
+    assert "alpha" not in said
+    assert "train longer than updates (=1000)" in said
+
+
+def test_predictions_that_hardly_differ_are_named() -> None:
+    (said,) = complaints(rows((300, 0.02, 2.0), (400, 0.05, 1.9), sign="prediction_spread"), LONG)
+    assert said is not None
+    assert said.startswith(
+        "the model says nearly the same of all valid examples after 400 updates: its predictions differ by 5.0 % of "
+        "what the labels do; "
+    )
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        rows((50, 0.0, 5.0), (90, 0.0, 4.0)),  # within the warm-up
+        rows((100, 0.0, 5.0), (190, 0.0, 4.0)),  # in the first fifth
+        rows((300, 0.0, 5.0)),  # the first score
+        rows((300, 0.0, 5.0), (400, 0.06, 4.0)),  # it has begun
+        rows((300, 0.0, 5.0), (400, 0.11, 4.0), sign="prediction_spread"),
+        rows((300, 0.0, 5.0), (400, float("nan"), 4.0)),
+        rows((300, 0.0, 5.0), (400, 0.0, 4.0), sign="accuracy"),  # a task that does not measure it
+    ],
+)
+def test_nothing_is_said_where_it_is_too_early_or_the_model_has_begun(found: list[dict[str, Any]]) -> None:
+    assert not any(complaints(found, LONG))
+
+
+class SlowTask(TinyTask):
+    """Begins to use its source at the `begins`-th score."""
+
+    begins = 4
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        self.scores = getattr(self, "scores", 0) + (split == "valid")
+        self.signs = {"source_use": 1.0 if self.scores >= self.begins else 0.001 * self.scores}
+        return super().evaluate(model, split)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(trainer, "load_task", SlowTask)
+    return []
+
+
+def test_the_warning_is_said_once_and_a_late_beginning_noted(said: list[str], tmp_path: Path) -> None:
+    def listen(progress: Progress) -> None:
+        said.extend(filter(None, [progress.warning]))
+
+    result = train(RECIPE.replace(evaluate_every=1), tmp_path, on_progress=listen)
+    assert [warning.split(":")[0] for warning in said] == ["the model does not use its sources after 2 updates"]
+    assert result["notes"]["has begun"] == "late, by the score after 4 of 8 updates"
+    assert result["source_use"] == 1.0
+    assert [row["source_use"] for row in RunFolder(tmp_path).metrics() if row["kind"] == "valid"][:4] == [
+        0.001,
+        0.002,
+        0.003,
+        1.0,
+    ]
+
+
+def test_a_run_that_never_begins_says_so_in_its_result(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlowTask, "begins", 100)
+    result = train(RECIPE, tmp_path)
+    assert result["notes"]["has begun"].startswith("no: the model does not use its sources after 8 updates: ")
+
+
+def test_a_resumed_run_does_not_repeat_the_warning(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlowTask, "begins", 100)
+
+    def listen(progress: Progress) -> None:
+        said.extend(filter(None, [progress.warning]))
+        if progress.step == 6 and not stopped:
+            stopped.append(True)
+            raise Preempted(15, 6, tmp_path)
+
+    stopped: list[bool] = []
+    recipe = RECIPE.replace(evaluate_every=1, checkpoint_every=1)
+    with pytest.raises(Preempted):
+        train(recipe, tmp_path, on_progress=listen)
+    assert len(said) == 1
+    train(recipe, tmp_path, on_progress=listen)
+    assert len(said) == 1
+
+
+def test_a_run_that_began_in_time_has_no_note(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlowTask, "begins", 1)
+    assert "has begun" not in train(RECIPE, tmp_path)["notes"]
