@@ -21,23 +21,23 @@ from rdrop.bench.records import Record, comparisons, read
 from rdrop.bench.table import Line, compare, layout_of, number
 
 # Drawn in a color that stands for a CSS variable, which replaces it in the finished SVG.
-_INK, _RULE, _OTHERS, _OURS, _PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
-LIGHT = {_INK: "#1f2328", _RULE: "#d1d9e0", _OTHERS: "#8c959f", _OURS: "#0a6cbd", _PAPER: "#ffffff"}
-DARK = {_INK: "#f0f6fc", _RULE: "#3d444d", _OTHERS: "#7d8590", _OURS: "#4aa3f0", _PAPER: "#0d1117"}
-_VARIABLES = {_INK: "ink", _RULE: "rule", _OTHERS: "others", _OURS: "ours", _PAPER: "paper"}
+INK, RULE, OTHERS, OURS, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
+LIGHT = {INK: "#1f2328", RULE: "#d1d9e0", OTHERS: "#8c959f", OURS: "#0a6cbd", PAPER: "#ffffff"}
+DARK = {INK: "#f0f6fc", RULE: "#3d444d", OTHERS: "#7d8590", OURS: "#4aa3f0", PAPER: "#0d1117"}
+_VARIABLES = {INK: "ink", RULE: "rule", OTHERS: "others", OURS: "ours", PAPER: "paper"}
 
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rdrop",
     "text.parse_math": False,
     "font.size": 9,
-    "text.color": _INK,
-    "axes.facecolor": _PAPER,
-    "axes.edgecolor": _RULE,
-    "xtick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _RULE,
+    "text.color": INK,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": RULE,
+    "xtick.color": RULE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": RULE,
     "axes.axisbelow": True,
 }
 _OPACITIES = (1.0, 0.7, 0.45)
@@ -49,9 +49,9 @@ def draw(all_records: Sequence[Sequence[Record]]) -> Figure:
     layout = layout_of(all_records[0])
     columns = [{line.form: line for line in compare(records)} for records in all_records]
     forms = [form for form in layout.words if form not in _LEFT_OUT and any(form in column for column in columns)]
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.0, 0.9 + 0.15 * len(forms) * (1 + len(columns))), layout="constrained")
-        figure.patch.set_facecolor(_PAPER)
+        figure.patch.set_facecolor(PAPER)
         time, memory = figure.subplots(1, 2, sharey=True)
         labels = [layout.size(records[0]) for records in all_records]
         _bars(time, forms, columns, labels, lambda line: line.time_ratio)
@@ -77,10 +77,10 @@ def _bars(
         ratios = {row: ratio_of(column[form]) for row, form in enumerate(forms) if form in column}
         measured = {row: ratio for row, ratio in ratios.items() if ratio is not None}
         at = [row + height * (place - (len(columns) - 1) / 2) for row in measured]
-        colors = [_OURS if forms[row].startswith("ours") else _OTHERS for row in measured]
+        colors = [OURS if forms[row].startswith("ours") else OTHERS for row in measured]
         bars = axes.barh(at, list(measured.values()), 0.9 * height, color=colors, alpha=opacity, label=label)
         axes.bar_label(bars, [number(ratio) for ratio in measured.values()], padding=2, fontsize=7)
-    axes.axvline(1, color=_INK, linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8)
     axes.margins(x=0.12)
     axes.grid(axis="x", linewidth=0.5)
     axes.tick_params(length=0)
@@ -90,7 +90,7 @@ def _bars(
 
 def svg(figure: Figure) -> str:
     written = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure.savefig(written, format="svg", metadata={"Date": None})
     text = written.getvalue()
     text = re.sub(r"\s*<metadata\b.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
