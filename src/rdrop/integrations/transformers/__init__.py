@@ -21,6 +21,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
 from rdrop.integrations.targets import Target
 
 if TYPE_CHECKING:
+    from rdrop.integrations.transformers.durable import DurableCheckpoints
     from rdrop.integrations.transformers.trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
 else:
 
@@ -28,7 +29,8 @@ else:
         """Imports the trainers when they are first asked for: `forward` is of use without transformers' Trainer."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.trainer"), name)
+        module = "durable" if name == "DurableCheckpoints" else "trainer"
+        return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-__all__ = ["RDropMixin", "RDropSeq2SeqTrainer", "RDropTrainer", "Target"]
+__all__ = ["DurableCheckpoints", "RDropMixin", "RDropSeq2SeqTrainer", "RDropTrainer", "Target"]
