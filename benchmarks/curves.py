@@ -6,7 +6,7 @@
 `add` puts the curves of the finished runs below RUNS into benchmarks/results/curves.jsonl, one run a line with its
 recipe, machine, versions and date; runs of the same figure are replaced. `pages` draws docs/plots/crossing.svg and
 start.svg, and writes what they show, in words, between `<!-- curves: NAME -->` and `<!-- /curves: NAME -->` of
-docs/when-it-helps.md. A test holds that both are what the records give.
+docs/results.md. A test holds that both are what the records give.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rdrop.experiments.run_folder import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks/results/curves.jsonl"
-PAGE, PLOTS = ROOT / "docs/when-it-helps.md", ROOT / "docs/plots"
+PAGE, PLOTS = ROOT / "docs/results.md", ROOT / "docs/plots"
 PART = re.compile(r"(<!-- curves: ([\w.-]+) -->\n).*?(<!-- /curves: \2 -->)", re.DOTALL)
 BEGUN = 0.3
 """Nats by which a token's loss rises with the source of another sentence, from which on a run counts as begun."""
