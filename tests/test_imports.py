@@ -27,7 +27,7 @@ COMMANDS_WITHOUT_TORCH = """
 import sys
 import rdrop
 from rdrop.experiments.launch.cli import run
-for command in (["--help"], ["list"], ["list", "digits"]):
+for command in (["--help"], ["list"], ["list", "digits-vit"]):
     assert run(command) == 0
 assert "torch" not in sys.modules and "matplotlib" not in sys.modules
 """
@@ -96,7 +96,7 @@ def test_the_import_paths_that_the_first_version_documented_still_work():
     from rdrop.experiments.recipes import RECIPES, find_recipe
     from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
 
-    assert override(RECIPES["digits"], ["alpha=0"]).method.is_plain
+    assert override(RECIPES["digits-vit"], ["alpha=0"]).method.is_plain
     assert callable(load_recipe)
     assert callable(find_recipe)
     assert issubclass(Recipe, Section)

@@ -173,7 +173,7 @@ def test_predictions_stand_in_the_order_of_the_split() -> None:
 
 
 def test_a_finished_run_keeps_its_predictions_in_little_space(tmp_path: Path) -> None:
-    result = train(RECIPES["digits"].tiny(), tmp_path)
+    result = train(RECIPES["digits-vit"].tiny(), tmp_path)
     predictions = read_predictions(tmp_path)
     assert predictions is not None
     assert np.mean([row["label"] == row["predicted"] for row in predictions.rows]) == result["test"]["accuracy"]

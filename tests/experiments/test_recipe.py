@@ -9,13 +9,14 @@ from pydantic import ValidationError
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, nearest_name
 from rdrop.experiments.recipes import RECIPES, TASKS, find_recipe, load_recipe
-from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.run_folder import saved
+from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-# The digits recipe with numbers of this file's own, so that tuning the recipe breaks no test.
-BASE = override(DIGITS, [
+# The recipe of the digits with numbers of this file's own, so that tuning the recipe breaks no test.
+BASE = override(DIGITS_VIT, [
     "name=digits", "alpha=1", "passes=2", "every=1", "updates=400", "batch_size=32", "accumulation=1",
     "learning_rate=0.001", "schedule=cosine", "warmup_updates=40", "weight_decay=0.01", "clip_norm=1",
     "label_smoothing=0", "precision=fp32", "evaluate_every=40", "checkpoint_every=100", "keep_checkpoints=2",
@@ -205,9 +206,9 @@ def test_a_value_that_floods_the_line_is_cut() -> None:
         (json.dumps({**BASE.saved(), "alpha": 1.0}), "alpha", "belongs into the section method"),
         (json.dumps({**BASE.saved(), "method": {"alpha": 1.0}}), "passes", "is missing; a saved recipe has every key"),
         (
-            json.dumps({**BASE.saved(), "format": 3}),
+            json.dumps({**BASE.saved(), "format": saved.FORMAT + 1}),
             "format",
-            "reads recipes of the formats 1 to 2; take the version that",
+            "reads recipes of the formats 1 to 3; take the version that",
         ),
         (json.dumps({**BASE.saved(), "data": {"train_labels": 3}}), "data.valid_size", "is missing"),
         (json.dumps({**BASE.saved(), "model": None}), "model", "must be a valid dictionary"),
@@ -241,7 +242,7 @@ def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> No
 
 
 def test_a_recipe_is_found_by_name_or_by_path(tmp_path: Path) -> None:
-    assert find_recipe("digits") is DIGITS
+    assert find_recipe("digits-vit") is DIGITS_VIT
     (tmp_path / "recipe.json").write_text(BASE.to_json())
     assert find_recipe(str(tmp_path / "recipe.json")) == BASE
     with pytest.raises(RecipeError, match="the nearest is digits"):
@@ -262,7 +263,7 @@ def test_the_nearest_name_prefers_the_last_part_then_the_initials() -> None:
 
 
 def test_the_table_of_keys_in_the_documentation_is_the_code_s() -> None:
-    rows = [f"| `{key}` | {description} |" for key, description in DIGITS.descriptions().items()]
+    rows = [f"| `{key}` | {description} |" for key, description in DIGITS_VIT.descriptions().items()]
     table = "\n".join(["| key | meaning |", "|---|---|", *rows])
     assert table in (DOCS / "recipes.md").read_text(), f"docs/recipes.md must hold this table:\n{table}"
 

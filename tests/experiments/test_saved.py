@@ -38,7 +38,7 @@ def test_finished_runs_of_format_1_are_compared_and_reported(
 ) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(FORMAT_1 / "finished", runs)
-    digits = next(c for c in comparisons(find_runs(runs)) if c.name == "digits-tiny")
+    digits = next(c for c in comparisons(find_runs(runs)) if c.name == "digits-vit-tiny")
     assert [arm.label for arm in digits.arms] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
     assert digits.seeds == (0, 1)
     assert digits.gaps() == ()
@@ -72,7 +72,7 @@ class GrownRecipe(DigitsRecipe):
 
 
 def test_a_key_that_was_added_means_its_old_behavior_where_it_is_missing() -> None:
-    before = RECIPES["digits"].saved()
+    before = RECIPES["digits-vit"].saved()
     grown = GrownRecipe.parse(before)
     assert grown.data.views == "same"
     assert grown.saved() == before, "the same run as before the key was there"

@@ -25,13 +25,16 @@ TASKS = (
 """The folders of the tasks, in the order in which they are listed.
 
 The `recipes` of each has `RECIPES` and, by the name of the recipe, `PUBLISHED` and the `DATASETS` of which nothing is
-published.
+published; and, if it has any, the `ARMS` of a recipe that brings its own.
 """
 LARGEST_FILE_BYTES = 2**20
 
 
-def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]], dict[str, str]]:
+def _collect() -> tuple[
+    dict[str, Recipe], dict[str, tuple[Published, ...]], dict[str, str], dict[str, tuple[str, ...]]
+]:
     recipes: dict[str, Recipe] = {}
+    arms: dict[str, tuple[str, ...]] = {}
     published: dict[str, tuple[Published, ...]] = {}
     datasets: dict[str, str] = {}
     for name in TASKS:
@@ -41,10 +44,11 @@ def _collect() -> tuple[dict[str, Recipe], dict[str, tuple[Published, ...]], dic
         recipes |= {recipe.name: recipe for recipe in own}
         published |= reported
         datasets |= {name: rows[0].dataset for name, rows in reported.items()} | module.DATASETS
-    return recipes, published, datasets
+        arms |= getattr(module, "ARMS", {})
+    return recipes, published, datasets, arms
 
 
-RECIPES, PUBLISHED, DATASETS = _collect()
+RECIPES, PUBLISHED, DATASETS, ARMS = _collect()
 _CLASSES = {recipe.task: type(recipe) for recipe in RECIPES.values()}
 """The class that reads a saved recipe, by its task. One's own joins when its recipe is found by name."""
 

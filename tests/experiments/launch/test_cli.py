@@ -20,10 +20,10 @@ from rdrop.experiments.launch.progress import SECONDS_BETWEEN_LINES, Bars, Lines
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.run_folder import RunFolder, find_runs
-from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
 from rdrop.experiments.training import trainer
 
-KEYS = list(DIGITS.descriptions())
+KEYS = list(DIGITS_VIT.descriptions())
 NOT_A_NUMBER = ("", "abc", "true", "[1]", "{}", '"1"', "NaN", "Infinity", "-Infinity", "1e999", "0x10", "1_0", "-1")
 WRONG_VALUES = {
     int: (*NOT_A_NUMBER, "1.0", "0.5", "1e3", "null", "99999999999999999999", "9" * 5000),
@@ -34,17 +34,21 @@ WRONG_VALUES = {
 }
 
 
+ANY_TEXT = ("", "abc", '"1"', "[" * 2000)
+"""What is read as text, which may name a folder."""
+
+
 def wrong_values() -> Iterator[tuple[str, str]]:
     for key in KEYS:
-        kind = type(DIGITS.value(key))
+        kind = type(DIGITS_VIT.value(key))
         for value in WRONG_VALUES[kind]:
-            if key != "name" or value not in {"Cosine", "fp16"}:
+            if (key != "name" or value not in {"Cosine", "fp16"}) and (key != "init_from" or value not in ANY_TEXT):
                 yield key, f"{key}={value}"
 
 
 def wrong_keys() -> Iterator[tuple[str, str]]:
     for key in KEYS:
-        value = json.dumps(DIGITS.value(key))
+        value = json.dumps(DIGITS_VIT.value(key))
         for wrong in (key[1:], key[:-1], key + "s", key.upper(), f"data.{key}", f"{key}.{key}", key.replace("_", "-")):
             if wrong not in KEYS:
                 yield wrong, f"{wrong}={value}"
@@ -109,7 +113,7 @@ def test_every_mutated_setting_is_refused_by_one_line_that_names_the_key(
 ) -> None:
     assert len(MUTATED) >= 500
     for key, setting in MUTATED:
-        assert cli.run(["train", "digits", setting, "--runs", str(tmp_path)]) == 2, setting
+        assert cli.run(["train", "digits-vit", setting, "--runs", str(tmp_path)]) == 2, setting
         line = complaint(capsys)
         assert key[:50] in line, setting
         assert len(line) < 400, setting
@@ -119,7 +123,7 @@ def test_every_mutated_setting_is_refused_by_one_line_that_names_the_key(
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("command", ["train", "compare", "check", "list"])
 def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run([command, "digits", "alhpa=1"]) == 2
+    assert cli.run([command, "digits-vit", "alhpa=1"]) == 2
     assert complaint(capsys) == "alhpa=1: no such key; the nearest is alpha"
 
 
@@ -128,22 +132,22 @@ def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.Capt
     [
         (["trian", "digits"], "No such command 'trian'"),
         (["train"], "Missing argument 'RECIPE'"),
-        (["train", "digits", "--seed", "3"], "No such option: --seed"),
+        (["train", "digits-vit", "--seed", "3"], "No such option: --seed"),
         (["train", "digit"], 'recipe="digit": no such recipe; the nearest is digits'),
         (["train", "alpha=1"], "no such recipe"),
         (["train", "nowhere/recipe.json"], "nowhere/recipe.json: recipe: No such file or directory"),
-        (["compare", "digits", "--seeds", "0"], "'0' is neither a number of seeds (5) nor a list"),
-        (["compare", "digits", "--seeds", "1,1"], "nor a list of different ones"),
-        (["compare", "digits", "--seeds", "two"], "'two' is neither"),
-        (["compare", "digits", "--seeds", "-3"], "'-3' is neither"),
-        (["compare", "digits", "--seeds", "-1,2"], "'-1,2' is neither"),
-        (["compare", "digits", "--seeds", "1_0"], "'1_0' is neither"),
-        (["compare", "digits", "--seeds", "1,4294967296"], "seed=4294967296: must be less than 4294967296"),
-        (["compare", "digits", "--seeds", "9" * 30], "is neither"),
-        (["compare", "digits", "alpha=0"], "alpha=0: a comparison needs R-Drop, alpha > 0"),
-        (["compare", "digits", "seed=3"], "seed: a comparison has several; say which with --seeds"),
+        (["compare", "digits-vit", "--seeds", "0"], "'0' is neither a number of seeds (5) nor a list"),
+        (["compare", "digits-vit", "--seeds", "1,1"], "nor a list of different ones"),
+        (["compare", "digits-vit", "--seeds", "two"], "'two' is neither"),
+        (["compare", "digits-vit", "--seeds", "-3"], "'-3' is neither"),
+        (["compare", "digits-vit", "--seeds", "-1,2"], "'-1,2' is neither"),
+        (["compare", "digits-vit", "--seeds", "1_0"], "'1_0' is neither"),
+        (["compare", "digits-vit", "--seeds", "1,4294967296"], "seed=4294967296: must be less than 4294967296"),
+        (["compare", "digits-vit", "--seeds", "9" * 30], "is neither"),
+        (["compare", "digits-vit", "alpha=0"], "alpha=0: a comparison needs R-Drop, alpha > 0"),
+        (["compare", "digits-vit", "seed=3"], "seed: a comparison has several; say which with --seeds"),
         (
-            ["compare", "digits", "batch_size=160", "data.train_labels=200"],
+            ["compare", "digits-vit", "batch_size=160", "data.train_labels=200"],
             "2 times the batch; --no-double-batch omits it",
         ),
         (["report", "nowhere"], "nowhere is not a folder"),
@@ -158,15 +162,15 @@ def test_a_wrong_command_is_one_line_and_status_2(
 
 
 def test_markup_in_a_wrong_setting_is_shown_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["list", "digits", "[bold]=1"]) == 2
+    assert cli.run(["list", "digits-vit", "[bold]=1"]) == 2
     assert "[bold]=1" in complaint(capsys)
 
 
 def test_the_arms_of_a_seed_follow_each_other_and_differ_in_the_method_alone(
     trained: list[Recipe], tmp_path: Path
 ) -> None:
-    assert cli.run(["compare", "digits", "alpha=0.5", "--seeds", "3,7", "--runs", str(tmp_path)]) == 0
-    batch = DIGITS.batch_size
+    assert cli.run(["compare", "digits-vit", "alpha=0.5", "--seeds", "3,7", "--runs", str(tmp_path)]) == 0
+    batch = DIGITS_VIT.batch_size
     arms = [(0.0, batch), (0.5, batch), (0.0, 2 * batch)]
     assert [(r.seed, r.method.alpha, r.batch_size) for r in trained] == [
         (seed, *arm) for seed in (3, 7) for arm in arms
@@ -175,12 +179,12 @@ def test_the_arms_of_a_seed_follow_each_other_and_differ_in_the_method_alone(
 
 
 def test_five_seeds_by_default(trained: list[Recipe], tmp_path: Path) -> None:
-    assert cli.run(["compare", "digits", "--no-double-batch", "--runs", str(tmp_path)]) == 0
+    assert cli.run(["compare", "digits-vit", "--no-double-batch", "--runs", str(tmp_path)]) == 0
     assert [recipe.seed for recipe in trained] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_the_larger_batch_has_as_many_examples_as_rdrop_has_passes(tmp_path: Path) -> None:
-    plan = plan_comparison(DIGITS.replace(passes=3, batch_size=10), [0], tmp_path, larger_batch=True)
+    plan = plan_comparison(DIGITS_VIT.replace(passes=3, batch_size=10), [0], tmp_path, larger_batch=True)
     assert plan[-1].recipe.batch_size == 30
     assert plan[-1].label == "baseline, three times the batch, seed 0"
 
@@ -190,13 +194,13 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
 ) -> None:
     simcut = ["alpha=6", "cutoff=embedding", "cutoff_ratio=0.05", "task_passes=first", "divergence=from-first"]
     for settings in ([], ["cutoff=unknown", "cutoff_ratio=0.05"], simcut, ["every=2"], ["dropout=[0.1,0.3]"]):
-        assert cli.run(["compare", "digits", *settings, "--seeds", "1", "--runs", str(tmp_path)]) == 0
-    alpha = DIGITS.method.alpha
+        assert cli.run(["compare", "digits-vit", *settings, "--seeds", "1", "--runs", str(tmp_path)]) == 0
+    alpha = DIGITS_VIT.method.alpha
     assert [recipe.method.alpha for recipe in trained] == [0, alpha, 0, alpha, 6, alpha, alpha]  # both baselines once
     capsys.readouterr()
     assert cli.run(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("digits: 1 seed") == 1
+    assert shown.count("digits-vit: 1 seed") == 1
     for arm in ("R-Drop (", "R-Drop + unknown cutoff (", "SimCut ("):
         assert f"{arm}alpha" in shown
 
@@ -204,9 +208,9 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
 def test_a_comparison_shows_table_and_verdict(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["compare", "digits", "--seeds", "8", "--runs", str(tmp_path)]) == 0
+    assert cli.run(["compare", "digits-vit", "--seeds", "8", "--runs", str(tmp_path)]) == 0
     out, progress = capsys.readouterr()
-    said = " ".join(out.replace(f" (alpha {DIGITS.method.alpha:g})", "").split())
+    said = " ".join(out.replace(f" (alpha {DIGITS_VIT.method.alpha:g})", "").split())
     assert "R-Drop is better than the baseline" in said
     assert "p is corrected for 2 comparisons" in said
     assert progress.splitlines()[0] == " 1/24  baseline, seed 0: test accuracy 70.0 %, trained in 1 s"
@@ -217,7 +221,7 @@ def test_a_comparison_shows_table_and_verdict(
 def test_seeds_may_be_added_and_the_verdict_says_that_somebody_had_looked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compare", "digits", "--no-double-batch", "--runs", str(tmp_path), "--seeds"]
+    command = ["compare", "digits-vit", "--no-double-batch", "--runs", str(tmp_path), "--seeds"]
     assert cli.run([*command, "6"]) == 0
     assert "Seeds were added" not in capsys.readouterr().out
     write_report(tmp_path)
@@ -230,7 +234,7 @@ def test_seeds_may_be_added_and_the_verdict_says_that_somebody_had_looked(
 def test_finished_runs_are_not_repeated(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compare", "digits", "--runs", str(tmp_path), "--seeds"]
+    command = ["compare", "digits-vit", "--runs", str(tmp_path), "--seeds"]
     assert cli.run([*command, "2"]) == 0
     table = capsys.readouterr().out
     assert cli.run([*command, "2"]) == 0
@@ -253,7 +257,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
         return train(*arguments, **options)
 
     monkeypatch.setattr(trainer, "train", interrupted)
-    command = ["compare", "digits", "--seeds", "2", "--runs", str(tmp_path)]
+    command = ["compare", "digits-vit", "--seeds", "2", "--runs", str(tmp_path)]
     assert cli.run(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"rdrop: stopped, with 2 of 6 runs finished; go on with: rdrop {' '.join(command)}"
@@ -269,7 +273,7 @@ def test_a_run_stopped_by_sigterm_has_its_own_exit_status(
         raise trainer.Preempted(15, 10, tmp_path)
 
     monkeypatch.setattr(trainer, "train", preempted)
-    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 143
+    assert cli.run(["train", "digits-vit", "--runs", str(tmp_path)]) == 143
     assert "0 of 1 runs finished" in complaint(capsys)
 
 
@@ -280,9 +284,9 @@ def test_a_run_that_cannot_go_on_is_one_line_and_status_1(
         raise trainer.TrainingError("the recipe does not fit its task. Lower updates.")
 
     monkeypatch.setattr(trainer, "train", failing)
-    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 1
-    alpha = f"{DIGITS.method.alpha:g}"
-    assert complaint(capsys) == f"digits, alpha {alpha}, seed 0: the recipe does not fit its task. Lower updates."
+    assert cli.run(["train", "digits-vit", "--runs", str(tmp_path)]) == 1
+    alpha = f"{DIGITS_VIT.method.alpha:g}"
+    assert complaint(capsys) == f"digits-vit, alpha {alpha}, seed 0: the recipe does not fit its task. Lower updates."
 
 
 @pytest.mark.usefixtures("no_training")
@@ -291,7 +295,7 @@ def test_a_tracker_that_cannot_be_used_is_named_before_anything_is_loaded(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
-    given = [command, "digits", "tiny=true", "--runs", str(tmp_path), "--tracker", "tensorboard", "--tracker"]
+    given = [command, "digits-vit", "tiny=true", "--runs", str(tmp_path), "--tracker", "tensorboard", "--tracker"]
     assert cli.run([*given, "foo"]) == 2
     said, known = complaint(capsys).split("Accelerate knows ")
     assert said == "--tracker foo: no such tracker; "
@@ -305,7 +309,7 @@ def test_a_tracker_that_cannot_be_used_is_named_before_anything_is_loaded(
 
 def test_a_tracker_that_is_here_is_told_of_the_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    command = ["train", "digits", "tiny=true", "updates=2", "warmup_steps=0", "--runs", str(tmp_path)]
+    command = ["train", "digits-vit", "tiny=true", "updates=2", "warmup_steps=0", "--runs", str(tmp_path)]
     assert cli.run([*command, "--tracker", "tensorboard"]) == 0
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -322,7 +326,7 @@ def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
         "--runs",
         str(tmp_path),
     ]
-    command = [sys.executable, *launcher, "compare", "digits", *settings]
+    command = [sys.executable, *launcher, "compare", "digits-vit", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("One seed shows nothing") == done.stdout.count("report.html") == 1
@@ -330,7 +334,7 @@ def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
     assert done.stderr.count("2/2  R-Drop") == 1
     assert [run.result["machine"]["processes"] for run in find_runs(tmp_path) if run.result] == [2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "digits-tiny",
+        "digits-vit-tiny",
         "looks.jsonl",
         "report.html",
         "results.html",
@@ -340,20 +344,20 @@ def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
 def test_a_damaged_result_is_named_and_not_trained_over(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "digits" / DIGITS.digest()
+    folder = tmp_path / "digits-vit" / DIGITS_VIT.digest()
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{")
-    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 2
+    assert cli.run(["train", "digits-vit", "--runs", str(tmp_path)]) == 2
     assert str(folder / "result.json") in complaint(capsys)
     assert trained == []
 
 
 def test_check_tells_whether_rdrop_can_act(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.layers=1", "model.hidden_size=8", "model.heads=2", "model.intermediate_size=8"]
-    assert cli.run(["check", "digits", *small]) == 0
+    assert cli.run(["check", "digits-vit", *small]) == 0
     assert "R-Drop can act" in capsys.readouterr().out
     without = ["alpha=0", "model.dropout=0", "model.attention_dropout=0"]
-    assert cli.run(["check", "digits", *small, *without, "--json"]) == 1
+    assert cli.run(["check", "digits-vit", *small, *without, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
     assert [finding["code"] for finding in found["findings"]] == ["no-dropout"]
@@ -362,10 +366,10 @@ def test_check_tells_whether_rdrop_can_act(capsys: pytest.CaptureFixture[str]) -
 def test_report_shows_the_finished_runs_and_names_the_others(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["compare", "digits", "--seeds", "2", "--runs", str(tmp_path)]) == 0
+    assert cli.run(["compare", "digits-vit", "--seeds", "2", "--runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    unfinished = tmp_path / "digits" / "unfinished"
-    RunFolder(unfinished).write_recipe(DIGITS.saved())
+    unfinished = tmp_path / "digits-vit" / "unfinished"
+    RunFolder(unfinished).write_recipe(DIGITS_VIT.saved())
     assert cli.run(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(table)
@@ -375,7 +379,7 @@ def test_report_shows_the_finished_runs_and_names_the_others(
 def test_a_saved_recipe_replays_the_run(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["train", "digits", "alpha=0.5", "seed=3", "--runs", str(tmp_path / "a")]) == 0
+    assert cli.run(["train", "digits-vit", "alpha=0.5", "seed=3", "--runs", str(tmp_path / "a")]) == 0
     saved = next((tmp_path / "a").rglob("recipe.json"))
     assert cli.run(["train", str(saved), "--runs", str(tmp_path / "b")]) == 0
     assert trained[0] == trained[1]
@@ -386,7 +390,7 @@ def test_a_saved_recipe_replays_the_run(
 @pytest.mark.parametrize(
     ("averaged", "said"),
     [
-        ([], f"The weights of update {DIGITS.updates}, the best on the valid split."),
+        ([], f"The weights of update {DIGITS_VIT.updates}, the best on the valid split."),
         ([20], "The weights of update 20."),
         ([10, 20], "The mean of the weights of updates 10 and 20."),
         ([10, 20, 30], "The mean of the weights of updates 10, 20 and 30."),
@@ -395,17 +399,17 @@ def test_a_saved_recipe_replays_the_run(
 def test_a_run_says_whose_weights_were_scored_and_the_notes_on_its_scores(
     averaged: list[int], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "digits" / DIGITS.digest()
+    folder = tmp_path / "digits-vit" / DIGITS_VIT.digest()
     notes = {"decoded by": "ctranslate2 4", "signature of bleu": "nrefs:1|case:lc"}
-    RunFolder(folder).write_result(finish(DIGITS, folder) | {"averaged_steps": averaged, "notes": notes})
-    assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 0
+    RunFolder(folder).write_result(finish(DIGITS_VIT, folder) | {"averaged_steps": averaged, "notes": notes})
+    assert cli.run(["train", "digits-vit", "--runs", str(tmp_path)]) == 0
     *_, first, second, last = capsys.readouterr().out.splitlines()
     assert (first, second) == ("decoded by: ctranslate2 4", "signature of bleu: nrefs:1|case:lc")
     assert last == f"{said} {folder}"
 
 
 def test_list_shows_every_key_of_a_recipe_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["list", "digits", "alpha=0.625"]) == 0
+    assert cli.run(["list", "digits-vit", "alpha=0.625"]) == 0
     shown = capsys.readouterr().out
     assert "0.625" in shown
     assert all(f" {key} " in shown for key in KEYS)
@@ -431,7 +435,7 @@ package = types.ModuleType("rdrop")
 package.__path__ = [sys.argv[1]]
 sys.modules["rdrop"] = package
 from rdrop.experiments.launch.cli import run
-assert run(["list"]) == run(["list", "digits"]) == run(["--help"]) == 0
+assert run(["list"]) == run(["list", "digits-vit"]) == run(["--help"]) == 0
 heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "scipy", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -459,7 +463,7 @@ def test_without_the_extra_the_command_says_how_to_install_it(missing: str) -> N
 
 def test_bars_show_the_run_and_all_runs_in_80_columns() -> None:
     console = Console(record=True, force_terminal=True, width=80)
-    recipes = [DIGITS.replace(seed=seed) for seed in range(3)]
+    recipes = [DIGITS_VIT.replace(seed=seed) for seed in range(3)]
     with show_progress(console, recipes, recipes[1:]) as display:
         assert isinstance(display, Bars)
         label = "baseline, twice the batch, seed 1"
@@ -476,7 +480,7 @@ def test_bars_show_the_run_and_all_runs_in_80_columns() -> None:
 
 def test_each_of_several_runs_has_a_bar_and_a_speed() -> None:
     console = Console(record=True, force_terminal=True, width=80)
-    recipes = [DIGITS.replace(seed=seed) for seed in range(4)]
+    recipes = [DIGITS_VIT.replace(seed=seed) for seed in range(4)]
     with show_progress(console, recipes, recipes) as display:
         assert isinstance(display, Bars)
         for number, recipe in enumerate(recipes[:3]):
@@ -497,7 +501,7 @@ def test_lines_are_sparse() -> None:
     console = Console(record=True, width=80)
     times = iter([0.0, 1.0, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LINES + 1])
     display = Lines(console, clock=lambda: next(times))
-    display.start("baseline, seed 0", DIGITS)
+    display.start("baseline, seed 0", DIGITS_VIT)
     for step in (1, 2, 3):
         display.update("baseline, seed 0", trainer.Progress(step, 400, 0.5, None, 0.01))
     assert console.export_text() == "baseline, seed 0: 2/400, 4 s left, 100 updates/s, loss 0.5\n"

@@ -27,7 +27,7 @@ from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import RunFolder, find_runs
 from rdrop.experiments.run_folder.lock import FILE, RunLockedError, holder_of
-from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
 from rdrop.experiments.training import trainer
 
 ROOT = Path(__file__).parents[3]
@@ -161,7 +161,7 @@ def test_the_lines_for_xargs_train_every_run_and_the_report_compares_them(
     assert "tiny: 2 seeds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["digits", "translation", "text-classification"])
+@pytest.mark.parametrize("name", ["digits", "digits-vit", "translation", "text-classification"])
 def test_a_command_makes_the_recipe_again_from_what_was_typed(name: str, tmp_path: Path) -> None:
     for settings in ([], ["tiny=true"], ["alpha=0.3", "seed=7"], ["name=a.b", "dropout=[0.1,0.3]"]):
         chosen = override(RECIPES[name], settings)
@@ -172,21 +172,21 @@ def test_a_command_makes_the_recipe_again_from_what_was_typed(name: str, tmp_pat
 
 
 def test_a_text_that_looks_like_a_number_stays_a_text() -> None:
-    changed = DIGITS.replace(name="3")
-    assert settings_between(DIGITS, changed) == ['name="3"']
+    changed = DIGITS_VIT.replace(name="3")
+    assert settings_between(DIGITS_VIT, changed) == ['name="3"']
 
 
 def test_commands_print_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = plan_comparison(DIGITS.replace(alpha=0.5), [0, 1], tmp_path, larger_batch=False)
+    runs = plan_comparison(DIGITS_VIT.replace(alpha=0.5), [0, 1], tmp_path, larger_batch=False)
     RunFolder(runs[0].folder).write_result({"format": 1})
     RunFolder(runs[1].folder).write_failure(3, "step 3: loss is nan")
-    arguments = ["compare", "digits", "alpha=0.5", "--seeds", "2", "--no-double-batch", "--runs", str(tmp_path)]
+    arguments = ["compare", "digits-vit", "alpha=0.5", "--seeds", "2", "--no-double-batch", "--runs", str(tmp_path)]
     assert cli.run([*arguments, "--tracker", "tensorboard", "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     tail = f"--runs {tmp_path} --tracker tensorboard"
     assert lines == [
-        f"rdrop train digits alpha=0.0 seed=1 {tail}",
-        f"rdrop train digits alpha=0.5 seed=1 {tail}",
+        f"rdrop train digits-vit alpha=0.0 seed=1 {tail}",
+        f"rdrop train digits-vit alpha=0.5 seed=1 {tail}",
     ]
 
 
@@ -249,7 +249,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(
             raise ZeroDivisionError("nobody foresaw it")
 
     trained = fake(monkeypatch, train)
-    runs = plan_comparison(DIGITS, [0, 1, 2], tmp_path, larger_batch=False)
+    runs = plan_comparison(DIGITS_VIT, [0, 1, 2], tmp_path, larger_batch=False)
     (runs[4].folder).mkdir(parents=True)
     (runs[4].folder / "result.json").write_text("{")
     console = Console(file=io.StringIO())
@@ -266,7 +266,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(
 def test_a_run_that_another_has_is_waited_for_and_taken_over_if_it_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_seen: bool
 ) -> None:
-    runs = plan_comparison(DIGITS, [0, 1], tmp_path, larger_batch=False)
+    runs = plan_comparison(DIGITS_VIT, [0, 1], tmp_path, larger_batch=False)
     theirs = {runs[0].folder: "finishes", runs[1].folder: "leaves"}
     alive = set(theirs)
     asked: set[Path] = set() if not is_seen else set(theirs)
@@ -299,9 +299,9 @@ def test_a_run_that_another_has_is_waited_for_and_taken_over_if_it_is_left(
 def test_a_single_run_that_another_process_has_is_refused_with_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Run.of("", DIGITS, tmp_path).folder
+    folder = Run.of("", DIGITS_VIT, tmp_path).folder
     with RunFolder(folder).held():
-        assert cli.run(["train", "digits", "--runs", str(tmp_path)]) == 2
+        assert cli.run(["train", "digits-vit", "--runs", str(tmp_path)]) == 2
     assert f"is being trained by process {os.getpid()} on" in capsys.readouterr().err
 
 
@@ -320,7 +320,7 @@ def test_runs_of_a_task_of_ones_own_are_scored_again_by_naming_its_recipe(
 
 def test_the_spelling_of_the_first_version_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["--unlabelled", "x.txt"], ["--unlabelled=x.txt"]):
-        assert cli.run(["train", "digits", *given]) == 2
+        assert cli.run(["train", "digits-vit", *given]) == 2
         assert "data.unlabeled" in capsys.readouterr().err
     assert cli.run(["train", "--help"]) == 0
     assert "unlabelled" not in capsys.readouterr().out
@@ -366,5 +366,5 @@ def test_runs_that_would_share_cores_are_told_how_not_to(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", "1000", "٣"])
 def test_what_is_no_number_of_jobs_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["compare", "digits", f"--jobs={text}"]) == 2
+    assert cli.run(["compare", "digits-vit", f"--jobs={text}"]) == 2
     assert "neither a number of runs (2) nor auto" in capsys.readouterr().err

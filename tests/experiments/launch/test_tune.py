@@ -17,7 +17,7 @@ from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.launch.tune import FIRST_SEED, MOST_IN_FULL, make_grid, search, split_grid
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import TUNING, RunFolder, find_runs
-from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
 from rdrop.experiments.training import trainer
 
 BEST = {"alpha": 1.0, "model.dropout": 0.3}
@@ -56,7 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     return recipes
 
 
-COMMAND = ["tune", "digits", "alpha=0.3,1,3", "model.dropout=0.1,0.3", "--tune-seeds", "3", "--seeds", "6"]
+COMMAND = ["tune", "digits-vit", "alpha=0.3,1,3", "model.dropout=0.1,0.3", "--tune-seeds", "3", "--seeds", "6"]
 
 
 def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
@@ -67,7 +67,7 @@ def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
     assert len(searched) == (3 * 2 + 2) * 3
     assert {recipe.seed for recipe in searched} == {1000, 1001, 1002}
     fresh = [recipe for recipe in trained if recipe.seed < FIRST_SEED]
-    batch = DIGITS.batch_size
+    batch = DIGITS_VIT.batch_size
     assert batch is not None
     arms = {(recipe.method.alpha, recipe.value("model.dropout"), recipe.batch_size) for recipe in fresh}
     assert arms == {(0.0, 0.1, batch), (1.0, 0.3, batch), (0.0, 0.1, 2 * batch)}
@@ -80,19 +80,19 @@ def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
         "R-Drop's gain in valid accuracy: +3.9 points in the search, +0.9 on 6 fresh seeds: 24 % of it was left."
         in shown
     )
-    record = json.loads((tmp_path / "digits-tuning.json").read_text())
+    record = json.loads((tmp_path / "digits-vit-tuning.json").read_text())
     assert record["chosen"] == {"rdrop": BEST, "plain": {"model.dropout": 0.1}}
     assert [arm["arm"] for arm in record["fresh"]] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
 
 
 def test_nothing_is_run_twice_and_the_page_is_the_same(trained: list[Recipe], tmp_path: Path) -> None:
     assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
-    page, count = (tmp_path / "digits-tuning.html").read_text(), len(trained)
+    page, count = (tmp_path / "digits-vit-tuning.html").read_text(), len(trained)
     assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
     assert len(trained) == count
-    assert (tmp_path / "digits-tuning.html").read_text() == page
+    assert (tmp_path / "digits-vit-tuning.html").read_text() == page
     # The fresh runs are those of a comparison by the same settings.
-    compared = ["compare", "digits", "alpha=1", "model.dropout=0.3", "--seeds", "6", "--no-double-batch"]
+    compared = ["compare", "digits-vit", "alpha=1", "model.dropout=0.3", "--seeds", "6", "--no-double-batch"]
     assert cli.run([*compared, "--runs", str(tmp_path)]) == 0
     assert len(trained) == count + 6  # the baseline with that dropout
 
@@ -105,7 +105,7 @@ def test_the_report_leaves_the_runs_of_the_search_out(trained: list[Recipe], tmp
 
 def test_the_page_shows_the_grid_as_a_picture(trained: list[Recipe], tmp_path: Path) -> None:
     assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
-    page = (tmp_path / "digits-tuning.html").read_text()
+    page = (tmp_path / "digits-vit-tuning.html").read_text()
     picture = page[page.index("<svg") : page.index("</svg>")]
     for text in ("plain", ">0.3<", ">1<", ">3<", "model.dropout"):
         assert text in picture
@@ -114,7 +114,7 @@ def test_the_page_shows_the_grid_as_a_picture(trained: list[Recipe], tmp_path: P
 
 
 def test_a_large_grid_is_halved_over_the_seeds(trained: list[Recipe], tmp_path: Path) -> None:
-    recipe = DIGITS
+    recipe = DIGITS_VIT
     fixed, values = split_grid(["alpha=0.2,0.4,0.6,0.8,1,1.2,1.4,1.6,1.8,2", "updates=500"])
     assert fixed == ["updates=500"]
     grid = make_grid(recipe, values)
@@ -153,7 +153,7 @@ def test_a_setting_of_which_a_run_failed_is_not_chosen(
 
     monkeypatch.setattr(trainer, "train", failing)
     # That a setting diverges is a finding; that a run fails otherwise is a failure.
-    assert cli.run(["tune", "digits", "alpha=1,3", "--seeds", "1", "--runs", str(tmp_path)]) == status % 3
+    assert cli.run(["tune", "digits-vit", "alpha=1,3", "--seeds", "1", "--runs", str(tmp_path)]) == status % 3
     shown = " ".join(capsys.readouterr().out.split())
     assert "Chosen: R-Drop, alpha 3" in shown
     what = {1: "no room for it", 3: "step 4: loss is nan. Lower it."}[status]
@@ -175,7 +175,7 @@ def test_a_setting_of_which_a_run_failed_is_not_chosen(
 def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
     arguments: list[str], words: str, trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["tune", "digits", *arguments, "--runs", str(tmp_path)]) == 2
+    assert cli.run(["tune", "digits-vit", *arguments, "--runs", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
     assert trained == []
 
@@ -193,7 +193,7 @@ def test_what_was_left_of_the_gain_is_said_in_words(
     in_search: float, on_fresh: float, words: str, trained: list[Recipe], tmp_path: Path
 ) -> None:
     def finished(seed: int, alpha: float, valid: float) -> FinishedRun:
-        recipe = DIGITS.replace(seed=seed, alpha=alpha)
+        recipe = DIGITS_VIT.replace(seed=seed, alpha=alpha)
         trainer.train(recipe, tmp_path / f"{seed}-{alpha}")
         (record,) = find_runs(tmp_path / f"{seed}-{alpha}")
         assert record.recipe is not None
@@ -202,7 +202,7 @@ def test_what_was_left_of_the_gain_is_said_in_words(
         return FinishedRun(record.path, record.recipe, result, [], recipe.method)
 
     arms = [
-        Arm(label, DIGITS.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed in (0, 1)))
+        Arm(label, DIGITS_VIT.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed in (0, 1)))
         for label, alpha, gain in (("baseline", 0.0, 0.0), ("R-Drop", 1.0, on_fresh))
     ]
     rdrop, plain = (
@@ -228,11 +228,11 @@ def test_a_comma_within_brackets_or_quotes_is_part_of_a_value(setting: str, valu
 
 def test_a_search_end_to_end_in_a_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["tiny=true", "updates=4", "warmup_updates=0", "evaluate_every=2", "alpha=1,2", "model.dropout=0.1,0.2"]
-    command = ["tune", "digits", *small, "--tune-seeds", "1", "--seeds", "1", "--runs", str(tmp_path)]
+    command = ["tune", "digits-vit", *small, "--tune-seeds", "1", "--seeds", "1", "--runs", str(tmp_path)]
     assert cli.run(command) == 0
     first = capsys.readouterr().out
     assert "6 settings tried" in first
-    assert (tmp_path / "digits-tiny-tuning.html").exists()
+    assert (tmp_path / "digits-vit-tiny-tuning.html").exists()
     assert cli.run(command) == 0
     again, progress = capsys.readouterr()
     assert again == first

@@ -423,7 +423,7 @@ def test_comparisons_of_one_name_are_told_apart_by_their_settings(tmp_path):
     for labels in (100, 300):
         write_run(tmp_path, 0.7, data={"train_labels": labels})
     page = page_of(tmp_path)
-    for title in ("digits (data.train_labels = 100)", "digits (data.train_labels = 300)"):
+    for title in ("digits-vit (data.train_labels = 100)", "digits-vit (data.train_labels = 300)"):
         assert page.visible.count(title) == 2  # in the contents and above its section
 
 

@@ -17,7 +17,7 @@ from rdrop.experiments.report import published_page as results_page
 from rdrop.experiments.run_folder import find_runs
 
 PUBLISHED = {
-    "digits": (
+    "digits-vit": (
         Published("Digits", "accuracy", "ViT", 80.0, 81.5, "Somebody 2021, table 3"),
         Published("Digits", "error", "ViT", None, 18.5, "Somebody 2021", higher_is_better=False),
     )
@@ -40,9 +40,9 @@ def test_published_rows_stand_beside_ours(tmp_path: Path) -> None:
         ("Digits", "accuracy", "80", "baseline", "published: Somebody 2021, table 3"),
         ("Digits", "accuracy", "81.5", "R-Drop", "published: Somebody 2021, table 3"),
         ("Digits", "error (lower is better)", "18.5", "R-Drop", "published: Somebody 2021"),
-        ("Digits", "accuracy %", "73.8 ± 1.0", "baseline", "ours: digits, 5 seeds"),
-        ("Digits", "accuracy %", "77.4 ± 0.6", "R-Drop (alpha 1)", "ours: digits, 5 seeds"),
-        ("Digits", "accuracy %", "74.1 ± 0.5", "baseline, twice the batch", "ours: digits, 5 seeds"),
+        ("Digits", "accuracy %", "73.8 ± 1.0", "baseline", "ours: digits-vit, 5 seeds"),
+        ("Digits", "accuracy %", "77.4 ± 0.6", "R-Drop (alpha 1)", "ours: digits-vit, 5 seeds"),
+        ("Digits", "accuracy %", "74.1 ± 0.5", "baseline, twice the batch", "ours: digits-vit, 5 seeds"),
     ]
 
 
@@ -54,7 +54,7 @@ def test_each_of_ours_links_to_its_comparison_in_the_report(tmp_path: Path) -> N
     page, report = (Page(write(tmp_path).read_text()) for write in (results_page.write_results, write_report))
     links = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
     assert links == {"report.html#c1", "report.html#c2"}
-    assert '<a href="report.html#c2">ours: digits, 5 seeds</a>' in results_page.write_results(tmp_path).read_text()
+    assert '<a href="report.html#c2">ours: digits-vit, 5 seeds</a>' in results_page.write_results(tmp_path).read_text()
     [section] = [attributes for tag, attributes in report.elements if attributes.get("id") == "c2"]
     assert section["aria-labelledby"] == "c2-title"
     assert "digits" in report.visible[report.visible.index("another") :]
@@ -85,7 +85,7 @@ def test_runs_of_another_name_stand_with_their_task(tmp_path: Path) -> None:
     write_run(tmp_path, 0.5, name="mine")
     write_run(tmp_path, 0.6, name="digits-tiny")
     assert [(row[0], row[4]) for row in rows(tmp_path)[3:]] == [
-        ("Digits", "ours: digits-tiny, 1 seed"),
+        ("Digits", "ours: digits-vit-tiny, 1 seed"),
         ("mine", "ours: mine, 1 seed"),
     ]
 
@@ -109,7 +109,7 @@ def test_every_metric_of_the_test_split_has_a_row_and_the_loss_has_none(tmp_path
 
 def test_a_baseline_of_several_methods_stands_once(monkeypatch: pytest.MonkeyPatch) -> None:
     both = tuple(Published("Digits", "accuracy", "ViT", 80.0, v, "A 2021", method=m) for v, m in ((81, "A"), (82, "B")))
-    monkeypatch.setattr(results_page, "PUBLISHED", {"digits": both})
+    monkeypatch.setattr(results_page, "PUBLISHED", {"digits-vit": both})
     assert [row.value for row in results_page.rows_of_task("digits", [])] == ["80", "81", "82"]
 
 
@@ -117,7 +117,7 @@ def test_two_files_under_one_recipe_are_told_apart(tmp_path: Path) -> None:
     for file in ("reviews.csv", "mails.csv"):
         write_run(tmp_path, 0.5, data={"train": f"texts/{file}"})
     assert [(row[0], row[4]) for row in rows(tmp_path)[3:]] == [
-        (file, f"ours: digits (data.train = texts/{file}), 1 seed") for file in ("mails.csv", "reviews.csv")
+        (file, f"ours: digits-vit (data.train = texts/{file}), 1 seed") for file in ("mails.csv", "reviews.csv")
     ]
 
 

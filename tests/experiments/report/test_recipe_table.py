@@ -58,14 +58,14 @@ def test_every_recipe_has_all_its_columns(width: int, with_runs: bool, tmp_path:
             assert row.metric in published
             for value in (row.baseline, row.rdrop):
                 assert value is None or f"{value:g}" in published
-        assert bool(ours) == (with_runs and name in ("digits", "wikitext-103"))
+        assert bool(ours) == (with_runs and name in ("digits-vit", "wikitext-103"))
     assert found["glue-rte-minilm"][:2] == ["RTE", "all-MiniLM-L6-v2"]
     assert found["aeslc"][:2] == ["AESLC", "from scratch"]
     assert found["glue-mnli-roberta-large"][2] == "dev accuracy 90.2 \u2192 90.9"
     assert found["wikitext-103"][2] == "valid perplexity 25.76 \u2192 23.97 perplexity 26.62 \u2192 24.94"
     assert found["wmt14-en-de"][2] == "BLEU 29.12 \u2192 30.91"
     if with_runs:
-        assert found["digits"][3] == "accuracy 73.8 \u2192 77.4"
+        assert found["digits-vit"][3] == "accuracy 73.8 \u2192 77.4"
         assert found["wikitext-103"][3] == "perplexity 105.32 \u2192 104.32"
 
 
@@ -73,7 +73,7 @@ def test_two_comparisons_of_one_recipe_have_a_line_each(tmp_path: Path) -> None:
     for shift, score in ((0, 0.5), (1, 0.6)):
         write_run(tmp_path, score, data={"shift": shift})
     found = entries(listed(tmp_path, 120))
-    assert found["digits"][3] == "accuracy 50.0 \u2192 \u2014 accuracy 60.0 \u2192 \u2014"
+    assert found["digits-vit"][3] == "accuracy 50.0 \u2192 \u2014 accuracy 60.0 \u2192 \u2014"
 
 
 def test_runs_on_other_data_do_not_stand_beside_the_published_figures(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_runs_on_other_data_do_not_stand_beside_the_published_figures(tmp_path: 
     ("recipe", "dataset"),
     [
         ({"name": "glue-rte", "data": {"folder": "data/rte"}}, "RTE"),
-        ({"name": "digits-tiny", "data": {"shift": 1}}, "Digits"),
+        ({"name": "digits-vit-tiny", "data": {"shift": 1}}, "Digits"),
         ({"name": "glue-rte-tiny", "data": {"tiny": True}}, "synthetic examples"),
         ({"name": "glue-rte", "data": {"train": "texts/mine.csv"}}, "mine.csv"),
         ({"name": "summarization", "data": {"train": None, "folder": "data/news/"}}, "news"),

@@ -13,7 +13,7 @@ from rdrop.dropout import dropout_sources
 from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.tasks.digits.recipes import DIGITS, OF_THE_TRANSFORMER, DigitsRecipe
+from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT, OF_THE_TRANSFORMER, DigitsRecipe
 from rdrop.experiments.tasks.digits.task import Digits, stratified_draw
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.checkpoints import load
@@ -22,7 +22,7 @@ from rdrop.experiments.training.order import DataOrder, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted
 from rdrop.experiments.training.trainer import train
 
-SMALL = DIGITS.replace(
+SMALL = DIGITS_VIT.replace(
     **{"data.train_labels": 40, "data.valid_size": 30, "data.test_size": 50, "data.shift": 0},
     **{"model.layers": 1, "model.hidden_size": 16, "model.intermediate_size": 16, "model.heads": 2},
 )
@@ -33,8 +33,8 @@ def rows(recipe: DigitsRecipe) -> dict[str, list[int]]:
 
 
 def test_the_splits_are_disjoint_and_have_their_sizes() -> None:
-    splits = rows(DIGITS)
-    data = DIGITS.data
+    splits = rows(DIGITS_VIT)
+    data = DIGITS_VIT.data
     assert [len(splits[name]) for name in ("train", "valid", "test")] == [
         data.train_labels,
         data.valid_size,

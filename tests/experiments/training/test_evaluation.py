@@ -29,7 +29,7 @@ from rdrop.experiments.tasks.translation.tiny import write_tiny_pairs
 from rdrop.experiments.training.evaluation import rescore
 from rdrop.experiments.training.trainer import train
 
-DIGITS = RECIPES["digits"].tiny()
+DIGITS_VIT = RECIPES["digits-vit"].tiny()
 WORDS = ["ein", "zwei", "drei", "vier", "acht", "neun", "zehn", "elf", "alle", "null"]
 
 
@@ -68,7 +68,7 @@ def averaged_recipe(files: dict[str, str], test: str) -> Recipe:
 def test_the_same_weights_have_the_same_scores(averaged: FinishedRun, tmp_path: Path) -> None:
     assert len(averaged.result["averaged_steps"]) == 2
     assert rescore(averaged) == averaged.result
-    result = train(DIGITS.replace(updates=20, evaluate_every=5), tmp_path)
+    result = train(DIGITS_VIT.replace(updates=20, evaluate_every=5), tmp_path)
     assert rescore(finished(tmp_path)) == result
 
 
@@ -213,10 +213,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Baseline and R-Drop, one seed each, and a run that was not finished."""
     path = tmp_path_factory.mktemp("compared")
     for alpha in (0.0, 1.0):
-        recipe = DIGITS.replace(alpha=alpha, updates=20, evaluate_every=10)
+        recipe = DIGITS_VIT.replace(alpha=alpha, updates=20, evaluate_every=10)
         train(recipe, path / recipe.name / recipe.digest())
     (path / "other").mkdir()
-    (path / "other" / "recipe.json").write_text(DIGITS.to_json())
+    (path / "other" / "recipe.json").write_text(DIGITS_VIT.to_json())
     return path
 
 
@@ -244,7 +244,7 @@ def test_several_runs_are_compared_and_nothing_is_written(compared: Path, capsys
 
 
 def test_one_run_as_json(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = compared / DIGITS.name / DIGITS.replace(alpha=0.0, updates=20, evaluate_every=10).digest()
+    run = compared / DIGITS_VIT.name / DIGITS_VIT.replace(alpha=0.0, updates=20, evaluate_every=10).digest()
     out, _ = shown([run, "--json"], capsys)
     assert json.loads(out) == [{"run": str(run), "scores": finished(run).result["test"]}]
     table, _ = shown([run], capsys)
@@ -268,7 +268,7 @@ def test_weights_that_are_not_there_any_more(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(compared / DIGITS.name, copy)
+    shutil.copytree(compared / DIGITS_VIT.name, copy)
     for checkpoints in copy.glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
     _, err = shown([copy], capsys, status=1)

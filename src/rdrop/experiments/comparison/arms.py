@@ -1,14 +1,29 @@
-"""The arms of a comparison: ways of training, each with its finished runs."""
+"""The arms of a comparison: ways of training, each with its finished runs, and what a reader calls them."""
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
 from rdrop.experiments.comparison.learning import has_learned
-from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe.method import Method, times
+
+ARM_KEYS = (
+    *("updates", "epochs", "warmup_updates", "batch_size", "batch_tokens", "accumulation"),
+    *("optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "label_smoothing"),
+    *("evaluate_every", "select_by", "patience", "average_last", "data.unlabeled", "data.unlabeled_batch"),
+)
+"""The keys in which arms may differ, beside those of the method and the dropout rates of the model."""
+
+
+def may_tell_arms_apart(key: str) -> bool:
+    """Whether arms of one comparison may differ in the key: the data that are scored and the network are the same."""
+    return key in Method.model_fields or key in ARM_KEYS or bool(re.fullmatch(r"model\..*dropout", key))
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,11 @@ class Arm:
     @property
     def phrase(self) -> str:
         """The label as part of a sentence."""
-        return f"the {self.label.replace(', ', ' with ')}" if self.method.is_plain else self.label
+        if not self.method.is_plain:
+            return self.label
+        name, *details = self.label.split(", ")
+        qualities = [detail for detail in details if not detail.startswith(_PARTICIPLES)]
+        return ", ".join(filter(None, (f"the {_with(name, qualities)}", *(d for d in details if d not in qualities))))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -61,3 +80,65 @@ class Gap(NamedTuple):
     def __str__(self) -> str:
         noun = "seed" if len(self.seeds) == 1 else "seeds"
         return f"left out of {self.arm}: {noun} {', '.join(map(str, self.seeds))} ({self.reason})"
+
+
+_PARTICIPLES = ("stopped", "chosen")
+
+
+def label_of(arm: Recipe, reference: Recipe) -> str:
+    """Returns the reader's name for an arm by what its recipe differs in: "baseline, twice the updates, dropout 0.3".
+
+    An arm that learns from examples without labels is always called so.
+    """
+    names = [arm.method.label(), *([] if arm.method.is_plain else unlabeled_words(arm.saved()))]
+    return ", ".join([*names, *_differences(arm, reference)])
+
+
+def unlabeled_words(recipe: dict[str, Any]) -> list[str]:
+    """Returns "unlabeled" where an arm of R-Drop with this saved recipe has examples without labels."""
+    data = recipe.get("data")
+    return ["unlabeled"] if isinstance(data, dict) and data.get("unlabeled") is not None else []
+
+
+def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
+    keys = [key for key in arm.descriptions() if key not in Method.model_fields and key != "seed"]
+    changed = {key: arm.value(key) for key in keys if arm.value(key) != reference.value(key)}
+    if "updates" in changed and changed.get("warmup_updates") == reference.value("warmup_updates") * (
+        arm.updates / reference.updates
+    ):
+        del changed["warmup_updates"]  # the same course of the learning rate, stretched
+    rates = arm.model.dropout_rates()
+    if rates and not any(rates.values()) and any(key in changed for key in (f"model.{name}" for name in rates)):
+        changed = {key: value for key, value in changed.items() if key.removeprefix("model.") not in rates}
+        yield "no dropout"
+    for key, value in changed.items():
+        yield from _words(key, value, reference.value(key), is_plain=arm.method.is_plain)
+
+
+def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]:
+    name = key.rpartition(".")[2].replace("_", " ")
+    match key:
+        case "updates" | "epochs" | "batch_size" | "batch_tokens" if value and other and value % other == 0:
+            yield f"{times(value // other)} the {name.removesuffix(' size').removesuffix(' tokens')}"
+        case "updates" | "epochs":
+            yield f"{value} {name}"
+        case "select_by":
+            yield "stopped at its best valid loss" if value == "loss" else "chosen by its valid score"
+        case "schedule":
+            yield f"{value} schedule"
+        case "data.unlabeled":
+            if not is_plain and value is not None and other is not None:
+                yield f"of {value}"
+        case "data.unlabeled_batch":
+            yield f"{value} unlabeled per update"
+        case _ if value is None:
+            yield f"no {name}"
+        case _:
+            yield f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _with(name: str, qualities: list[str]) -> str:
+    if not qualities:
+        return name
+    *first, last = qualities
+    return f"{name} with {', '.join(first)} and {last}" if first else f"{name} with {last}"

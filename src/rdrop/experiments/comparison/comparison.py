@@ -1,24 +1,25 @@
 """Finished runs in, comparisons out: every arm against its baseline over the seeds that both have.
 
-Runs belong together when their recipes agree on everything except the seed, the method and the size of the batch. An
-arm is what the runs of one column share. Plain training (`alpha=0`) makes one pass whatever the other keys of the
-method say, so these do not tell two baselines apart. For a baseline of batch B (examples or tokens) the comparison also
-holds plain training with `m * B` an update, where m is 2 or the number of passes of an R-Drop arm: what the compute of
-the extra passes could have bought.
+Runs belong together when their recipes agree on everything except the seed, the method and the size of the batch, or
+where a design says so (`designs`). An arm is what the runs of one column share. Plain training (`alpha=0`) makes one
+pass whatever the other keys of the method say, so these do not tell two baselines apart. For a baseline of batch B
+(examples or tokens) the comparison also holds plain training with `m * B` an update, where m is 2 or the number of
+passes of an R-Drop arm: what the compute of the extra passes could have bought.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison import sentences
-from rdrop.experiments.comparison.arms import Arm, Gap
+from rdrop.experiments.comparison.arms import Arm, Gap, unlabeled_words
 from rdrop.experiments.comparison.contest import Contest, judged
+from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
 from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
 from rdrop.experiments.comparison.looks import Look, earlier_looks
@@ -47,6 +48,9 @@ class Comparison:
     repeats: tuple[FinishedRun, ...] = ()
     looks: tuple[Look, ...] = ()
     """The verdicts that were shown before, on any runs."""
+    baseline_label: str = "baseline"
+    subject_label: str | None = None
+    """The arm that is judged against each of the others; None: every R-Drop arm, against plain training."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -55,12 +59,22 @@ class Comparison:
     @property
     def baseline(self) -> Arm | None:
         first = self.arms[0]
-        return first if first.method.is_plain and first.label == "baseline" else None
+        return first if first.method.is_plain and first.label == self.baseline_label else None
+
+    @property
+    def subject(self) -> Arm | None:
+        """The arm of the recipe itself, where the comparison was designed around it."""
+        return next((arm for arm in self.arms if arm.label == self.subject_label), None)
 
     @property
     def challengers(self) -> tuple[Arm, ...]:
         """Every arm except the baseline."""
         return self.arms if self.baseline is None else self.arms[1:]
+
+    @property
+    def runs(self) -> tuple[FinishedRun, ...]:
+        """All runs, also those that a later one of the same arm and seed replaces."""
+        return (*(run for arm in self.arms for run in arm.runs), *self.repeats)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -131,10 +145,14 @@ class Comparison:
     @cached_property
     def contests(self) -> tuple[Contest, ...]:
         """The contests worth a sentence: each R-Drop arm against the baseline, then against plain training with the
-        larger batch; without any R-Drop arm, the larger batch against the baseline. They are judged together.
+        larger batch; without any R-Drop arm, the larger batch against the baseline. Of a design: its subject against
+        each of the others. They are judged together.
         """
         if self.baseline is None:
             return ()
+        if self.subject is not None:
+            others = [arm for arm in self.arms if arm is not self.subject]
+            return self._judged([(self.subject, reference, self.metric) for reference in others])
         plain = [arm for arm in self.challengers if arm.method.is_plain]
         rdrop = [arm for arm in self.challengers if not arm.method.is_plain]
         pairs = [(arm, reference, self.metric) for reference in (self.baseline, *plain) for arm in rdrop]
@@ -205,18 +223,40 @@ class Comparison:
         )
 
 
-def comparisons(records: Iterable[RunRecord], looks: Iterable[Look] = ()) -> list[Comparison]:
+def comparisons(
+    records: Iterable[RunRecord], looks: Iterable[Look] = (), designs: Iterable[Design] = ()
+) -> list[Comparison]:
     """Groups the finished runs into comparisons, in the order of their recipes' names.
 
-    `looks` are the verdicts on these runs that were shown before. Unfinished and damaged runs take no part;
+    `looks` are the verdicts on these runs that were shown before. The arms of `designs` are compared as these say; a
+    comparison all of whose runs stand in one of them is not told twice. Unfinished and damaged runs take no part;
     `rdrop.experiments.comparison.finished_runs.split_usable` names them.
     """
+    finished = split_usable(records)[0]
+    designed = list(_designed(finished, designs))
+    told = {run.path for comparison in designed for run in comparison.runs}
     families: dict[str, list[FinishedRun]] = {}
-    for run in split_usable(records)[0]:
+    for run in finished:
         families.setdefault(_family(run), []).append(run)
-    seen = tuple(looks)
     found = [comparison for key in sorted(families) for comparison in _comparisons_of_family(families[key])]
+    found = [comparison for comparison in found if not told.issuperset(run.path for run in comparison.runs)]
+    if designed:
+        found = sorted([*designed, *found], key=lambda comparison: comparison.name)
+    seen = tuple(looks)
     return [replace(comparison, looks=seen) for comparison in found]
+
+
+def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Iterator[Comparison]:
+    """Yields the comparisons of the designs that have finished runs: plain training first, the subject last."""
+    by_arm: dict[str, list[FinishedRun]] = {}
+    for run in finished:
+        by_arm.setdefault(arm_digest(run.recipe), []).append(run)
+    for design in designs:
+        of_arms = {label: by_arm[digest] for label, digest in design.arms.items() if digest in by_arm}
+        ordered = sorted(of_arms, key=lambda label: (label == design.subject, not of_arms[label][0].method.is_plain))
+        if ordered:
+            comparison = _comparison({label: of_arms[label] for label in ordered})
+            yield replace(comparison, baseline_label=design.baseline, subject_label=design.subject)
 
 
 def _family(run: FinishedRun) -> str:
@@ -240,7 +280,7 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
         larger = [key for key in runs if key.method.is_plain and key.batch in {k * batch for k in multiples}]
         keys = [*sorted(own, key=_Key.order), *sorted(larger, key=_Key.order)]
         shown.update(keys)
-        yield _comparison(batch, {key: runs[key] for key in keys})
+        yield _comparison({key.label(batch, runs[key][0].recipe): runs[key] for key in keys})
 
 
 class _Key(NamedTuple):
@@ -249,17 +289,23 @@ class _Key(NamedTuple):
     method: Method
     batch: int
 
+    def label(self, batch: int, recipe: dict[str, Any]) -> str:
+        """Returns what a reader calls the arm in the comparison of this size of the batch."""
+        label = self.method.label(self.batch // batch)
+        return label if self.method.is_plain else ", ".join([label, *unlabeled_words(recipe)])
+
     def order(self) -> tuple[object, ...]:
         return (*self.method.order(), self.batch)
 
 
-def _comparison(batch: int, runs: Mapping[_Key, list[FinishedRun]]) -> Comparison:
+def _comparison(runs: Mapping[str, list[FinishedRun]]) -> Comparison:
+    """Makes the comparison of arms by their labels, in this order."""
     arms, repeats = [], []
-    for key, of_arm in runs.items():
+    for label, of_arm in runs.items():
         # The latest run of a seed counts, whatever order the folders were read in.
         latest = {run.seed: run for run in sorted(of_arm, key=lambda run: (run.result["finished"], str(run.path)))}
-        label = key.method.label(key.batch // batch)
-        arms.append(Arm(label, key.method, key.batch, tuple(latest[seed] for seed in sorted(latest))))
+        own = tuple(latest[seed] for seed in sorted(latest))
+        arms.append(Arm(label, own[0].method.arm(), own[0].batch, own))
         repeats += [run for run in of_arm if latest[run.seed] is not run]
     first = arms[0].runs[0]
     return Comparison(

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rdrop.experiments.comparison.designs import read_designs, record_designs
 from rdrop.experiments.launch.jobs import (
     DIVERGED_STATUS,
     FailedRunsError,
@@ -35,7 +36,7 @@ from rdrop.experiments.launch.jobs import (
     train_all,
     train_supervised,
 )
-from rdrop.experiments.launch.plan import Command, Run, plan_comparison
+from rdrop.experiments.launch.plan import Command, Run, plan_arms
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
@@ -189,6 +190,14 @@ def compare(
     no_double_batch: Annotated[
         bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
     ] = False,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='"KEY=VALUE ..."',
+            help='An arm beside the recipe and its baseline, in place of twice the batch: "alpha=0 updates=4x" is '
+            "plain training for four times as long. May be given several times.",
+        ),
+    ] = None,
     jobs: Jobs = "1",
     commands: Annotated[
         bool, typer.Option("--commands", help="Train nothing: print a command for each run that is not finished.")
@@ -196,14 +205,18 @@ def compare(
 ) -> None:
     """Train the recipe with and without R-Drop over several seeds, and show whether R-Drop helped.
 
-    All arms of a seed have the same data, order of data and number of updates. Finished runs are not repeated.
+    All arms of a seed have the same data and order of data and, unless an arm says otherwise, as many updates. Finished
+    runs are not repeated.
 
     Several such commands on one folder share the work.
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
-    plan = plan_comparison(chosen, parse_seeds(seeds), runs, larger_batch=not no_double_batch)
+    arms = plan_arms(chosen, arm or (), larger_batch=not no_double_batch)
+    plan = arms.runs(parse_seeds(seeds), runs)
+    if arms.designs() and _is_first_process():
+        record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))
     if commands:
         for run in plan:
@@ -216,7 +229,7 @@ def compare(
     failed = {failure.folder for failure in failures}
     if _is_first_process() and len(failed) < len(plan):
         done = [record for run in plan if run.folder not in failed for record in find_runs(run.folder)]
-        _show_comparisons(done, root=runs)
+        _show_comparisons(done, runs)
         _write_page(runs)
     if failures:
         raise FailedRunsError(failures)
@@ -311,13 +324,13 @@ def evaluate(
     elif len(scored) == 1 and scored[0].result is not None:
         _show_scores(scored[0].result, ("test",))
     else:
-        _show_comparisons(scored)
+        _show_comparisons(scored, runs, are_new_scores=True)
 
 
 @app.command()
 def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
     """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html and RUNS/results.html."""
-    _show_comparisons(find_runs(runs), root=runs)
+    _show_comparisons(find_runs(runs), runs)
     _write_page(runs)
 
 
@@ -519,15 +532,15 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
         console.print(Text(f"{name}: {note}"), soft_wrap=True)
 
 
-def _show_comparisons(records: list[RunRecord], root: Path | None = None) -> None:
-    """`root` is the folder that remembers the verdicts on these runs; None for scores that no run has."""
+def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: bool = False) -> None:
+    """`root` is the folder that remembers the arms and the verdicts; of scores that no run has there is no verdict."""
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.looks import read_looks
     from rdrop.experiments.comparison.terminal_table import terminal_table
 
     console = Console(highlight=False)
-    for comparison in comparisons(records, read_looks(root) if root else ()):
+    for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
         for remark in comparison.remarks():

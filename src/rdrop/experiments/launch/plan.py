@@ -1,16 +1,20 @@
-"""The runs of a comparison, in order, and the command that trains each."""
+"""The arms of a comparison, its runs in order, and the command that trains each."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.recipe import Recipe, override
-from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.recipes import find_recipe
+from rdrop.experiments.comparison.arms import ARM_KEYS, label_of, may_tell_arms_apart
+from rdrop.experiments.comparison.designs import Design, arm_digest
+from rdrop.experiments.recipe import Method, Recipe, override
+from rdrop.experiments.recipe.settings import RecipeError, read_settings
+from rdrop.experiments.recipes import ARMS, find_recipe
 from rdrop.experiments.run_folder import RunFolder, saved
 
 
@@ -38,20 +42,114 @@ class Run:
         return RunFolder(self.folder).failure()
 
 
-def plan_comparison(recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_batch: bool) -> list[Run]:
-    """Baseline, R-Drop and (with `larger_batch`) a baseline whose batch has as many examples as R-Drop's has passes.
+@dataclass(frozen=True)
+class Plan:
+    """The arms of a comparison by the reader's name for each: the baseline first."""
 
-    The arms of one seed follow each other, so that a comparison that is stopped has whole seeds to show. Raises
-    `RecipeError` if the recipe asks for no R-Drop.
+    arms: dict[str, Recipe]
+    subject: str
+    """The arm of the recipe that was asked for."""
+    is_standard: bool
+    """Whether the runs alone say that they belong together: the recipe, its baseline and that with a larger batch."""
+
+    def runs(self, seeds: Iterable[int], root: Path) -> list[Run]:
+        """Returns all runs, seed by seed, so that a comparison that is stopped has whole seeds to show."""
+        return [
+            Run.of(f"{label}, seed {seed}", recipe.replace(seed=seed), root)
+            for seed in seeds
+            for label, recipe in self.arms.items()
+        ]
+
+    def designs(self) -> list[Design]:
+        """Returns what the folder of the runs must remember for the arms to be compared."""
+        if self.is_standard:
+            return []
+        arms = {label: arm_digest(recipe.saved()) for label, recipe in self.arms.items() if label != self.subject}
+        return [Design({**arms, self.subject: arm_digest(self.arms[self.subject].saved())}, self.subject)]
+
+
+def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool) -> Plan:
+    """Returns the arms to compare: the recipe, its baseline, and what there is beside these two.
+
+    That is what `arms` say: each is the settings of one, relative to the recipe, as `"alpha=0 updates=4x"`. Without
+    any, it is what the recipe itself brings (`recipes.ARMS`, whose first is the baseline); else, with `larger_batch`, a
+    baseline whose batch has as many examples as R-Drop's has passes. `larger_batch=False` also leaves out such an arm
+    of the recipe.
+
+    Raises `RecipeError` if the recipe asks for no R-Drop, or an arm cannot be.
     """
     if recipe.method.is_plain:
         raise RecipeError("alpha", "a comparison needs R-Drop, alpha > 0; alpha=0 is its baseline anyway", value=0)
-    arms = [recipe.replace(method=recipe.method.plain()), recipe]
-    if larger_batch:
-        arms.append(with_larger_batch(arms[0]))
-    return [
-        Run.of(f"{_label(arm, recipe)}, seed {seed}", arm.replace(seed=seed), root) for seed in seeds for arm in arms
-    ]
+    plain = recipe.replace(method=recipe.method.plain())
+    own = () if arms else ARMS.get(recipe.name.removesuffix("-tiny"), ())
+    if not arms and not own:
+        found = {"baseline": plain, label_of(recipe, recipe): recipe}
+        if larger_batch:
+            larger = with_larger_batch(plain)
+            found[larger.method.label(recipe.method.passes)] = larger
+        return Plan(found, label_of(recipe, recipe), is_standard=True)
+    if own:
+        own = tuple(text for text in own if larger_batch or "batch_" not in text)
+        recipes = [_arm_of_its_own(recipe, text) for text in own]
+    else:
+        recipes = [plain, *(read_arm(recipe, text) for text in arms)]
+    found = {label_of(arm, recipe): arm for arm in (*recipes, recipe)}
+    if len(found) <= len(recipes):
+        twice = next(arm for arm in (*recipes, recipe) if [*recipes, recipe].count(arm) > 1)
+        rule = f"{label_of(twice, recipe)} is an arm already: the recipe and its baseline always are"
+        raise RecipeError("arm", rule)
+    return Plan(found, label_of(recipe, recipe), is_standard=False)
+
+
+def read_arm(recipe: Recipe, text: str) -> Recipe:
+    """Returns the recipe of an arm: `"alpha=0 updates=4x model.dropout=0.3"`, where 4x is four times the recipe's."""
+    changes = {}
+    for key, value in read_settings(shlex.split(text), recipe.descriptions()).items():
+        name = saved.RENAMED.get(key, key).removeprefix("method.")
+        if name in recipe.descriptions() and not may_tell_arms_apart(name):
+            rule = f"is the same in all arms; they may differ in the method, the dropout rates, {', '.join(ARM_KEYS)}"
+            raise RecipeError(key, rule, value=value)
+        changes[name] = _multiplied(name, value, recipe)
+    if changes.get("alpha") != 0:
+        return recipe.replace(**changes)
+    for key in changes:
+        if (key in Method.model_fields and key != "alpha") or key.startswith("data.unlabeled"):
+            raise RecipeError(
+                key, "means nothing to an arm of plain training (alpha=0); leave it out", value=changes[key]
+            )
+    del changes["alpha"]
+    return recipe.replace(method=recipe.method.plain()).replace(**changes)
+
+
+def _multiplied(key: str, value: object, recipe: Recipe) -> object:
+    """Returns the value of an arm's setting: of "4x" four times the recipe's."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x", value) if isinstance(value, str) else None
+    if match is None or key not in recipe.descriptions():
+        return value
+    own = recipe.value(key)
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        raise RecipeError(key, f"is no number in the recipe that {value} could be a multiple of", value=value)
+    product = float(match[1]) * own
+    if isinstance(own, float):
+        return product
+    if not product.is_integer():
+        raise RecipeError(key, f"{value} of {own} is not a whole number", value=value)
+    return int(product)
+
+
+def _arm_of_its_own(recipe: Recipe, text: str) -> Recipe:
+    try:
+        return read_arm(recipe, text)
+    except RecipeError as error:
+        rule = f'{error.rule}; this is the arm "{text}" that {recipe.name} brings, in whose place --arm puts others'
+        raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None
+
+
+def plan_comparison(
+    recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_batch: bool, arms: Sequence[str] = ()
+) -> list[Run]:
+    """Returns the runs of the arms that `plan_arms` gives."""
+    return plan_arms(recipe, arms, larger_batch=larger_batch).runs(seeds, root)
 
 
 def with_larger_batch(baseline: Recipe) -> Recipe:
@@ -105,13 +203,3 @@ def _is_read_as_text(value: object) -> bool:
     except (ValueError, RecursionError):
         return True
     return False
-
-
-def _label(arm: Recipe, recipe: Recipe) -> str:
-    return arm.method.label(_batch(arm) // _batch(recipe))
-
-
-def _batch(recipe: Recipe) -> int:
-    size = recipe.batch_size or recipe.batch_tokens
-    assert size is not None  # the recipe has one of the two
-    return size

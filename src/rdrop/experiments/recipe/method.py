@@ -15,6 +15,11 @@ from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, S
 _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 
 
+def times(count: int) -> str:
+    """Returns "twice", "three times", ... as a reader says it."""
+    return _TIMES.get(count, f"{count} times")
+
+
 class Method(Section):
     """R-Drop as in the paper, where nothing else is said; plain training with `alpha=0`."""
 
@@ -136,7 +141,7 @@ class Method(Section):
             return f"{self.name()} ({', '.join(self._details())})"
         if times_the_batch == 1:
             return self.name()
-        return f"{self.name()}, {_TIMES.get(times_the_batch, f'{times_the_batch} times')} the batch"
+        return f"{self.name()}, {times(times_the_batch)} the batch"
 
     def order(self) -> tuple[object, ...]:
         """Returns a key by which arms are sorted: plain training first, then by alpha."""

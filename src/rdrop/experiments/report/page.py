@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
+from rdrop.experiments.comparison.designs import read_designs
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun, split_usable
 from rdrop.experiments.comparison.looks import read_looks, record_looks
 from rdrop.experiments.comparison.wording import counted
@@ -39,7 +40,7 @@ def write_report(runs: Path, out: Path | None = None) -> Path:
         raise ResultsError(f"{runs} holds no run. `rdrop compare digits --runs {runs}` makes some.")
     out = out or runs / "report.html"
     finished, unusable = split_usable(records)
-    found = comparisons(records, read_looks(runs))
+    found = comparisons(records, read_looks(runs), read_designs(runs))
     try:
         record_looks(runs, (comparison.look() for comparison in found))
         is_remembered = True

@@ -17,6 +17,7 @@ from pathlib import Path
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
+from rdrop.experiments.comparison.designs import read_designs
 from rdrop.experiments.comparison.wording import counted
 from rdrop.experiments.recipe.published import Published
 from rdrop.experiments.recipes import PUBLISHED, RECIPES, dataset_of
@@ -72,7 +73,7 @@ class Entry:
 def write_results(runs: Path, out: Path | None = None) -> Path:
     """Write the page on all finished comparisons below `runs`; returns its path, `runs/results.html` by default."""
     out = out or runs / "results.html"
-    write_atomically(out, _page(comparisons(find_runs(runs))).encode())
+    write_atomically(out, _page(comparisons(find_runs(runs), designs=read_designs(runs))).encode())
     return out
 
 

@@ -94,12 +94,14 @@ def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
     """
     # Statistics take a second to import, and without any run the list needs none.
     from rdrop.experiments.comparison.comparison import comparisons
+    from rdrop.experiments.comparison.designs import read_designs
     from rdrop.experiments.comparison.paired import mean
     from rdrop.experiments.comparison.wording import words
 
     found: dict[str, list[str]] = {}
-    for comparison in comparisons(find_runs(runs)):
-        rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain][:1]
+    for comparison in comparisons(find_runs(runs), designs=read_designs(runs)):
+        rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain]
+        rdrop = [arm for arm in rdrop if comparison.subject in (None, arm)][:1]
         dataset = dataset_of(comparison.arms[0].runs[0].recipe)
         if comparison.baseline is not None and dataset == DATASETS.get(comparison.name, dataset):
             style = comparison.sections[0].style

@@ -2,6 +2,7 @@
 
     format 1   the keys of the method beside the others, and no format number
     format 2   the method as a section; American spelling
+    format 3   the recipe `digits` has another network and fewer labels; what had that name is `digits-vit`
 
 A key that was added since is written where its value is not what versions before did (`settings.added`).
 """
@@ -13,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 
 _METHOD_OF_FORMAT_1 = (
     *("alpha", "passes", "every", "dropout", "cutoff", "cutoff_ratio", "task_passes", "divergence"),
@@ -30,27 +31,37 @@ RENAMED_VALUES = {
     "language-modelling-from-scratch": "language-modeling-from-scratch",
 }
 """The same of tasks and recipes."""
+RENAMED_RECIPES = {"digits": "digits-vit"}
+"""The same of recipes alone, up to format 2."""
 
 
 def current_name(name: str) -> str:
-    """Returns today's name of a task or recipe, of which `name` may be the tiny form."""
-    base = name.removesuffix("-tiny")
-    return RENAMED_VALUES.get(base, base) + name[len(base) :]
+    """Returns today's name of a task or recipe of format 1, of which `name` may be the tiny form."""
+    return _renamed(name, RENAMED_VALUES)
 
 
 def first_name(name: str) -> str:
     """Returns the name that a task or recipe had in format 1."""
+    return _renamed(name, {new: old for old, new in (RENAMED_VALUES | RENAMED_RECIPES).items()})
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
     base = name.removesuffix("-tiny")
-    return {new: old for old, new in RENAMED_VALUES.items()}.get(base, base) + name[len(base) :]
+    return names.get(base, base) + name[len(base) :]
 
 
 def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a saved recipe of any format in today's; what is no recipe comes back for its reader to refuse."""
-    if "format" in recipe or "method" in recipe:
+    version, name = recipe.get("format"), recipe.get("name")
+    if version == 2 and isinstance(name, str):
+        return {**recipe, "format": FORMAT, "name": _renamed(name, RENAMED_RECIPES)}
+    if version is not None or "method" in recipe:
         return dict(recipe)
     found: dict[str, Any] = {"format": FORMAT}
     for key, value in recipe.items():
-        if key in ("name", "task") and isinstance(value, str):
+        if key == "name" and isinstance(value, str):
+            found[key] = _renamed(current_name(value), RENAMED_RECIPES)
+        elif key == "task" and isinstance(value, str):
             found[key] = current_name(value)
         elif key in _METHOD_OF_FORMAT_1:
             found.setdefault("method", {})[key] = value
@@ -89,8 +100,10 @@ def _in_format_1(recipe: Mapping[str, Any]) -> dict[str, Any]:
     old_keys = {new: old for old, new in RENAMED.items()}
     found: dict[str, Any] = {}
     for key, value in recipe.items():
-        if key in ("name", "task"):
+        if key == "name":
             found[key] = first_name(value)
+        elif key == "task":
+            found[key] = _renamed(value, {new: old for old, new in RENAMED_VALUES.items()})
         elif key == "method":
             found |= value
         elif isinstance(value, Mapping):

@@ -1,0 +1,70 @@
+"""The search behind the settings of the recipe `digits`: `python -m benchmarks.digits_search RECORD.jsonl`.
+
+Every setting is trained with the same seeds from 1000 on, which no comparison uses, and its scores on valid become one
+line of the record. The test split is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import find_recipe
+from rdrop.experiments.training.trainer import train
+
+SEEDS = range(1000, 1008)
+PLAIN: dict[str, Any] = {"alpha": 0.0, "alpha_schedule": "constant", "views": "same"}
+ON_LABELS: dict[str, Any] = {"data.unlabeled": None, "views": "same"}
+
+
+def settings() -> Iterator[dict[str, Any]]:
+    """Yields what is changed of the recipe: plain training, R-Drop on the labels, and with unlabeled images."""
+    for alpha in (4.0, 1.0, 10.0):
+        yield {"alpha": alpha, "model.dropout": 0.1}
+    for alpha in (4.0, 10.0):
+        yield {"alpha": alpha, "model.dropout": 0.0}
+    yield {"alpha": 4.0, "model.dropout": 0.3}
+    for dropout in (0.1, 0.3, 0.5):
+        yield PLAIN | {"model.dropout": dropout}
+        yield PLAIN | {"model.dropout": dropout, "updates": 4000, "warmup_updates": 400}
+        yield PLAIN | {"model.dropout": dropout, "batch_size": 40}
+        yield ON_LABELS | {"alpha": 4.0, "model.dropout": dropout}
+    yield PLAIN | {"model.dropout": 0.1, "updates": 2000, "warmup_updates": 200}
+    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.1}
+    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.3}
+    yield {"alpha": 4.0, "views": "same", "model.dropout": 0.1}
+
+
+def main(record: Path) -> None:
+    recipe: Recipe = find_recipe("digits")
+    done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    known = [line["changes"] for line in done]
+    for changes in settings():
+        if changes in known:
+            continue
+        results = []
+        for seed in SEEDS:
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(train(recipe.replace(seed=seed, **changes), folder))
+        line = {
+            "changes": changes,
+            "seeds": [*SEEDS],
+            "valid": {name: [result["valid"][name] for result in results] for name in results[0]["valid"]},
+            "updates": results[0]["updates"],
+            "train_seconds": [round(result["cost"]["train_seconds"], 2) for result in results],
+            "recipe": recipe.saved(),
+            "finished": results[-1]["finished"],
+            "machine": results[0]["machine"],
+            "versions": results[0]["versions"],
+        }
+        with record.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
