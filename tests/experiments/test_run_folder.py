@@ -19,10 +19,10 @@ RESULT = {"format": 1, "valid": {"accuracy": 0.9}}
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.write_recipe({"format": 2, "name": "digits", "data": {"train_labels": 3}})
+    folder.write_recipe({"format": 3, "name": "digits", "data": {"train_labels": 3}})
     folder.append_metrics(ROW)
     folder.write_result(RESULT)
-    assert folder.recipe() == {"format": 2, "name": "digits", "data": {"train_labels": 3}}
+    assert folder.recipe() == {"format": 3, "name": "digits", "data": {"train_labels": 3}}
     assert folder.metrics() == [ROW]
     assert folder.result() == RESULT
 

@@ -80,3 +80,17 @@ def test_a_key_that_was_added_means_its_old_behavior_where_it_is_missing() -> No
     assert other.saved()["data"] == {**before["data"], "views": "each"}
     assert other.digest() != grown.digest()
     assert GrownRecipe.parse(other.saved()) == other
+
+
+def test_the_vision_transformer_of_the_digits_keeps_its_runs_under_its_new_name(tmp_path: Path) -> None:
+    today = RECIPES["digits-vit"]
+    of_format_2 = {**today.saved(), "format": 2, "name": "digits"}
+    folder = tmp_path / "digits" / today.digest()
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(of_format_2))
+    assert load_recipe(folder / "recipe.json") == today
+    assert RunFolder(folder).recipe() == today.saved()
+    assert Run.of("", today, tmp_path).folder == folder
+    assert saved.upgraded({**of_format_2, "name": "digits-tiny"})["name"] == "digits-vit-tiny"
+    assert saved.upgraded(RECIPES["digits"].saved())["name"] == "digits", "of today's format it is the recipe of today"
+    assert RECIPES["digits"].digest() != today.digest()
