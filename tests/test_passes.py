@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rdrop.dropout import dropout_rate
-from rdrop.passes import call_model, repeat_batch, sequential_passes, split_passes
+from rdrop.passes import agree, call_model, repeat_batch, sequential_passes, split_passes
 
 Pair = namedtuple("Pair", ["source", "target"])
 
@@ -245,6 +245,16 @@ def test_splitting_hands_scalars_and_caches_to_every_pass() -> None:
 def test_an_indivisible_output_names_place_and_shape() -> None:
     with pytest.raises(ValueError, match=r"output\['logits'\] has shape \(5, 2\).*divided into 2 passes"):
         split_passes({"logits": rows(5)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_is_no_rounding_in_any_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.1), nn.Linear(64, 8)).to(dtype)
+    x = torch.randn(4, 16, dtype=dtype)
+    assert not agree(split_passes(model(repeat_batch(x)), 2))
+    model.eval()
+    assert agree(split_passes(model(repeat_batch(x)), 2))
 
 
 def test_nothing_to_split_is_an_error() -> None:

@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,6 +31,8 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     Seq2SeqTrainingArguments,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
@@ -38,6 +44,7 @@ from transformers import (
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer
 
 ALPHA = 50.0  # large, so that the divergence's gradient cannot hide behind the task loss's
+SHARE_OF_DIVERGENCE = 0.1  # in the loss, at least
 VOCABULARY, PAD = 13, 0
 LENGTHS = ((5, 3), (2, 6, 4), (3,), (7, 4))  # four micro-batches of ragged sequences, of unequal size too
 
@@ -46,7 +53,10 @@ LENGTHS = ((5, 3), (2, 6, 4), (3,), (7, 4))  # four micro-batches of ragged sequ
 
 
 class PassScale(nn.Dropout):
-    """Dropout's stand-in: pass k of the repeated batch is multiplied by 1 + k / 2, so that results can be compared."""
+    """Dropout's stand-in, the same in every forward: feature j of pass k is multiplied by `1 + 2 k sin(j)`.
+
+    Features `(N, T, D)` or `(N, D, H, W)`. One factor for all of them would not survive a normalization.
+    """
 
     def __init__(self, passes: int) -> None:
         super().__init__(p=0.1)
@@ -55,16 +65,29 @@ class PassScale(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        is_image = x.dim() == 4
+        features = x.shape[1 if is_image else -1]
+        pattern = torch.arange(features, device=x.device).to(x.dtype).sin().view(-1, *[1, 1] * is_image)
         index = torch.arange(len(x), device=x.device) * self.passes // len(x)
-        return x * (1 + index.to(x.dtype) / 2).view(-1, *[1] * (x.dim() - 1))
+        return x * (1 + pattern * (2 * index.to(x.dtype)).view(-1, *[1] * (x.dim() - 1)))
 
 
 def with_pass_scale(model: nn.Module, passes: int = 2) -> nn.Module:
     model.stand_in = PassScale(passes)
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: model.stand_in(output))
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == VOCABULARY]
+    for module in embeddings or [model.base_model.embeddings]:  # T5 and BART have three, and call two
+        module.register_forward_hook(scale_first)
+        module.stand_in = [model.stand_in]  # in a list, so that it is no part of the module
     return model
 
 
+def scale_first(module: Any, inputs: Any, output: Any) -> Any:
+    """Swin's embeddings are the first of two outputs."""
+    stand_in = module.stand_in[0]
+    return (stand_in(output[0]), *output[1:]) if isinstance(output, tuple) else stand_in(output)
+
+
+ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -106,6 +129,23 @@ def t5_config() -> T5Config:
         dropout_rate=0.0,
         decoder_start_token_id=PAD,
     )
+
+
+def bart_config() -> BartConfig:
+    sizes = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in _MARIAN_HALF.items()}
+    off = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    tokens = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return BartConfig(vocab_size=VOCABULARY, d_model=8, max_position_embeddings=16, **(sizes | off | tokens))
+
+
+def swin_config() -> SwinConfig:
+    off = {"drop_path_rate": 0.0}
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
+    return SwinConfig(num_channels=1, num_labels=3, **(sizes | off))
+
+
+def convnext_config() -> ConvNextConfig:
+    return ConvNextConfig(num_channels=1, num_labels=3, patch_size=2, hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
 
 
 def vit_config(**settings: Any) -> ViTConfig:
@@ -322,8 +362,26 @@ CASES = {
         rows_aligned,
         label_smoothing=0.1,
     ),
+    "sequence to sequence, BART": Case(
+        "BartForConditionalGeneration",
+        lambda: BartForConditionalGeneration(bart_config()),
+        batches_of(text_to_text),
+        rows_aligned,
+    ),
     "image classification": Case(
         "ViTForImageClassification", lambda: ViTForImageClassification(vit_config()), batches_of(images), rows_aligned
+    ),
+    "image classification, Swin": Case(
+        "SwinForImageClassification",
+        lambda: SwinForImageClassification(swin_config()),
+        batches_of(images),
+        rows_aligned,
+    ),
+    "image classification, ConvNeXt": Case(
+        "ConvNextForImageClassification",
+        lambda: ConvNextForImageClassification(convnext_config()),
+        batches_of(images),
+        rows_aligned,
     ),
 }
 
@@ -349,7 +407,10 @@ def loss_by_hand(
     passes: int,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, task loss and divergence of one update; `passes=1` is the plain loss."""
+    """loss, task loss and divergence of one update; `passes=1` is the plain loss.
+
+    A divergence that is too small beside the task loss would hide its own errors, so that is an AssertionError.
+    """
     model.train()
     outputs = []
     for batch in batches:
@@ -359,12 +420,14 @@ def loss_by_hand(
     for micro_batches in zip(*outputs, strict=True):  # for every output of the model, all its micro-batches
         count = sum(len(labels) for _, labels in micro_batches)
         for logits, labels in micro_batches:
-            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
             logits = logits.expand(2, *logits.shape[1:]) if passes == 1 else logits
             task, apart = case.terms(logits, labels, label_smoothing)
             task_loss = task_loss + task / count / len(outputs[0])
             divergence = divergence + apart / count / len(outputs[0])
-    return task_loss + alpha / 2 * divergence, task_loss, divergence
+    loss = task_loss + alpha / 2 * divergence
+    assert passes == 1 or alpha / 2 * divergence > SHARE_OF_DIVERGENCE * loss, (task_loss.item(), divergence.item())
+    return loss, task_loss, divergence
 
 
 # ---------------------------------------------------------------------------------------------- one Trainer step
@@ -448,9 +511,7 @@ def agreement(
 ) -> float:
     """How far the gradient of one Trainer update is from the one computed by hand."""
     batches = [cast(batch, dtype) for batch in case.batches[:accumulation]]
-    trainer_class = (
-        RDropSeq2SeqTrainer if case.head in ("MarianMTModel", "T5ForConditionalGeneration") else RDropTrainer
-    )
+    trainer_class = RDropSeq2SeqTrainer if case.head in ENCODER_DECODERS else RDropTrainer
     settings = {
         "gradient_accumulation_steps": accumulation,
         "label_smoothing_factor": case.label_smoothing,

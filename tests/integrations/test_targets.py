@@ -65,7 +65,7 @@ def test_from_hidden_states_it_is_the_same_loss() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_of_transformers_says_what_it_is_trained_with(name: str) -> None:
     case = CASES[name]
-    model: Any = case.model()
+    model: Any = case.model().double()
     batch = case.batches[0]
     assert head_of(model) in HEADS
     outputs = model(**batch)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gradient_agreement import (
     ALPHA,
     CASES,
+    ENCODER_DECODERS,
     agreement,
     arguments,
     batches_of,
@@ -41,7 +42,6 @@ from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDr
 CLASSIFY = CASES["sequence classification"]
 TAG = CASES["token classification"]
 LLAMA = CASES["causal LM, Llama"]
-ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration")
 
 
 @pytest.fixture(scope="module", autouse=True)

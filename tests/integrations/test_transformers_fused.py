@@ -11,9 +11,11 @@ import transformers
 from gradient_agreement import (
     ALPHA,
     CASES,
+    ENCODER_DECODERS,
     Case,
     PassScale,
     arguments,
+    bart_config,
     build,
     gpt2_config,
     gradients_of,
@@ -27,12 +29,11 @@ from gradient_agreement import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BartConfig, BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM, MarianMTModel
+from transformers import BartForConditionalGeneration, GPT2LMHeadModel, LlamaForCausalLM, MarianMTModel
 
 from rdrop import linear_loss as linear
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer, Target
 
-ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration")
 CLASSIFY = CASES["sequence classification"]
 LLAMA = CASES["causal LM, Llama"]
 
@@ -117,15 +118,6 @@ def test_micro_batches_below_one_are_refused(folder: str) -> None:
 # ----------------------------------------------------------------------------------- the loss from hidden states
 
 
-def bart() -> BartForConditionalGeneration:
-    half = {"layers": 1, "ffn_dim": 16, "attention_heads": 2}
-    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in half.items()}
-    off = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    config = BartConfig(vocab_size=13, d_model=8, max_position_embeddings=16, **(sizes | off | tokens))
-    return with_added_bias(BartForConditionalGeneration(config))
-
-
 def with_added_bias(model: Any) -> Any:
     """As pretrained Marian models have it; 13 classes."""
     model.final_logits_bias.copy_(torch.linspace(-1, 1, 13))
@@ -147,7 +139,11 @@ LANGUAGE_MODELS = {
     for name in ("causal LM", "causal LM, Llama", "causal LM, label smoothing", "masked LM", "sequence to sequence")
 } | {
     "Marian": replace(TRANSLATE, model=lambda: with_added_bias(TRANSLATE.model())),
-    "BART": replace(T5, head="BartForConditionalGeneration", model=bart),
+    "BART": replace(
+        T5,
+        head="BartForConditionalGeneration",
+        model=lambda: with_added_bias(BartForConditionalGeneration(bart_config())),
+    ),
     "T5, not scaled": replace(T5, model=lambda: not_scaled(T5.model())),
 }
 

@@ -125,7 +125,11 @@ class Target:
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, **options)
 
     def task_losses(self, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Computes the task loss of every position, 0 where ignored; of all passes, if `logits` holds several."""
+        """Computes the task loss of every position, 0 where ignored; of all passes, if `logits` holds several.
+
+        At least in float32, whatever the logits are, as the language models of transformers compute theirs.
+        """
+        logits = at_least_float32(logits)
         labels = repeat_batch(self.labels, len(logits) // len(self.labels), batch_size=len(self.labels))
         task_loss = self.task_loss
         if self.task_loss is cross_entropy:
