@@ -24,7 +24,7 @@ from rdrop.experiments.tasks.splits import hold_out
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.tasks.text_classification.data import Splits, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
-from rdrop.experiments.tasks.text_classification.models import RATE_NAMES, learned_tokenizer
+from rdrop.experiments.tasks.text_classification.models import RATE_NAMES, learned_tokenizer, start_at
 from rdrop.experiments.tasks.text_classification.recipes import (
     BERT_BASE,
     GLUE_RTE,
@@ -549,6 +549,38 @@ def test_regression_has_squared_losses_and_numbers_of_shape_n_1() -> None:
     labels = task._labels["test"][:, 0]
     assert scores["loss"] == pytest.approx(((labels - 2) ** 2).mean().item())
     assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+def test_a_model_of_numbers_starts_at_the_mean_of_the_training_labels_where_that_is_asked_for() -> None:
+    recipe = GLUE_STSB.tiny().replace(**{"model.start_at_mean": True})
+    task, old = TextClassification(recipe), TextClassification(GLUE_STSB.tiny())
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    torch.manual_seed(0)
+    before = old.build_model().eval()
+    batch = task.train_batch(list(range(8)), epoch=0)
+    mean = task._labels["train"].mean()
+    torch.testing.assert_close(task.logits(model, batch), old.logits(before, batch) + mean)
+    assert abs(mean) > 1
+    assert {name for name, tensor in model.state_dict().items() if not tensor.equal(before.state_dict()[name])} == {
+        "classifier.bias"
+    }
+
+
+def test_a_model_of_classes_has_no_mean_to_start_at() -> None:
+    recipe = BY_NAME["glue-rte"].tiny().replace(**{"model.start_at_mean": True})
+    model = TextClassification(recipe).build_model()
+    assert not model.get_parameter("classifier.bias").any()
+
+
+def test_an_output_layer_without_a_bias_cannot_start_at_the_mean() -> None:
+    with pytest.raises(RecipeError, match="start_at_mean=true: must be false: the output layer of gpt has no bias"):
+        start_at(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False)), 2.0, "gpt")
+
+
+def test_own_files_start_at_the_mean_and_the_recipes_with_records_as_they_did() -> None:
+    starting = {recipe.name for recipe in RECIPES if recipe.model.start_at_mean}
+    assert starting == {"text-classification"}
 
 
 def test_classification_has_cross_entropy_and_symmetric_kl(rte: TextClassification) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tokenizers import processors
 from torch import nn
 from transformers import (
@@ -97,6 +98,16 @@ def classifier(name: str | None, config: Any) -> nn.Module:
         raise RecipeError("model.name", f"its file has no weights for {len(lost)} tensors, e.g. {lost[0]}", value=name)
     encoder: nn.Module = model
     return encoder
+
+
+@torch.no_grad()
+def start_at(model: nn.Module, number: float, name: str | None) -> None:
+    """Sets the bias of the output layer of a model of numbers, so that it begins by saying `number` of every text."""
+    *_, output = (module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1)
+    if output.bias is None:
+        rule = f"must be false: the output layer of {name or 'this model'} has no bias"
+        raise RecipeError("model.start_at_mean", rule, value=True)
+    output.bias.fill_(number)
 
 
 def _small_config(model: TextClassificationModel, tokenizer: Any, max_length: int) -> BertConfig:

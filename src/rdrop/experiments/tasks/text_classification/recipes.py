@@ -72,6 +72,11 @@ class TextClassificationModel(NewOrPretrainedModel):
     attention_dropout: Probability | None = Field(
         description="Rate on the attention probabilities. null: for a model that has none, such as XLNet."
     )
+    start_at_mean: bool = added(
+        False,
+        "Whether a model of numbers starts at the mean of the training labels, which its output bias is set to. Unused "
+        "for classes.",
+    )
 
 
 class TextClassificationRecipe(Recipe):
@@ -245,7 +250,7 @@ TEXT_CLASSIFICATION = GLUE_RTE.replace(
     **{"data.hub": None, "data.hub_config": None, "data.glue": None, "data.counts": None},
     **{"data.text_column": "text", "data.text2_column": "text2", "data.label_column": "label"},
     **{"data.hub_splits": ["train", "validation", "test"], "data.max_length": 256, "data.stratified": True},
-    **{"model.name": "google-bert/bert-base-uncased"},
+    **{"model.name": "google-bert/bert-base-uncased", "model.start_at_mean": True},
 )
 
 RECIPES = (

@@ -25,6 +25,7 @@ from rdrop.experiments.tasks.text_classification.models import (
     configuration,
     learned_tokenizer,
     pretrained_tokenizer,
+    start_at,
 )
 from rdrop.experiments.tasks.text_classification.scores import constant_scores, score_texts
 from rdrop.experiments.tasks.token_sequences import padded
@@ -88,6 +89,8 @@ class TextClassification:
         model = classifier(name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
         if name is not None:
             self._require_room(model, name)
+        if self._model.start_at_mean and not self.classes:
+            start_at(model, float(self._labels["train"].mean()), name)
         return model
 
     def train_size(self) -> int:
