@@ -1,6 +1,7 @@
 """A recipe is complete, strict and replayable; a wrong one is one error that names the key and the rule."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_every_key_changes_the_digest() -> None:
         "model.layers": "3", "model.hidden_size": "32", "model.heads": "2", "model.intermediate_size": "64",
         "model.patch_size": "4", "model.dropout": "0.2", "model.attention_dropout": "0.2",
     }  # fmt: skip
-    need_another = {"cutoff", "cutoff_ratio", "batch_tokens", "model.kind"}
+    need_another = {"cutoff", "cutoff_ratio", "batch_tokens", "epochs", "warmup_share", "model.kind"}
     assert {*other, "task", *need_another} == set(BASE.descriptions())
     digests = {override(BASE, [f"{key}={value}"]).digest() for key, value in other.items()}
     assert len(digests) == len(other)
@@ -156,6 +157,10 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["accumulation=5"], "batch_size=32: must be divisible by accumulation (=5)"),
         (["updates=20"], "warmup_updates=40: must be at most updates (=20)"),
         (["every=500"], "every=500: must be at most updates (=400)"),
+        (["epochs=3"], "updates=400: set either it or epochs, and the other to null"),
+        (["updates=null"], "updates=null: set either it or epochs, and the other to null"),
+        (["epochs=0", "updates=null"], "epochs=0: must be greater than 0"),
+        (["warmup_share=0.1"], "warmup_share=0.1: must be 0 with warmup_updates (=40), or that 0"),
         (["alpha"], "alpha: a setting is written key=value, e.g. alpha=..."),
         (["alpha=1", "alpha=1"], 'alpha="1": given twice'),
         (["model.heads=5"], "model.hidden_size=64: must be divisible by model.heads (=5)"),
@@ -294,3 +299,40 @@ def test_the_tiny_form_of_a_recipe_with_files_has_none(name: str, source: str) -
 def test_a_file_that_no_task_would_read_is_refused(name: str, key: str) -> None:
     with pytest.raises(RecipeError, match=rf'^data\.{key}="x": needs data\.train$'):
         RECIPES[name].replace(**{f"data.{key}": "x"})
+
+
+EPOCHS = BASE.replace(updates=None, epochs=2.5, warmup_updates=0, warmup_share=0.1, evaluate_every=None)
+
+
+def test_epochs_are_updates_once_the_number_of_examples_is_known() -> None:
+    trained = EPOCHS.in_updates(100.0)
+    assert (trained.updates, trained.epochs) == (250, None)
+    assert (trained.warmup_updates, trained.warmup_share) == (25, 0.0)
+    assert (trained.evaluate_every, trained.checkpoint_every) == (100, BASE.checkpoint_every)
+    assert EPOCHS.in_updates(3.4).updates == 8
+
+
+def test_a_training_is_at_least_one_update() -> None:
+    trained = EPOCHS.in_updates(0.1)
+    assert (trained.updates, trained.warmup_updates, trained.evaluate_every) == (1, 1, 1)
+
+
+def test_a_recipe_in_updates_is_trained_as_it_is() -> None:
+    assert BASE.in_updates(3.0) == BASE
+
+
+def test_a_part_that_is_longer_than_the_epochs_is_refused_once_that_is_known() -> None:
+    with pytest.raises(RecipeError, match=re.escape("every=500: must be at most updates (=250)")):
+        EPOCHS.replace(every=500).in_updates(100.0)
+
+
+def test_a_recipe_in_epochs_is_saved_as_that_and_others_without_the_key() -> None:
+    assert (EPOCHS.saved()["updates"], EPOCHS.saved()["epochs"]) == (None, 2.5)
+    assert "epochs" not in BASE.saved()
+    assert EPOCHS.parse(EPOCHS.saved()) == EPOCHS
+
+
+def test_the_remedy_for_a_recipe_in_epochs_works() -> None:
+    with pytest.raises(RecipeError, match="updates=500: set either it or epochs, and the other to null"):
+        override(EPOCHS, ["updates=500"])
+    assert override(EPOCHS, ["updates=500", "epochs=null"]).in_updates(7.0).warmup_updates == 50

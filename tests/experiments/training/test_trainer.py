@@ -610,3 +610,48 @@ def test_training_that_ends_early_says_how_far_alpha_rose(tmp_path: Path, monkey
     monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
     result = train(RECIPE.replace(patience=1, updates=12, alpha_schedule="linear"), tmp_path)
     assert result["notes"]["alpha"] == "rose to 1 of 2: training ended after 6 of 12 updates"
+
+
+# ------------------------------------------------------------------------------------------------------------ epochs
+
+# 28 examples in batches of 8: 2.5 epochs are 8.75 updates, of which an epoch has 3.5.
+EPOCHS = RECIPE.replace(updates=None, epochs=2.5, warmup_updates=0, warmup_share=0.25, evaluate_every=None)
+
+
+def test_a_training_in_epochs_is_the_one_of_as_many_updates_bit_for_bit(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    result = train(EPOCHS.replace(alpha_schedule="linear"), tmp_path / "epochs", on_progress=seen.append)
+    updates = RECIPE.replace(updates=9, warmup_updates=2, evaluate_every=4, alpha_schedule="linear")
+    train(updates, tmp_path / "updates")
+    assert final_state(tmp_path / "epochs") == final_state(tmp_path / "updates")
+    assert result["notes"]["epochs"] == "2.5 of 28 examples: 9 updates"
+    assert {progress.updates for progress in seen} == {9}
+
+
+def test_a_run_in_epochs_is_named_and_saved_by_them_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(EPOCHS, tmp_path / "whole")
+    with pytest.raises(Preempted):
+        train(EPOCHS, tmp_path / "stopped", on_progress=stop)
+    train(EPOCHS, tmp_path / "stopped")
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+    assert result["digest"] == EPOCHS.digest()
+    assert result["recipe"] == RunFolder(tmp_path / "whole").recipe() == EPOCHS.saved()
+    assert result["recipe"]["epochs"] == 2.5
+
+
+def test_twice_the_batch_with_twice_the_epochs_has_as_many_updates() -> None:
+    order = DataOrder(EPOCHS, 28, None)
+    larger = EPOCHS.replace(batch_size=16, epochs=5.0)
+    of_larger = DataOrder(larger, 28, None)
+    assert larger.in_updates(of_larger.exact_updates_per_epoch).updates == 9
+    assert EPOCHS.in_updates(order.exact_updates_per_epoch).updates == 9
+
+
+def test_an_epoch_of_batches_by_tokens_is_all_of_them() -> None:
+    recipe = EPOCHS.replace(batch_size=None, batch_tokens=20)
+    order = DataOrder(recipe, 28, TinyTask(RECIPE).train_lengths())
+    assert order.exact_updates_per_epoch == order.updates_per_epoch

@@ -14,7 +14,7 @@ from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.method import Method, times
 
 ARM_KEYS = (
-    *("updates", "epochs", "warmup_updates", "batch_size", "batch_tokens", "accumulation"),
+    *("updates", "epochs", "warmup_updates", "warmup_share", "batch_size", "batch_tokens", "accumulation"),
     *("optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "label_smoothing"),
     *("evaluate_every", "select_by", "patience", "average_last", "data.unlabeled", "data.unlabeled_batch"),
 )
@@ -103,9 +103,8 @@ def unlabeled_words(recipe: dict[str, Any]) -> list[str]:
 def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
     keys = [key for key in arm.descriptions() if key not in Method.model_fields and key != "seed"]
     changed = {key: arm.value(key) for key in keys if arm.value(key) != reference.value(key)}
-    if "updates" in changed and changed.get("warmup_updates") == reference.value("warmup_updates") * (
-        arm.updates / reference.updates
-    ):
+    stretch = arm.updates / reference.updates if arm.updates and reference.updates else 1.0
+    if changed.get("warmup_updates") == reference.warmup_updates * stretch:
         del changed["warmup_updates"]  # the same course of the learning rate, stretched
     rates = arm.model.dropout_rates()
     if rates and not any(rates.values()) and any(key in changed for key in (f"model.{name}" for name in rates)):
@@ -119,9 +118,9 @@ def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]
     name = key.rpartition(".")[2].replace("_", " ")
     match key:
         case "updates" | "epochs" | "batch_size" | "batch_tokens" if value and other and value % other == 0:
-            yield f"{times(value // other)} the {name.removesuffix(' size').removesuffix(' tokens')}"
+            yield f"{times(int(value // other))} the {name.removesuffix(' size').removesuffix(' tokens')}"
         case "updates" | "epochs":
-            yield f"{value} {name}"
+            yield f"{str(value).removesuffix('.0')} {name}"
         case "select_by":
             yield "stopped at its best valid loss" if value == "loss" else "chosen by its valid score"
         case "schedule":

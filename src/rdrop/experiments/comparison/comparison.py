@@ -21,7 +21,7 @@ from rdrop.experiments.comparison.arms import Arm, Gap, unlabeled_words
 from rdrop.experiments.comparison.contest import Contest, judged
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
-from rdrop.experiments.comparison.finished_runs import FinishedRun, split_usable
+from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
 from rdrop.experiments.comparison.looks import Look, earlier_looks
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.sections import ArmScores, Section
@@ -262,6 +262,8 @@ def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Ite
 def _family(run: FinishedRun) -> str:
     """Returns what all runs of one comparison share, as text that sorts by the recipe's name."""
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
+    if is_finite_number(shared.get("epochs")):
+        shared["epochs"] /= run.batch  # as many updates: twice the batch has twice the epochs
     return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
 
 

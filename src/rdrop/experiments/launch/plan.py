@@ -155,8 +155,9 @@ def plan_comparison(
 def with_larger_batch(baseline: Recipe) -> Recipe:
     """Returns plain training at R-Drop's compute: its batch has as many examples as R-Drop's has passes."""
     unit = "batch_size" if baseline.batch_tokens is None else "batch_tokens"
+    epochs = None if baseline.epochs is None else baseline.epochs * baseline.method.passes  # as many updates
     try:
-        return baseline.replace(**{unit: getattr(baseline, unit) * baseline.method.passes})
+        return baseline.replace(epochs=epochs, **{unit: getattr(baseline, unit) * baseline.method.passes})
     except RecipeError as error:
         times = baseline.method.passes
         rule = f"{error.rule}; this is the baseline with {times} times the batch; --no-double-batch omits it"

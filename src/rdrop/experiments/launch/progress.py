@@ -19,6 +19,8 @@ from rdrop.experiments.training.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 SPEED_WINDOW_SECONDS = 120.0  # spans several runs of an arm, so that the time left does not jump between the arms
+UNKNOWN_EXAMPLES = 1000
+"""What an epoch counts for in the time left before the data are loaded."""
 
 
 class Display(Protocol):
@@ -65,7 +67,8 @@ class Bars:
 
     def start(self, label: str, recipe: Recipe) -> None:
         self._reason = ""
-        task = self._bars.add_task(label, total=recipe.updates, count=f"0/{recipe.updates}")
+        count = "" if recipe.updates is None else f"0/{recipe.updates}"
+        task = self._bars.add_task(label, total=recipe.updates, count=count)
         self._on[label] = _Bar(task, forward_examples(recipe))
         self._show()
 
@@ -74,7 +77,8 @@ class Bars:
             self.say(f"{label}: {progress.warning}")
         bar = self._on[label]
         bar.share, bar.pace = progress.step / progress.updates, pace(progress)
-        self._bars.update(bar.task, completed=progress.step, count=f"{progress.step}/{progress.updates}")
+        count = f"{progress.step}/{progress.updates}"
+        self._bars.update(bar.task, completed=progress.step, total=progress.updates, count=count)
         self._show()
 
     def finish(self, label: str, line: str | None) -> None:
@@ -174,8 +178,10 @@ def show_progress(console: Console, recipes: list[Recipe], waiting: list[Recipe]
 
 def forward_examples(recipe: Recipe) -> float:
     """The cost of a run, for the time left: examples, or tokens, that go through the network in training."""
-    extra_passes = recipe.method.extra_passes()
-    return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * (1 + extra_passes)
+    passes = 1 + recipe.method.extra_passes()
+    if recipe.updates is None:  # the size of an epoch is not known yet, and the same for all runs
+        return (recipe.epochs or 0) * UNKNOWN_EXAMPLES * passes
+    return recipe.updates * (recipe.batch_size or recipe.batch_tokens or 0) * passes
 
 
 def time_left(progress: Progress) -> str:

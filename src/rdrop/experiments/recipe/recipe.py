@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import (
+    LARGEST_COUNT,
     Count,
     Probability,
     RecipeError,
@@ -136,7 +137,14 @@ class Recipe(Section):
 
     method: Method = Field(description="How R-Drop is applied: the keys from `alpha` to `encoder_once`.")
 
-    updates: Count = Field(description="Length of the training, in optimizer steps.")
+    updates: Count | None = Field(
+        None, description="Length of the training, in optimizer steps. null: `epochs` says it."
+    )
+    epochs: Annotated[float, Field(gt=0, le=LARGEST_COUNT)] | None = added(
+        None,
+        "Length of the training, in passes over the training examples: that many times their number, divided by "
+        "batch_size, are the updates. null: `updates` says it.",
+    )
     batch_size: Count | None = Field(
         None,
         description="Examples per update, over all processes and accumulation steps, before they are repeated. null: "
@@ -160,6 +168,7 @@ class Recipe(Section):
         "with the square root of the step."
     )
     warmup_updates: int = Field(ge=0, description="Updates in which the learning rate rises linearly to its peak.")
+    warmup_share: Probability = added(0.0, "The same as a share of all updates. Either it or warmup_updates is 0.")
     weight_decay: float = Field(
         ge=0,
         description="Weight decay, on matrices and embeddings: AdamW's own; of sgd and nag, added to the gradient.",
@@ -173,10 +182,12 @@ class Recipe(Section):
     )
     compile: bool = Field(False, description="Whether torch.compile compiles the model for training.")
 
-    evaluate_every: Count = Field(description="Updates between scores on the valid split. The last update is scored.")
+    evaluate_every: Count | None = Field(
+        description="Updates between scores on the valid split. null: those of an epoch. The last update is scored."
+    )
     patience: Count | None = Field(
         None,
-        description="Scores in a row that are no new best, after which training ends before `updates`. null: never.",
+        description="Scores in a row that are no new best, after which training ends early. null: never.",
     )
     select_by: Literal["score", "loss"] = added(
         "score",
@@ -188,7 +199,9 @@ class Recipe(Section):
         description="How many of the last scored weights are averaged for the final score. 1: none are, the weights "
         "that are the best on valid are taken.",
     )
-    checkpoint_every: Count = Field(description="Updates between checkpoints to resume from. The last one is saved.")
+    checkpoint_every: Count | None = Field(
+        description="Updates between checkpoints to resume from. null: those of an epoch. The last one is saved."
+    )
     keep_checkpoints: Count = Field(2, description="How many of the newest checkpoints are kept.")
 
     init_from: str | None = added(
@@ -226,19 +239,23 @@ class Recipe(Section):
                 f"must be divisible by accumulation (={self.accumulation})",
                 value=self.batch_size,
             )
-        if self.schedule == "inverse-sqrt" and self.warmup_updates == 0:
+        if self.schedule == "inverse-sqrt" and not (self.warmup_updates or self.warmup_share):
             raise RecipeError("warmup_updates", "must be at least 1 for the schedule inverse-sqrt", value=0)
         if self.optimizer == "nag" and self.beta1 == 0:
             raise RecipeError("beta1", "must be above 0 for the optimizer nag: it is the momentum", value=0)
-        if self.warmup_updates > self.updates:
-            raise RecipeError(
-                "warmup_updates",
-                f"must be at most updates (={self.updates})",
-                value=self.warmup_updates,
-            )
-        if self.method.every > self.updates:
-            raise RecipeError("every", f"must be at most updates (={self.updates})", value=self.method.every)
+        if (self.updates is None) == (self.epochs is None):
+            raise RecipeError("updates", "set either it or epochs, and the other to null", value=self.updates)
+        if self.warmup_share and self.warmup_updates:
+            rule = f"must be 0 with warmup_updates (={self.warmup_updates}), or that 0"
+            raise RecipeError("warmup_share", rule, value=self.warmup_share)
+        if self.updates is not None:
+            self._no_part_is_longer_than_the_training(self.updates)
         return self
+
+    def _no_part_is_longer_than_the_training(self, updates: int) -> None:
+        for key, value in (("warmup_updates", self.warmup_updates), ("every", self.method.every)):
+            if value > updates:
+                raise RecipeError(key, f"must be at most updates (={updates})", value=value)
 
     def _something_is_random(self) -> None:
         method, rates = self.method, self.model.dropout_rates()
@@ -252,6 +269,30 @@ class Recipe(Section):
                 value=method.alpha,
             )
 
+    @property
+    def total_updates(self) -> int:
+        """The length of the training in updates; of a recipe in epochs, that of what `in_updates` returns."""
+        if self.updates is None:
+            raise ValueError(f"{self.name} has {self.epochs} epochs, which are updates once the data are loaded")
+        return self.updates
+
+    def in_updates(self, per_epoch: float) -> Self:
+        """Returns the same training with all lengths in updates, of which an epoch has `per_epoch`.
+
+        Raises `RecipeError` where a part of it is longer than the training.
+        """
+        updates = self.updates or max(round((self.epochs or 0) * per_epoch), 1)
+        warmup = max(round(self.warmup_share * updates), 1) if self.warmup_share else self.warmup_updates
+        an_epoch = max(round(per_epoch), 1)
+        return self.replace(
+            updates=updates,
+            epochs=None,
+            warmup_updates=warmup,
+            warmup_share=0.0,
+            evaluate_every=self.evaluate_every or an_epoch,
+            checkpoint_every=self.checkpoint_every or an_epoch,
+        )
+
     def tiny(self) -> Self:
         """Returns this experiment in seconds, on any machine and without a network: a toy model on synthetic data.
 
@@ -262,7 +303,13 @@ class Recipe(Section):
     def _tiny(self, **changes: object) -> Self:
         """Returns the recipe with what tiny forms share, and with `changes`."""
         shared: dict[str, object] = {"name": f"{self.name}-tiny", "updates": 20, "warmup_updates": 2, "accumulation": 1}
-        shared |= {"precision": "fp32", "evaluate_every": 10, "checkpoint_every": 10}
+        shared |= {
+            "epochs": None,
+            "warmup_share": 0.0,
+            "precision": "fp32",
+            "evaluate_every": 10,
+            "checkpoint_every": 10,
+        }
         return self.replace(**(shared | changes))
 
     @classmethod

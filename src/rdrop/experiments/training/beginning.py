@@ -37,7 +37,7 @@ def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe) -> list[str | 
 
 
 def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str | None:
-    if has_begun(last) or last["step"] < max(recipe.warmup_updates, LEAST_PROGRESS * recipe.updates):
+    if has_begun(last) or last["step"] < max(recipe.warmup_updates, LEAST_PROGRESS * recipe.total_updates):
         return None
     sign = next(name for name, least in LEAST.items() if last.get(name, least) < least)
     return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe)}"

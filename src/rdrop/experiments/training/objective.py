@@ -74,7 +74,7 @@ class Objective:
         return self._terms(batch, self._target(batch, step), (), self._options(step, num_items))
 
     def _options(self, step: int, num_items: Tensor) -> dict[str, Any]:
-        alpha = self._method.alpha_at(step, self._recipe.updates)
+        alpha = self._method.alpha_at(step, self._recipe.total_updates)
         return {"alpha": alpha, "label_smoothing": self._recipe.label_smoothing, "num_items": num_items}
 
     def _target(self, batch: Batch, step: int) -> Target:

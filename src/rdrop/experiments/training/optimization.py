@@ -14,7 +14,7 @@ def learning_rate_at(step: int, recipe: Recipe) -> float:
         return recipe.learning_rate * (step + 1) / recipe.warmup_updates
     if recipe.schedule == "inverse-sqrt":
         return recipe.learning_rate * math.sqrt(recipe.warmup_updates / (step + 1))
-    progress = (step - recipe.warmup_updates) / max(recipe.updates - recipe.warmup_updates, 1)
+    progress = (step - recipe.warmup_updates) / max(recipe.total_updates - recipe.warmup_updates, 1)
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return recipe.learning_rate * factors[recipe.schedule]
 

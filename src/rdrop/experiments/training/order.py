@@ -24,6 +24,7 @@ class DataOrder:
     batches are made once, and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps
     times processes) of at least one example: a last one with fewer, of the shortest examples, is not used.
 
+    `exact_updates_per_epoch` counts what is left of an epoch too, so that twice the batch has half of them.
     `lengths` are those of the `size` training examples, in tokens. Raises `OrderError` where no such batch can be made.
     """
 
@@ -32,6 +33,7 @@ class DataOrder:
         self._batches: list[Indices] = []
         if recipe.batch_size is not None:
             self.updates_per_epoch = _batches_of_examples(recipe.batch_size, size, parts)
+            self.exact_updates_per_epoch = size / recipe.batch_size
             self._epochs = _Epochs(recipe.seed, "order", size)
             return
         if lengths is None:
@@ -41,6 +43,7 @@ class DataOrder:
         assert recipe.batch_tokens is not None  # the recipe has one of the two
         self._batches = batches_of_tokens(lengths, recipe.batch_tokens, recipe.seed, parts=parts)
         self.updates_per_epoch = len(self._batches)
+        self.exact_updates_per_epoch = float(self.updates_per_epoch)
         self._epochs = _Epochs(recipe.seed, "order", len(self._batches))
 
     def at(self, step: int) -> tuple[int, Indices]:

@@ -169,7 +169,8 @@ class _Training:
         trackers: Sequence[str],
         side_by_side: int = 1,
     ) -> None:
-        self.recipe, self.folder, self.on_progress, self.side_by_side = recipe, folder, on_progress, side_by_side
+        self.asked, self.recipe = recipe, recipe  # as it is saved; as it is trained, with its lengths in updates
+        self.folder, self.on_progress, self.side_by_side = folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
         # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
         self.accelerator = Accelerator(
@@ -179,7 +180,6 @@ class _Training:
             project_dir=folder.path,
         )
         self.stop = StopSignals(self.any_process)
-        self.batches = Prefetched(self.microbatches, end=recipe.updates)
 
         self.write_recipe()
         self.task = load_task(recipe)
@@ -190,6 +190,8 @@ class _Training:
             metrics.find(self.task.metric)
             size, lengths = self.task.train_size(), self.task.train_lengths()
             self.order = DataOrder(recipe, size, lengths, parts=self.parts)
+            self.recipe = recipe = recipe.in_updates(self.order.exact_updates_per_epoch)
+            self.batches = Prefetched(self.microbatches, end=recipe.total_updates)
             self.unlabeled_order = self.order_unlabeled()
             self.objective = Objective(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
@@ -236,7 +238,7 @@ class _Training:
             loss, task_loss, divergence, gradient_norm = [*terms.tolist(), norm.item()]
             measured = {"loss": loss, "task_loss": task_loss}
             if self.recipe.method.acts_at(step):
-                alpha = self.recipe.method.alpha_at(step, self.recipe.updates)
+                alpha = self.recipe.method.alpha_at(step, self.recipe.total_updates)
                 measured |= {"divergence": divergence, "alpha": alpha}
             measured |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
             self.require_finite(measured)
@@ -337,9 +339,9 @@ class _Training:
 
     # ---------------------------------------------------------------------------------- scores, checkpoints, result
 
-    def is_due(self, every: int) -> bool:
+    def is_due(self, every: int | None) -> bool:
         step = self.state.step
-        return step > 0 and (step % every == 0 or step == self.recipe.updates)
+        return step > 0 and (step == self.recipe.total_updates or (every is not None and step % every == 0))
 
     def must_evaluate(self) -> bool:
         return self.is_due(self.recipe.evaluate_every) and self.state.evaluated_step < self.state.step
@@ -351,7 +353,7 @@ class _Training:
 
     def is_over(self) -> bool:
         patience = self.recipe.patience
-        return self.state.step == self.recipe.updates or (
+        return self.state.step == self.recipe.total_updates or (
             patience is not None and self.state.scores_since_best >= patience
         )
 
@@ -417,7 +419,7 @@ class _Training:
 
     def finish(self) -> dict[str, Any]:
         """Scores the best weights, or the mean of the last. The test split is used here, once, and decides nothing."""
-        state, recipe = self.state, self.recipe
+        state = self.state
         assert state.best_step is not None  # the last update is always scored
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
@@ -425,8 +427,8 @@ class _Training:
         valid, signs, test = self.score("valid"), self.signs(), self.score("test")
         result = {
             "format": FORMAT,
-            "recipe": recipe.saved(),
-            "digest": recipe.digest(),
+            "recipe": self.asked.saved(),
+            "digest": self.asked.digest(),
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "metric": self.task.metric,
             "updates": state.step,
@@ -436,7 +438,11 @@ class _Training:
             "test": test,
             "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
             "metrics": metrics.rows(test),
-            "notes": self.task.notes | self.state.start | self.note_on_alpha() | self.note_on_beginning(),
+            "notes": self.task.notes
+            | self.state.start
+            | self.note_on_length()
+            | self.note_on_alpha()
+            | self.note_on_beginning(),
             "data": state.data,
             "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
@@ -454,12 +460,18 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return result
 
+    def note_on_length(self) -> dict[str, str]:
+        """Returns how long a training in epochs is in updates."""
+        if self.asked.epochs is None:
+            return {}
+        return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {self.recipe.updates} updates"}
+
     def note_on_alpha(self) -> dict[str, str]:
         """Returns a word for the reader where alpha has not risen to its value, as training ended before."""
         step, recipe, method = self.state.step, self.recipe, self.recipe.method
         if method.is_plain or method.alpha_schedule == "constant" or step == recipe.updates:
             return {}
-        reached = method.alpha_at(step - 1, recipe.updates)
+        reached = method.alpha_at(step - 1, recipe.total_updates)
         ended = f"training ended after {step} of {recipe.updates} updates"
         return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {ended}"}
 
@@ -518,8 +530,8 @@ class _Training:
         if not self.accelerator.is_main_process:
             return
         if (self.folder.path / "recipe.json").exists():
-            _require_same_recipe(self.recipe, self.folder.recipe(), self.folder.path)
-        self.folder.write_recipe(self.recipe.saved())
+            _require_same_recipe(self.asked, self.folder.recipe(), self.folder.path)
+        self.folder.write_recipe(self.asked.saved())
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -532,7 +544,7 @@ class _Training:
     def report_progress(self, loss: float, warning: str | None = None) -> None:
         steps = self.state.step - self.started_step
         seconds = (time.perf_counter() - self.started_at) / max(steps, 1)
-        self.on_progress(Progress(self.state.step, self.recipe.updates, loss, self.valid, seconds, warning))
+        self.on_progress(Progress(self.state.step, self.recipe.total_updates, loss, self.valid, seconds, warning))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, "sum")

@@ -174,16 +174,20 @@ IMAGENET_VIT_L16 = IMAGENET_VIT_B16.replace(name="imagenet-vit-l16", **VIT_L16 |
 
 IMAGE_CLASSIFICATION = CIFAR_100_VIT_B16.replace(  # your own images
     name="image-classification",
-    updates=1000,  # our choice, these six: a first fine-tuning of a few thousand images
+    updates=None,
+    epochs=20.0,  # our choice, from here to precision: a first fine-tuning, 1,000 updates of 3,200 images
     batch_size=64,
     accumulation=1,
     optimizer="adamw",
     learning_rate=5e-5,
-    warmup_updates=100,
+    warmup_updates=0,
+    warmup_share=0.1,
     weight_decay=0.01,  # PyTorch's default for AdamW
     precision="fp32",  # any machine has it
-    evaluate_every=100,
-    checkpoint_every=100,
+    evaluate_every=None,  # an epoch, as checkpoint_every
+    patience=5,
+    select_by="loss",  # the score of a small valid split moves in large steps
+    checkpoint_every=None,
     **{
         "data.hub": None,
         "data.valid_split": "valid",
@@ -204,9 +208,13 @@ IMAGE_CLASSIFICATION = CIFAR_100_VIT_B16.replace(  # your own images
 CIFAR_10_4K = IMAGE_CLASSIFICATION.replace(
     name="cifar-10-4k",
     updates=2000,  # 64 epochs of 2,000 images
+    epochs=None,
     learning_rate=1e-3,  # PyTorch's default for AdamW
     warmup_updates=200,  # a tenth of the updates
+    warmup_share=0.0,
     evaluate_every=200,
+    patience=None,
+    select_by="score",
     checkpoint_every=500,
     **{
         "data.valid_split": None,

@@ -104,10 +104,11 @@ def classifier(name: str | None, config: Any) -> nn.Module:
 def start_at(model: nn.Module, number: float, name: str | None) -> None:
     """Sets the bias of the output layer of a model of numbers, so that it begins by saying `number` of every text."""
     *_, output = (module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1)
-    if output.bias is None:
+    bias = getattr(output, "bias", None)
+    if bias is None:
         rule = f"must be false: the output layer of {name or 'this model'} has no bias"
         raise RecipeError("model.start_at_mean", rule, value=True)
-    output.bias.fill_(number)
+    bias.fill_(number)
 
 
 def _small_config(model: TextClassificationModel, tokenizer: Any, max_length: int) -> BertConfig:
