@@ -8,7 +8,7 @@ RUNS ?= runs
 # Runs of the demo at a time, with a core each.
 JOBS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
 
-.PHONY: help demo demo-short test test-long bench docs notebook lint types check clean
+.PHONY: help demo demo-short test test-long bench gpu docs notebook lint types check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,11 @@ bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and pl
 	$(BENCH) steps --rounds 2 --output build/bench/steps.jsonl
 	mv build/bench/*.jsonl benchmarks/results/
 	$(BIN)/python -m benchmarks.pages
+
+# On a machine with a GPU that has torch, triton and transformers already; nothing is installed. DATA is Multi30k's folder.
+GPU_PYTHON ?= python3
+gpu:  ## all that is to be measured on a GPU, in nine minutes, into build/gpu; the most valuable first
+	PYTHONPATH=src:. $(GPU_PYTHON) -m benchmarks.gpu build/gpu $(if $(DATA),--data $(DATA))
 
 docs: $(VENV)/installed  ## the documentation site, build/site: the pages and the reference from the docstrings
 	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees . build/site

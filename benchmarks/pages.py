@@ -105,8 +105,10 @@ def _dtypes(records: Sequence[Record]) -> str:
 def _gpu(records: list[Record]) -> str:
     if not records:
         return (
-            "Not measured: no GPU was at hand. `rdrop bench --dtype bfloat16 --output gpu.jsonl` does it where there\n"
-            "is one, with a copy of the logits beside it as the yardstick of bandwidth."
+            "Not measured: no GPU was at hand. `make gpu` does it where there is one, in nine minutes and without a\n"
+            "network: the kernel's values against float64, its time and memory in bfloat16 at 4,096 pairs beside\n"
+            "cross-entropy, a copy of the logits and the peers that are installed (Liger, quack, cut cross-entropy),\n"
+            "and the best shape of its programs on the card. `build/gpu/gpu.jsonl` then goes to `benchmarks/results`."
         )
     by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)

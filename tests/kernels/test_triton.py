@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.
 @pytest.fixture
 def small_blocks(monkeypatch):
     """32 classes at a time."""
-    monkeypatch.setattr(triton, "MAX_BLOCK", 32)
+    monkeypatch.setattr(triton, "DEFAULT_SHAPE", triton.DEFAULT_SHAPE._replace(max_block=32))
 
 
 @pytest.mark.parametrize("dtype", triton.DTYPES)

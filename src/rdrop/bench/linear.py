@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdrop import linear_rdrop_loss
-from rdrop.bench import rows
+from rdrop.bench import peers, rows
 from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
 from rdrop.bench.rows import ALPHA, COMPARED_WITH, SMOOTHING, Form, compiled
@@ -80,6 +80,8 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
         "ours_30_percent_padding": ours_padded,
         "ours_cross_entropy": partial(ours, alpha=0.0),
     }
+    if conditions.device == "cuda":
+        table |= peers.from_hidden(parameter, SMOOTHING)
     if not hasattr(F, "linear_cross_entropy"):  # torch < 2.13
         del table["torch_linear_cross_entropy"]
     return conditions.chosen(table, COMPARED_WITH)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdrop import kernels, rdrop_loss
+from rdrop.bench import peers
 from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
 from rdrop.terms import IGNORE_INDEX
@@ -102,6 +103,8 @@ def forms(conditions: Conditions) -> dict[str, Form]:
         "ours_overwriting": partial(ours, implementation=kernel, overwrite_logits=True),
         "ours_cross_entropy": partial(ours_cross_entropy, implementation=kernel),
     }
+    if conditions.device == "cuda":
+        table |= peers.from_logits(SMOOTHING)
     return conditions.chosen(table, COMPARED_WITH)
 
 

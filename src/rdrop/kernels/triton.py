@@ -10,14 +10,26 @@ import contextlib
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PASSES = 8
-MAX_BLOCK = 2048
-CLASSES_PER_WARP = 256  # 8 a thread: 16 bytes of bfloat16 at once; two passes then take 73 to 97 registers on sm_90
+
+
+class Shape(NamedTuple):
+    """The most classes that are read at a time, and how many of them a warp takes."""
+
+    max_block: int
+    classes_per_warp: int
+
+
+# 8 classes a thread: 16 bytes of bfloat16 at once; two passes then take 73 to 97 registers on sm_90.
+DEFAULT_SHAPE = Shape(max_block=2048, classes_per_warp=256)
+SHAPES: dict[str, Shape] = {}
+"""Those that were found to be faster on a card, by its name: `python -m benchmarks.gpu` measures them."""
 
 
 @cache
@@ -75,7 +87,8 @@ def launch(
         return
     examples, classes = labels.shape[0], logits.shape[2]
     out = logits if gradient is None else gradient
-    block = _block(classes, passes)
+    shape = shape_on(logits.device)
+    block = _block(classes, shape)
     if weight is not None:
         weight = weight.detach().float().contiguous()
     on_device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
@@ -105,11 +118,21 @@ def launch(
             BLOCK=block,
             FAR_BLOCK=max(32, block // 4),
             GROUP=16 // logits.element_size(),  # what one thread loads at once
-            num_warps=max(1, block // CLASSES_PER_WARP),
+            num_warps=max(1, block // shape.classes_per_warp),
             enable_fp_fusion=True,
         )
 
 
-def _block(classes: int, passes: int) -> int:
+def shape_on(device: torch.device) -> Shape:
+    """Returns the shape of the programs on this card."""
+    return SHAPES.get(_card(device), DEFAULT_SHAPE) if device.type == "cuda" else DEFAULT_SHAPE
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _block(classes: int, shape: Shape) -> int:
     """Returns how many classes are read at a time, a power of two."""
-    return min(MAX_BLOCK, max(32, 1 << (classes - 1).bit_length()))
+    return min(shape.max_block, max(32, 1 << (classes - 1).bit_length()))

@@ -1,0 +1,84 @@
+"""What `make gpu` runs, rehearsed in small on a CPU by Triton's interpreter; its failures and its time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import gpu
+from benchmarks.gpu import Part, do, parts, run
+
+from rdrop.bench import peers
+from rdrop.bench.records import read
+from rdrop.bench.table import LAYOUTS
+from rdrop.kernels import triton
+
+
+def test_the_rehearsal_leaves_every_file_and_all_of_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PYTHONPATH", f"{root / 'src'}:{root}")
+    summary = run(parts(tmp_path, rehearse=True), tmp_path, rehearse=True)
+    logs = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.log")}
+    assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
+        ("checks", "logits", "hidden", "shapes"), "done"
+    ), logs
+    rows = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert all(row["holds"] for row in rows)
+    assert {record["benchmark"] for record in read(tmp_path / "gpu.jsonl")} == {"rows", "linear"}
+    *measured, best = [json.loads(line) for line in (tmp_path / "shapes.jsonl").read_text().splitlines()]
+    assert best["best"] in [{key: row[key] for key in ("max_block", "classes_per_warp")} for row in measured]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_part_that_fails_or_takes_too_long_is_recorded_and_the_next_ones_run(tmp_path: Path):
+    listed = [
+        Part("fails", ["-c", "raise SystemExit(3)"], 60),
+        Part("hangs", ["-c", "import time; time.sleep(600)"], 1),
+        Part("works", ["-c", "print('done')"], 60),
+    ]
+    summary = run(listed, tmp_path)
+    states = {name: part["state"] for name, part in summary["parts"].items()}
+    assert states == {"fails": "failed with exit status 3", "hangs": "out of time", "works": "done"}
+    assert (tmp_path / "works.log").read_text() == "done\n"
+
+
+def test_what_the_budget_leaves_no_time_for_is_said_and_not_begun(tmp_path: Path):
+    summary = run([Part("late", ["-c", "print('done')"], 60)], tmp_path, budget=0)
+    assert summary["parts"] == {"late": {"state": "out of time", "seconds": 0.0}}
+    assert not (tmp_path / "late.log").exists()
+
+
+def test_a_check_that_does_not_hold_fails_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(gpu.DOING, "checks", lambda *, rehearse: iter([{"holds": True}, {"holds": rehearse}]))
+    assert do("checks", tmp_path, rehearse=True)
+    assert not do("checks", tmp_path, rehearse=False)
+    assert len((tmp_path / "checks.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_parts_of_a_card_fit_into_the_budget_but_for_the_training_at_the_end(tmp_path: Path):
+    listed = parts(tmp_path, rehearse=False, data=tmp_path)
+    measured = [part for part in listed if not part.name.startswith("multi30k")]
+    assert listed[: len(measured)] == measured
+    assert sum(part.seconds for part in measured) <= gpu.BUDGET
+    assert listed[0].name == "checks"
+
+
+def test_peers_that_are_not_here_are_named_with_the_reason_and_those_that_are_become_forms(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(peers.FROM_LOGITS, "quack", peers.Peer("torch.nn.functional:cross_entropy", smooths=True))
+    assert "liger_kernel.transformers.functional cannot be imported" in peers.missing(peers.FROM_LOGITS)["liger"]
+    assert list(peers.from_logits(0.1)) == ["quack"]
+    assert set(peers.FROM_LOGITS) <= set(LAYOUTS["rows"].words)
+    assert set(peers.FROM_HIDDEN) <= set(LAYOUTS["linear"].words)
+
+
+def test_a_shape_that_was_found_for_a_card_is_used_on_it_and_on_no_other(monkeypatch):
+    torch = pytest.importorskip("torch")
+    shape = triton.Shape(4096, 512)
+    monkeypatch.setitem(triton.SHAPES, "A card", shape)
+    monkeypatch.setattr(triton, "_card", lambda device: {0: "A card", 1: "Another"}[device.index])
+    assert triton.shape_on(torch.device("cuda", 0)) == shape
+    assert triton.shape_on(torch.device("cuda", 1)) == triton.shape_on(torch.device("cpu")) == triton.DEFAULT_SHAPE
