@@ -129,19 +129,25 @@ def _notes_of(run: FinishedRun) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+_WAITING = "data_wait_share"
+
+
 def costs(comparison: Comparison) -> Markup:
     """Medians over the seeds, and their ratio to the baseline's."""
     measures: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("step_milliseconds", "time per update, ms", lambda value: f"{value:,.1f}"),
         ("train_seconds", "training, s", lambda value: f"{value:,.1f}"),
+        (_WAITING, "of it waiting for data", lambda value: f"{value:.1%}"),
         ("peak_extra_bytes", "peak extra memory, MiB", lambda value: f"{value / _MIB:,.0f}"),
     )
+    if all(arm.cost(_WAITING) is None for arm in comparison.arms):  # runs of versions that did not measure it
+        measures = tuple(measure for measure in measures if measure[0] != _WAITING)
     rows = []
     for arm in comparison.arms:
         cells = []
         for key, _, spelled in measures:
             cost = arm.cost(key)
-            against = "" if arm is comparison.baseline else ratio(comparison.cost_ratio(arm, key))
+            against = "" if arm is comparison.baseline or key == _WAITING else ratio(comparison.cost_ratio(arm, key))
             measured = NOT_KNOWN if cost is None else spelled(cost)
             cells.append(joined((measured, element("span", f" {against}", class_="ratio"))))
         rows.append(_row(arm.label, *cells))

@@ -4,7 +4,8 @@ import ctypes
 import gc
 import statistics
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ class CostMeter:
     def __init__(self, device: torch.device, seconds_before: float = 0.0) -> None:
         self.train_seconds = seconds_before  # of all sessions of the run
         self._step_seconds: list[float] = []  # of this session
+        self._waited = 0.0
         self._memory = _memory_gauge(device)
         self._baseline_bytes: int | None = None
         self._peak_bytes: int | None = None
@@ -48,6 +50,13 @@ class CostMeter:
         if peak is not None:
             self._peak_bytes = max(peak, self._peak_bytes or 0)
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Entered, within an update, around what waits for the examples: while it does, nothing is computed."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
     def sample_memory(self) -> None:
         """Called where memory is highest, between forward and backward: some gauges know no peak but what they see."""
         self._memory.sample()
@@ -57,6 +66,7 @@ class CostMeter:
         return {
             "train_seconds": self.train_seconds,
             "step_milliseconds": statistics.median(self._step_seconds) * 1e3 if self._step_seconds else None,
+            "data_wait_share": self._waited / sum(self._step_seconds) if self._step_seconds else None,
             "peak_extra_bytes": self._extra_bytes(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }

@@ -256,9 +256,9 @@ class _Training:
         """Leaves the gradient of the update's loss in the parameters; returns loss, task loss, divergence: `(3,)`."""
         accelerator, recipe = self.accelerator, self.recipe
         self.parallel_model.train()
-        microbatches = [
-            part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in self.batches.at(step)
-        ]
+        with self.cost.waiting_for_data():
+            parts = self.batches.at(step)
+        microbatches = [part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in parts]
         positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
         for part in microbatches:
             positions[int(part.is_labeled)] += count_positions(self.objective.labels(part.batch, step))
