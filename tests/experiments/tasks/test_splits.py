@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rdrop.experiments.tasks.splits import with_every_class
+from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.splits import fold_rows, note_on_few, with_every_class
 
 
 def drawn(size: int, held_out: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,3 +52,36 @@ def test_a_split_that_is_too_small_for_all_classes_has_as_many_as_it_can() -> No
     found = with_every_class(drawn(60, 5), labels, 0)
     assert [len(found[name]) for name in ("train", "valid", "test")] == [50, 5, 5]
     assert len(np.unique(labels[found["valid"]])) == len(np.unique(labels[found["test"]])) == 5
+
+
+def test_as_many_seeds_as_folds_test_every_example_once_and_choose_by_every_example_once() -> None:
+    folds = [fold_rows(53, 5, seed, split_seed=0) for seed in range(5)]
+    for split in ("valid", "test"):
+        assert sorted(np.concatenate([fold[split] for fold in folds]).tolist()) == [*range(53)]
+    for fold in folds:
+        assert sorted(np.concatenate([*fold.values()]).tolist()) == [*range(53)]
+        assert {len(fold["valid"]), len(fold["test"])} <= {10, 11}
+    assert all(np.array_equal(folds[2][name], own) for name, own in fold_rows(53, 5, 7, split_seed=0).items())
+    assert not np.array_equal(folds[0]["test"], fold_rows(53, 5, 0, split_seed=1)["test"])
+
+
+def test_each_fold_has_of_every_class_its_share() -> None:
+    labels = np.repeat(np.arange(3), [60, 30, 10])
+    for seed in range(10):
+        counts = np.bincount(labels[fold_rows(100, 10, seed, 0, labels)["test"]], minlength=3)
+        assert np.abs(counts - [6, 3, 1]).max() <= 1
+
+
+def test_more_folds_than_examples_are_refused() -> None:
+    with pytest.raises(DataError, match="must be at most the number of examples"):
+        fold_rows(4, 5, 0, 0)
+
+
+def test_fewer_than_100_examples_of_valid_or_test_are_noted_and_100_are_not() -> None:
+    assert note_on_few({"train": 5, "valid": 100, "test": 100}, "texts") == {}
+    assert note_on_few({"train": 800, "valid": 99, "test": 100}, "texts")["few examples"].startswith(
+        "99 texts in valid choose the checkpoint, and below 100"
+    )
+    assert note_on_few({"train": 80, "valid": 10, "test": 12}, "texts")["few examples"].startswith(
+        "10 texts in valid and 12 texts in test choose the checkpoint and score it, and below 100"
+    )

@@ -361,6 +361,27 @@ def test_a_recipe_saved_before_there_were_stratified_splits_draws_as_it_did(tmp_
         assert getattr(found, split).first == [f"text {row}" for row in rows[split]]
 
 
+def test_each_seed_has_a_fold_of_its_own_and_both_arms_of_a_seed_the_same(tmp_path: Path) -> None:
+    recipe = OWN.replace(**{"data.train": reviews(tmp_path / "a.csv", 40), "data.folds": 4})
+    tested = []
+    for seed in range(4):
+        found = [TextClassification(recipe.replace(seed=seed, alpha=alpha))._tests for alpha in (0.0, 1.0)]
+        assert found[0].first == found[1].first
+        assert sorted(found[0].labels.tolist()) == [0] * 5 + [1] * 5
+        tested += found[0].first
+    assert sorted(tested) == sorted(f"text {row}" for row in range(40))
+
+
+def test_folds_of_data_with_splits_of_their_own_are_refused(tmp_path: Path) -> None:
+    own = {"data.train": reviews(tmp_path / "a.csv"), "data.test": reviews(tmp_path / "b.csv")}
+    with pytest.raises(RecipeError, match=r"data.test=.*must be null with data.folds \(=4\)"):
+        OWN.replace(**own, **{"data.folds": 4})
+    for name in ("train", "valid", "test"):
+        reviews(tmp_path / f"{name}.csv", 20 + len(name))
+    with pytest.raises(DataError, match=r"data\.folds=null"):
+        TextClassification(OWN.replace(**{"data.folder": str(tmp_path), "data.folds": 4}))
+
+
 def test_what_scores_cannot_say_is_noted(tmp_path: Path) -> None:
     rows = [f"text {row},{'Rare' if row == 7 else 'rare' if row % 2 else 'x'}" for row in range(40)]
     test = write(tmp_path / "b.csv", "text,label", "text 1,rare", "new,rare", "text 3,rare")

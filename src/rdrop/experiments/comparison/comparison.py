@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison import sentences
+from rdrop.experiments.comparison import hints, sentences
 from rdrop.experiments.comparison.arms import Arm, Gap, unlabeled_words
 from rdrop.experiments.comparison.contest import Contest, judged
 from rdrop.experiments.comparison.designs import Design, arm_digest
@@ -178,8 +178,9 @@ class Comparison:
 
     @cached_property
     def kept(self) -> KeptExamples:
-        """The predictions of test that the runs keep."""
-        return kept_examples([run for arm in self.arms for run in arm.runs], self.metric)
+        """The predictions of test that the runs keep. Runs of folds have no test examples in common."""
+        runs = [run for arm in self.arms for run in arm.runs if hints.folds_of(run) is None]
+        return kept_examples(runs, self.metric)
 
     def churn(self) -> dict[str, float]:
         """Returns by the label of the arm how often two of its seeds disagree, for the arms where that is known."""
@@ -208,6 +209,10 @@ class Comparison:
             if on_examples is not None:
                 found.append(sentences.on_these_examples(contest, on_examples, self.metric, section.style))
         return [*found, *(f"Predictions left out: {problem}" for problem in self.kept.problems)]
+
+    def hints(self) -> list[str]:
+        """Says what the curves and the data tell about whether this comparison can be judged, and what to change."""
+        return hints.hints(self.baseline, self.arms, self.metric)
 
     def gaps(self) -> tuple[Gap, ...]:
         """The seeds left out of a comparison, by the arm that lacks them and why."""

@@ -545,6 +545,8 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
         console.print(Text(comparison.verdict(), "bold"))
         for remark in comparison.remarks():
             console.print(Text(remark))
+        for hint in comparison.hints():
+            console.print(Text(f"Hint: {hint}", "yellow"))
         console.print()
     _show_unusable(split_usable(records)[1], console)
 
@@ -561,6 +563,8 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
         console.print(Text(sentence, "bold"))
     for remark in tuning.fresh.remarks():
         console.print(Text(remark))
+    for hint in tuning.fresh.hints():
+        console.print(Text(f"Hint: {hint}", "yellow"))
     console.print()
     console.print(Text(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}"), soft_wrap=True)
 

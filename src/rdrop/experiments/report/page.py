@@ -122,6 +122,7 @@ def section(comparison: Comparison, setting: dict[str, object], name: str, root:
         element("p", first, class_="verdict first"),
         *(element("p", sentence, class_="verdict") for sentence in others),
         _list(comparison.remarks(), "remarks"),
+        _list(comparison.hints(), "hints"),
         _list(_warnings(comparison), "warnings"),
         element("h3", "Result"),
         report_tables.scores(comparison),

@@ -13,6 +13,9 @@ SPLITS = ("train", "valid", "test")
 HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 """What the hub calls them."""
 
+FEW = 100
+"""Examples of valid or test below which their scores say little: one of them is a point of accuracy."""
+
 Rows = NDArray[np.int64]
 
 WHERE_REPEATED = {
@@ -34,6 +37,27 @@ def hold_out(size: int, missing: Collection[str], seed: int) -> dict[str, Rows]:
     drawn = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
     rows = {split: np.sort(own) for split, own in drawn.items() if split in missing}
     return {"train": np.setdiff1d(order, np.concatenate([*rows.values()]))} | rows
+
+
+def fold_rows(
+    size: int, folds: int, seed: int, split_seed: int, labels: NDArray[np.int64] | None = None
+) -> dict[str, Rows]:
+    """Cuts `range(size)` into `folds` parts for a cross-validation: part `seed` modulo `folds` is "test", the next one
+    "valid", the others are "train". All are sorted.
+
+    So of `folds` seeds in a row each tests other examples, and all are tested. `split_seed` draws the parts; with the
+    classes `labels` `(N,)` of all rows, each has of every class its share, to about one example.
+    """
+    if size < folds:
+        raise DataError(f"data.folds (={folds}) must be at most the number of examples (={size})")
+    sizes = [len(part) for part in np.array_split(np.arange(size), folds)]
+    part_of = _stratified(np.zeros(size, np.int64) if labels is None else labels, sizes, split_seed)
+    test, valid = seed % folds, (seed + 1) % folds
+    return {
+        "train": np.flatnonzero((part_of != test) & (part_of != valid)),
+        "valid": np.flatnonzero(part_of == valid),
+        "test": np.flatnonzero(part_of == test),
+    }
 
 
 def require_ten(size: int, unit: str) -> None:
@@ -75,6 +99,18 @@ def notes_on_repeats(splits: Mapping[str, Iterable[Hashable]], unit: str) -> dic
             count = sum(example in repeated for example in test)
             notes[f"test {unit} that are {where}"] = f"{count} of {len(test)}"
     return notes
+
+
+def note_on_few(sizes: Mapping[str, int], unit: str) -> dict[str, str]:
+    """Returns a note if "valid" or "test" is so small that its scores say little; `sizes` are those of the splits."""
+    few = [f"{sizes[split]} {unit} in {split}" for split in ("valid", "test") if sizes[split] < FEW]
+    if not few:
+        return {}
+    what = {"valid": "choose the checkpoint", "test": "score it"}
+    does = " and ".join(what[split] for split in ("valid", "test") if sizes[split] < FEW)
+    return {
+        "few examples": f"{' and '.join(few)} {does}, and below {FEW} the luck of the few is larger than most gains"
+    }
 
 
 def with_every_class(drawn: Mapping[str, Rows], labels: NDArray[np.int64], seed: int) -> dict[str, Rows]:

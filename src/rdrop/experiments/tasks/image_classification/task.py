@@ -40,6 +40,7 @@ from rdrop.experiments.tasks.image_classification.augmentation import augment, t
 from rdrop.experiments.tasks.image_classification.data import Split, load_splits, notes_on
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
 from rdrop.experiments.tasks.pretrained import loading, pretrained_config, pretrained_model
+from rdrop.experiments.tasks.splits import note_on_few
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ImageClassification:
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)
         self.notes: dict[str, str] = notes_on(self.splits)
+        self.notes |= note_on_few({split: len(own.rows) for split, own in self.splits.items()}, "images")
         self.classes = self.splits["train"].images.classes
         self._config = _configuration(self._model, self._data.image_size, self.classes)
         self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalization(self._model.name)

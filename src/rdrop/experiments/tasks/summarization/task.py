@@ -19,7 +19,7 @@ from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss, source_use
-from rdrop.experiments.tasks.splits import notes_on_repeats
+from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
 from rdrop.experiments.tasks.summarization.models import (
     RATE_NAMES,
@@ -64,6 +64,7 @@ class Summarization:
         self._tests = [excerpt(example.document) for example in examples["test"]]
         documents = {split: [example.document for example in own] for split, own in examples.items()}
         self.notes = notes_on_repeats(documents, "documents")
+        self.notes |= note_on_few({split: len(own) for split, own in documents.items()}, "documents")
         self._references = {split: [example.summaries for example in examples[split]] for split in ("valid", "test")}
         for split, references in self._references.items():
             if not has_words(references):

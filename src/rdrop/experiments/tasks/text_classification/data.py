@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, require_columns
 from rdrop.experiments.tasks.spelling import NUMBER, is_blank, is_missing, label_key
-from rdrop.experiments.tasks.splits import hold_out, require_count, require_different_files, with_every_class
+from rdrop.experiments.tasks.splits import (
+    Rows,
+    fold_rows,
+    hold_out,
+    require_count,
+    require_different_files,
+    with_every_class,
+)
 from rdrop.experiments.tasks.text_classification.glue import GLUE, SCORE_RANGE
 from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
 
@@ -82,8 +89,8 @@ class _Table:
     labels: list[str]
 
 
-def load_labeled_texts(data: TextClassificationData, test: str | None = None) -> Splits:
-    """Loads the examples that `data` names; those of `test` from that file.
+def load_labeled_texts(data: TextClassificationData, test: str | None = None, seed: int = 0) -> Splits:
+    """Loads the examples that `data` names; those of `test` from that file. `seed` chooses the part of `data.folds`.
 
     Raises `DataError`: which file and line, what is wrong, how to fix it.
     """
@@ -106,9 +113,7 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None) ->
     for name, table in tables.items():
         labels = _numbers(table, data) if data.regression else _indices(table, classes, data)
         labeled[name] = LabeledTexts(table.first, table.second, labels)
-    rows = hold_out(len(labeled["train"]), missing, data.split_seed)
-    if data.stratified and classes:
-        rows = with_every_class(rows, labeled["train"].labels, data.split_seed)
+    rows = _drawn(labeled["train"], missing, data, seed)
     splits = {name: labeled["train"].take(drawn) for name, drawn in rows.items()}
     splits |= {name: own for name, own in labeled.items() if name != "train"}
     if data.regression:
@@ -123,6 +128,22 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None) ->
         None if unlabeled is None else _with_zeros(unlabeled, data),
         tuple(spellings[0] for spellings in classes),
     )
+
+
+def _drawn(whole: LabeledTexts, missing: set[str], data: TextClassificationData, seed: int) -> dict[str, Rows]:
+    """Draws the rows of the splits that have no file of their own."""
+    labels = None if data.regression else whole.labels
+    if data.folds is not None:
+        if missing != {"valid", "test"}:
+            raise DataError(
+                f"data.folds (={data.folds}) draws valid and test, but these data have files of their own; give "
+                "all examples as one file by data.train, or set data.folds=null"
+            )
+        return fold_rows(len(whole), data.folds, seed, data.split_seed, labels)
+    rows = hold_out(len(whole), missing, data.split_seed)
+    if data.stratified and labels is not None:
+        return with_every_class(rows, labels, data.split_seed)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

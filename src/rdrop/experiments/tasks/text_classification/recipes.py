@@ -7,7 +7,7 @@ the layouts of the data, which split is which, and what is scored.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,12 @@ class TextClassificationData(DataFiles):
         False,
         "Whether examples are held out so that valid and test have every class that has enough of them: drawn again "
         "where one is missing. Unused for numbers.",
+    )
+    folds: Annotated[Count, Field(ge=3)] | None = added(
+        None,
+        "Cross-validation: cuts the training examples into so many parts, of every class its share to each. The run of "
+        "seed s is scored on part s modulo folds, the next part chooses its weights, it learns from the others. null: "
+        "all seeds share the splits.",
     )
     regression: bool = Field(description="Whether the labels are numbers to predict, and not names of classes.")
     max_length: Count = Field(
@@ -96,7 +102,7 @@ class TextClassificationRecipe(Recipe):
             clip_norm=1.0,
             checkpoint_every=20,
             **SYNTHETIC,
-            **{"data.max_length": 24, "data.counts": None, "data.unlabeled": None},
+            **{"data.max_length": 24, "data.counts": None, "data.unlabeled": None, "data.folds": None},
             **{"model.name": None, "model.vocabulary": 320, "model.layers": 1, "model.hidden_size": 32},
             **{"model.heads": 2, "model.intermediate_size": 64, "model.attention_dropout": 0.1},
         )
@@ -123,6 +129,10 @@ class TextClassificationRecipe(Recipe):
             not 1 <= len(data.hub_splits) <= 3 or len(set(data.hub_splits)) < len(data.hub_splits)
         ):
             raise RecipeError("data.hub_splits", "must be 1 to 3 different names", value=data.hub_splits)
+        for key in ("valid", "test"):
+            if data.folds is not None and getattr(data, key) is not None:
+                rule = f"must be null with data.folds (={data.folds}), which draws it"
+                raise RecipeError(f"data.{key}", rule, value=getattr(data, key))
         if data.glue is not None and data.regression != (data.glue == "stsb"):
             raise RecipeError("data.regression", "must be true for stsb, false for others", value=data.regression)
 

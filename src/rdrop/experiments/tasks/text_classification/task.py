@@ -16,7 +16,7 @@ from rdrop.experiments.run_folder.predictions import Predictions, class_rows, nu
 from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes, prediction_spread
 from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
 from rdrop.experiments.tasks.spelling import note_on_case
-from rdrop.experiments.tasks.splits import notes_on_repeats
+from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
@@ -62,7 +62,7 @@ class TextClassification:
         self.metric = self._scores[0]
         self.unlabeled_per_update = data.unlabeled_batch
 
-        splits = load_labeled_texts(data, test)
+        splits = load_labeled_texts(data, test, recipe.seed)
         self.classes = splits.classes
         self._tokenizer = self._build_tokenizer(splits.train)
         texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
@@ -79,6 +79,7 @@ class TextClassification:
 
     def _notes_on_data(self, texts: Mapping[str, LabeledTexts]) -> dict[str, str]:
         notes = notes_on_repeats({split: own.examples() for split, own in texts.items()}, "texts")
+        notes |= note_on_few({split: len(own) for split, own in texts.items()}, "texts")
         if self.classes:
             labels = {split: own.labels for split, own in texts.items() if split != "unlabeled"}
             notes |= note_on_case(self.classes) | notes_on_classes(self.classes, labels)

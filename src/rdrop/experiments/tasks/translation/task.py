@@ -26,7 +26,7 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
     search_and_loss,
     source_use,
 )
-from rdrop.experiments.tasks.splits import notes_on_repeats
+from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded, usable
 from rdrop.experiments.tasks.tokenizing import mostly_unknown
@@ -86,6 +86,7 @@ class Translation:
         self.signs: dict[str, float] = {}
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
         self.notes |= notes_on_repeats(pairs, "pairs")
+        self.notes |= note_on_few({split: len(own[0]) for split, own in self._splits.items()}, "pairs")
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
 
     def build_model(self) -> nn.Module:

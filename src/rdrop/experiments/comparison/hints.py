@@ -1,0 +1,146 @@
+"""What the curves of finished runs say about a comparison beside its verdict: whether it was long enough to judge.
+
+Each function looks at one thing and returns a sentence, or None where it does not apply. The thresholds are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from rdrop.experiments import metrics
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
+from rdrop.experiments.comparison.wording import counted, words
+
+PAGE = "docs/when-it-helps.md"
+LEAST_SCORES = 6
+"""Scores of the valid split that a curve must have to be judged."""
+TURNED_UP = 0.05
+"""A valid loss has turned up where it ends this share of its fall above its lowest."""
+RISING = 0.03
+"""A score still rises where its last three values add this share of all that was gained."""
+FAR_ABOVE = 0.25
+"""A training loss is far above another where it has made up this share less of the way down."""
+NO_DIVERGENCE = 1e-4
+"""A divergence is 0 where it stays below this share of the task loss."""
+
+
+def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str) -> list[str]:
+    """Returns the hints that apply to a comparison of these arms by `metric`, in the order of their weight."""
+    rdrop = [arm for arm in arms if not arm.method.is_plain]
+    if not rdrop:
+        return []
+    found = [no_divergence(arm) for arm in rdrop]
+    if baseline is not None:
+        found += [still_learning(baseline, metric), nothing_to_regularize(baseline)]
+        found += [alpha_too_large(arm, baseline, metric) for arm in rdrop]
+    return [*filter(None, found), *of_the_data(arms)]
+
+
+def nothing_to_regularize(baseline: Arm) -> str | None:
+    """Says that plain training does not overfit: its valid loss never turned up on any seed."""
+    curves = [_curve(run, "valid", "loss") for run in baseline.runs]
+    if not curves or any(len(curve) < LEAST_SCORES or _turned_up(curve) for curve in curves):
+        return None
+    return (
+        f"The valid loss of {baseline.phrase} never turned up: there is nothing to regularize yet. Train longer, or "
+        f"expect R-Drop to cost ({PAGE})."
+    )
+
+
+def _turned_up(losses: Sequence[float]) -> bool:
+    lowest = min(losses)
+    return losses[-1] - lowest > TURNED_UP * (losses[0] - lowest)
+
+
+def still_learning(baseline: Arm, metric: str) -> str | None:
+    """Says that plain training has not converged: its valid score still rises at the end, on most seeds."""
+    curves = [_curve(run, "valid", metric) for run in baseline.runs]
+    rising = [len(curve) >= LEAST_SCORES and _rises(curve, metric) for curve in curves]
+    if sum(rising) * 2 <= len(rising):
+        return None
+    course = "rises" if metrics.find(metric).higher_is_better else "falls"
+    return (
+        f"The valid {words(metric)} of {baseline.phrase} still {course} at the end: both arms are still learning. "
+        f"Train longer before you judge ({PAGE})."
+    )
+
+
+def _rises(scores: Sequence[float], metric: str) -> bool:
+    sign = 1 if metrics.find(metric).higher_is_better else -1
+    gains = [sign * score for score in scores]
+    before, last = max(gains[:-3]), max(gains[-3:])
+    return last - before > RISING * (last - gains[0])
+
+
+def no_divergence(arm: Arm) -> str | None:
+    """Says that the passes of an R-Drop arm never differed."""
+    largest = [max(_curve(run, "train", "divergence"), default=None) for run in arm.runs]
+    losses = [max(_curve(run, "train", "task_loss"), default=0.0) for run in arm.runs]
+    known = [(value, loss) for value, loss in zip(largest, losses, strict=True) if value is not None]
+    if not known or any(value > NO_DIVERGENCE * loss for value, loss in known):
+        return None
+    return (
+        f"The divergence of {arm.label} stays at 0: its passes hardly differ, so R-Drop does nothing. Raise the "
+        f"dropout rate, or give each pass a view of its own ({PAGE})."
+    )
+
+
+def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
+    """Says that R-Drop keeps a model from learning: its training loss ends far above, and its valid score no better."""
+    own, plain = _mean_score(arm, metric), _mean_score(baseline, metric)
+    if own is None or plain is None or metrics.find(metric).is_better(own, plain):
+        return None
+    start, low, high = _mean_loss(baseline, 0), _mean_loss(baseline, -1), _mean_loss(arm, -1)
+    if start is None or low is None or high is None or not start > low or high - low <= FAR_ABOVE * (start - low):
+        return None
+    return (
+        f"The training loss of {arm.label} ends at {high:.3g}, far above {low:.3g} of {baseline.phrase}: alpha is too "
+        f"large. Lower it, or let it rise (alpha_schedule=quadratic) ({PAGE})."
+    )
+
+
+def of_the_data(arms: Sequence[Arm]) -> list[str]:
+    """Says what the data of the runs do to all of their scores: few examples, a part of its own for each seed."""
+    runs = [run for arm in arms for run in arm.runs]
+    found = list(dict.fromkeys(_note(run, "few examples") for run in runs))
+    sentences = [f"Few examples: {note}." for note in found if note]
+    folds = [count for run in runs if (count := folds_of(run)) is not None]
+    if folds:
+        seeds = len({run.seed for run in runs})
+        sentences.append(
+            f"Cross-validation: each seed is scored on a part of its own, of {max(folds)} (data.folds), and "
+            f"{counted(seeds, 'seed')} are compared. Scores of different seeds are of different examples. Trainings "
+            "share most of theirs, so the intervals are somewhat too narrow."
+        )
+    return sentences
+
+
+def folds_of(run: FinishedRun) -> int | None:
+    """Returns into how many parts the examples were cut, one a seed for its test; None: they were not."""
+    data = run.recipe.get("data")
+    folds = data.get("folds") if isinstance(data, Mapping) else None
+    return folds if isinstance(folds, int) else None
+
+
+def _note(run: FinishedRun, name: str) -> str | None:
+    notes = run.result.get("notes")
+    found = notes.get(name) if isinstance(notes, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def _curve(run: FinishedRun, kind: str, key: str) -> list[float]:
+    """Returns the finite values of a key, in the order of the updates."""
+    return [float(row[key]) for row in run.metrics if row.get("kind") == kind and is_finite_number(row.get(key))]
+
+
+def _mean_loss(arm: Arm, place: int) -> float | None:
+    """Returns the mean task loss of a training row, the first (0) or the last (-1), over the seeds."""
+    losses = [curve[place] for run in arm.runs if (curve := _curve(run, "train", "task_loss"))]
+    return fmean(losses) if losses else None
+
+
+def _mean_score(arm: Arm, metric: str) -> float | None:
+    scores = arm.scores(metric, "valid").values()
+    return fmean(scores) if scores else None

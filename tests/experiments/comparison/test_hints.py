@@ -1,0 +1,126 @@
+"""What the curves of finished runs say: each hint where it applies, and where it does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.comparison.hints import (
+    alpha_too_large,
+    hints,
+    no_divergence,
+    nothing_to_regularize,
+    of_the_data,
+    still_learning,
+)
+from rdrop.experiments.recipe.method import Method
+
+OVERFITS = [2.0, 1.5, 1.2, 1.0, 1.1, 1.2, 1.3, 1.4]
+FALLS = [2.0, 1.5, 1.2, 1.0, 0.9, 0.85, 0.82, 0.81]
+CONVERGED = [0.5, 0.7, 0.8, 0.81, 0.8, 0.81, 0.8, 0.81]
+RISES = [0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.82]
+
+
+def run(alpha: float, seed: int = 0, *, score: float = 0.8, notes: Any = None, data: Any = None, **curves: Any) -> Any:
+    valid = {"loss": curves.pop("valid_loss", OVERFITS), "accuracy": curves.pop("accuracy", CONVERGED)}
+    train = {"task_loss": [2.0, 1.0, 0.5, 0.1], "divergence": [0.0, 0.1, 0.05]} | curves
+    rows = [
+        {"kind": kind, "step": 10 * place, key: value}
+        for kind, of_kind in (("valid", valid), ("train", train))
+        for key, values in of_kind.items()
+        for place, value in enumerate(values, start=1)
+    ]
+    recipe = {"name": "digits", "seed": seed, "batch_size": 32, "data": data or {}}
+    result = {"valid": {"accuracy": score}, "test": {"accuracy": score}, "notes": notes or {}}
+    return FinishedRun(Path(f"{alpha}-{seed}"), recipe, result, rows, Method(alpha=alpha))
+
+
+def arm(alpha: float, *runs: FinishedRun) -> Arm:
+    method = Method(alpha=alpha)
+    return Arm(method.label(), method, 32, runs)
+
+
+def test_a_valid_loss_that_never_turned_up_says_that_there_is_nothing_to_regularize() -> None:
+    assert nothing_to_regularize(arm(0.0, run(0.0, valid_loss=FALLS), run(0.0, 1, valid_loss=FALLS))) == (
+        "The valid loss of the baseline never turned up: there is nothing to regularize yet. Train longer, or expect "
+        "R-Drop to cost (docs/when-it-helps.md)."
+    )
+
+
+@pytest.mark.parametrize("losses", [OVERFITS, FALLS[:5], [], [2.0, float("nan"), 1.0]])
+def test_a_valid_loss_that_turned_up_on_a_seed_or_is_hardly_known_says_nothing(losses: list[float]) -> None:
+    assert nothing_to_regularize(arm(0.0, run(0.0, valid_loss=FALLS), run(0.0, 1, valid_loss=losses))) is None
+
+
+def test_a_valid_score_that_rises_at_the_end_says_that_both_arms_are_still_learning() -> None:
+    said = still_learning(arm(0.0, run(0.0, accuracy=RISES), run(0.0, 1, accuracy=RISES)), "accuracy")
+    assert said == (
+        "The valid accuracy of the baseline still rises at the end: both arms are still learning. Train longer before "
+        "you judge (docs/when-it-helps.md)."
+    )
+    said = still_learning(arm(0.0, run(0.0, valid_loss=[*FALLS[:3], 0.8, 0.6, 0.4])), "loss")
+    assert said is not None
+    assert "The valid loss of the baseline still falls at the end" in said
+
+
+@pytest.mark.parametrize(
+    "others", [[CONVERGED], [CONVERGED, CONVERGED], [RISES[:5]], [[0.8] * 8], [[0.5, 0.9, *[0.6] * 6]]]
+)
+def test_a_converged_score_of_most_seeds_says_nothing_of_still_learning(others: list[list[float]]) -> None:
+    runs = [run(0.0, seed, accuracy=scores) for seed, scores in enumerate(others)]
+    assert still_learning(arm(0.0, *runs), "accuracy") is None
+    assert still_learning(arm(0.0, *runs, run(0.0, 9, accuracy=RISES)), "accuracy") is None
+
+
+def test_a_divergence_of_zero_says_that_r_drop_does_nothing() -> None:
+    assert no_divergence(arm(1.0, run(1.0, divergence=[0.0, 1e-6, 0.0]), run(1.0, 1, divergence=[0.0]))) == (
+        "The divergence of R-Drop (alpha 1) stays at 0: its passes hardly differ, so R-Drop does nothing. Raise the "
+        "dropout rate, or give each pass a view of its own (docs/when-it-helps.md)."
+    )
+
+
+@pytest.mark.parametrize("divergence", [[0.0, 0.001], [0.1, 0.0], []])
+def test_a_divergence_that_rose_once_or_is_not_known_says_nothing(divergence: list[float]) -> None:
+    assert no_divergence(arm(1.0, run(1.0, divergence=divergence))) is None
+
+
+SLOW = [2.0, 1.9, 1.8, 1.2]
+
+
+def test_a_training_loss_far_above_the_baseline_s_says_that_alpha_is_too_large() -> None:
+    baseline, rdrop = arm(0.0, run(0.0)), arm(5.0, run(5.0, task_loss=SLOW, score=0.7))
+    assert alpha_too_large(rdrop, baseline, "accuracy") == (
+        "The training loss of R-Drop (alpha 5) ends at 1.2, far above 0.1 of the baseline: alpha is too large. Lower "
+        "it, or let it rise (alpha_schedule=quadratic) (docs/when-it-helps.md)."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task_loss": [2.0, 1.0, 0.4], "score": 0.7}, {"task_loss": SLOW, "score": 0.9}, {"task_loss": []}]
+)
+def test_a_training_loss_a_little_above_or_a_better_valid_score_says_nothing_of_alpha(changes: dict[str, Any]) -> None:
+    assert alpha_too_large(arm(5.0, run(5.0, **changes)), arm(0.0, run(0.0)), "accuracy") is None
+
+
+def test_few_examples_are_said_once_and_folds_with_what_they_mean() -> None:
+    few = {"few examples": "10 texts in test score it"}
+    arms = [arm(0.0, run(0.0, notes=few), run(0.0, 1, notes=few)), arm(1.0, run(1.0, notes=few))]
+    assert of_the_data(arms) == ["Few examples: 10 texts in test score it."]
+    (said,) = of_the_data([arm(0.0, run(0.0, data={"folds": 5}), run(0.0, 1, data={"folds": 5}))])
+    assert said.startswith("Cross-validation: each seed is scored on a part of its own, of 5 (data.folds), and 2 seeds")
+    assert of_the_data([arm(0.0, run(0.0, data={"folds": None}), run(0.0, 1))]) == []
+
+
+def test_a_comparison_that_can_be_judged_has_no_hint_and_plain_training_alone_has_none() -> None:
+    baseline, rdrop = arm(0.0, run(0.0)), arm(1.0, run(1.0, score=0.9))
+    assert hints(baseline, [baseline, rdrop], "accuracy") == []
+    learning = arm(0.0, run(0.0, valid_loss=FALLS, accuracy=RISES))
+    assert hints(learning, [learning], "accuracy") == []
+    found = hints(learning, [learning, arm(1.0, run(1.0, divergence=[0.0]))], "accuracy")
+    assert [sentence.split(" of ")[0] for sentence in found] == [
+        "The divergence",
+        "The valid accuracy",
+        "The valid loss",
+    ]
