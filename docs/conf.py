@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 from sphinx.domains.python import PyXRefRole
 
 PAGES = {
-    "Start": ["docs/quickstart", "docs/alpha", "docs/check"],
+    "Start": ["docs/quickstart", "docs/alpha", "docs/when-it-helps", "docs/check"],
     "Train": ["docs/transformers", "docs/views", "docs/recipes", "docs/many-runs", "docs/report"],
     "Tasks": [
         "docs/tasks/README",

@@ -1,4 +1,4 @@
-"""What the curves of finished runs say about a comparison beside its verdict: whether it was long enough to judge.
+"""Hints beside a verdict, from the curves of finished runs: whether a comparison was long enough to be judged.
 
 Each function looks at one thing and returns a sentence, or None where it does not apply. The thresholds are ours.
 """
