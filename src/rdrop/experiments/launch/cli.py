@@ -452,14 +452,9 @@ def _table(*headings: str) -> Table:
 
 def _check_model(recipe: Recipe) -> CheckReport:
     from rdrop.check import check_rdrop
-    from rdrop.experiments.randomness import seed_all
-    from rdrop.experiments.tasks.task import as_trained, load_task
+    from rdrop.experiments.tasks.task import model_and_batch
 
-    task = load_task(recipe)
-    seed_all(recipe.seed, "model")
-    model = task.build_model().train()
-    batch = task.train_batch(list(range(min(CHECKED_EXAMPLES, task.train_size()))), epoch=0)
-    return check_rdrop(model if hasattr(model, "config") else as_trained(task, model), batch)
+    return check_rdrop(*model_and_batch(recipe, CHECKED_EXAMPLES))
 
 
 def _kernel_line(missing: dict[str, str | None]) -> str:

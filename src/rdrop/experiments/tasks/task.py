@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions
@@ -153,9 +154,16 @@ def load_task(recipe: Recipe, test: str | None = None) -> Task:
     return task
 
 
-def as_trained(task: Task, model: nn.Module) -> nn.Module:
-    """Returns a module that is called with a batch by keywords, `module(**batch)`, and gives the task's logits."""
-    return _AsTrained(task, model)
+def model_and_batch(recipe: Recipe, examples: int) -> tuple[nn.Module, Batch]:
+    """Returns a new model of the recipe, in training mode, and its first examples: what `check_rdrop` looks at.
+
+    The model is called with the batch by keywords and gives the task's logits, or an output of transformers.
+    """
+    task = load_task(recipe)
+    seed_all(recipe.seed, "model")
+    model = task.build_model().train()
+    batch = task.train_batch(list(range(min(examples, task.train_size()))), epoch=0)
+    return model if hasattr(model, "config") else _AsTrained(task, model), batch
 
 
 class _AsTrained(nn.Module):
