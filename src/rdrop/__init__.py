@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .alpha import alpha_at, legacy_alpha
     from .check import CheckReport, check_rdrop
     from .dropout import dropout_rate
-    from .legacy import legacy_alpha
     from .linear_loss import linear_rdrop_loss
     from .loss import check_logits, rdrop_loss
     from .passes import repeat_batch, sequential_passes, split_passes
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 # The same, for Python: a name is imported when it is first asked for. Torch takes seconds, and the command `rdrop list`
 # needs none of it.
 _NAMES = {
+    "alpha": ("alpha_at", "legacy_alpha"),
     "check": ("CheckReport", "check_rdrop"),
     "dropout": ("dropout_rate",),
-    "legacy": ("legacy_alpha",),
     "linear_loss": ("linear_rdrop_loss",),
     "loss": ("check_logits", "rdrop_loss"),
     "passes": ("repeat_batch", "sequential_passes", "split_passes"),
@@ -49,6 +49,7 @@ __all__ = [
     "LossTerms",
     "View",
     "__version__",
+    "alpha_at",
     "bernoulli_kl",
     "binary_cross_entropy",
     "check_logits",

@@ -336,3 +336,10 @@ def test_the_remedy_for_a_recipe_in_epochs_works() -> None:
     with pytest.raises(RecipeError, match="updates=500: set either it or epochs, and the other to null"):
         override(EPOCHS, ["updates=500"])
     assert override(EPOCHS, ["updates=500", "epochs=null"]).in_updates(7.0).warmup_updates == 50
+
+
+def test_alpha_auto_is_four_with_the_square_of_progress() -> None:
+    recipe = override(DIGITS_VIT, ["alpha=auto"])
+    assert (recipe.method.alpha, recipe.method.alpha_schedule) == (4.0, "quadratic")
+    with pytest.raises(RecipeError, match='must be left out with alpha="auto"'):
+        recipe.replace(alpha="auto", alpha_schedule="linear")

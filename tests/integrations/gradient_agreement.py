@@ -92,6 +92,9 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
+HEADS_OF_EXPERTS = SIZES | {"num_key_value_heads": 2}
+
+
 def bert_config(**settings: Any) -> BertConfig:
     return BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **(SIZES | NO_DROPOUT | settings))
 

@@ -21,7 +21,9 @@ def free_port() -> str:
 
 
 def test_two_processes_are_one_process(tmp_path: Path) -> None:
-    """R-Drop, plain training of a model that ignores the count of labels, of one that divides by it, fused R-Drop."""
+    """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
+    forward is joint; plain training of a model that divides by the count; fused R-Drop.
+    """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path)]
     processes = [

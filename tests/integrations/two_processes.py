@@ -2,11 +2,13 @@
 
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from gradient_agreement import ALPHA, CASES, build, train
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdrop.integrations.transformers import RDropTrainer
 
@@ -18,15 +20,31 @@ def one_update(case_name: str, method: dict[str, Any], accumulation: int, folder
     case = CASES[case_name]
     # DDP looks for parameters outside the graph of the model's outputs where the output layer is left out.
     settings = {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": "fused" in method}
-    trained = train(RDropTrainer, build(case), case.batches, folder, settings, **method)
+    model = build(case)
+    if "fused" not in method:
+        run_forwards_jointly(model)
+    trained = train(RDropTrainer, model, case.batches, folder, settings, **method)
     logs = {name: row[name] for row in trained.state.log_history for name in LOGGED if name in row}
     gradients: dict[str, Tensor] = {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}
     return {"logs": logs, "gradients": gradients}
 
 
+def run_forwards_jointly(model: nn.Module) -> None:
+    """Lets every forward wait for one of the other process, as a model with sharded parameters does."""
+    group: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        if dist.is_initialized():
+            group[:] = group or [dist.new_group(timeout=timedelta(seconds=20))]
+            dist.all_reduce(torch.zeros(1), group=group[0])
+
+    model.register_forward_pre_hook(wait)
+
+
 TRAININGS = (
     ("token classification", {"alpha": ALPHA}),
     ("token classification", {"alpha": 0.0}),
+    ("token classification", {"alpha": ALPHA, "micro_batches": 3}),  # of batches of 1, 2 and 3 rows
     ("causal LM, Llama", {"alpha": 0.0}),
     ("causal LM, Llama", {"alpha": ALPHA, "fused": True, "micro_batches": 2}),
 )

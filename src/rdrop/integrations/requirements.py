@@ -26,6 +26,13 @@ def why_gradient_is_wrong(model: nn.Module) -> str | None:
     return None
 
 
+def warn_of_batch_norm(model: nn.Module) -> None:
+    """Warns where the statistics of batch normalization mix the passes, in the words of `check_rdrop`."""
+    for finding in check_rdrop(model).findings:
+        if finding.code == "batch-norm":
+            warnings.warn(f"{finding.message} {finding.remedy}", stacklevel=2)
+
+
 def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int) -> None:
     """Raises a ValueError if nothing is random in the model, by its modules or by the `outputs` of a repeated batch.
 
@@ -51,11 +58,14 @@ def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int)
         )
 
 
-def own_loss_is_known(model: nn.Module, outputs: Any, targets: Sequence[Target]) -> bool:
+def own_loss_is_known(
+    model: nn.Module, outputs: Any, targets: Sequence[Target], auxiliary_loss: Tensor | None = None
+) -> bool:
     """Whether the model's own loss is shown to be the mean of the losses per position that its targets predict.
 
-    Class weights, an auxiliary loss, labels aligned otherwise: all show as another number, which is a ValueError,
-    unless all positions have the same loss, as a fresh head often gives. Then this batch cannot tell but the next can.
+    `auxiliary_loss` is what the model is known to add to it. Class weights, another addition, labels aligned otherwise:
+    all show as another number, which is a ValueError, unless all positions have the same loss, as a fresh head often
+    gives. Then this batch cannot tell but the next can.
     """
     if outputs.get("loss") is None:
         raise ValueError(f"{type(model).__name__} returned no loss of its own. Say what it is trained with: {SAY_WHAT}")
@@ -68,11 +78,14 @@ def own_loss_is_known(model: nn.Module, outputs: Any, targets: Sequence[Target])
         counted = values[values > 0]
         if len(counted):
             spread = torch.maximum(spread, counted.max() - counted.min())
+    if auxiliary_loss is not None:
+        expected = expected + auxiliary_loss.detach()
     tolerance = max(2e-5, 8 * torch.finfo(own.dtype).eps) * float(expected.abs() + 1e-3)
     if not torch.isclose(own, expected.to(own.dtype), rtol=0, atol=tolerance):
         raise ValueError(
             f"{type(model).__name__} reports a loss of {own.item():.6g}, where the loss known for its class is "
             f"{expected.item():.6g} for the same logits: it is trained with something else (class weights, an "
-            f"auxiliary loss, labels aligned otherwise). Say with what: {SAY_WHAT}"
+            f"auxiliary loss, labels aligned otherwise). Say with what: {SAY_WHAT}. What is added to that, such as a "
+            "router's loss, let auxiliary_loss(self, outputs) return"
         )
     return bool(spread > 4 * tolerance)

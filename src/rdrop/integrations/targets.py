@@ -298,6 +298,20 @@ def targets_of(model: nn.Module, inputs: Batch) -> list[Target]:
     return HEADS[head](model.config, inputs)
 
 
+def router_loss(model: Any, outputs: Any) -> Tensor | None:
+    """Returns the balancing loss of the router of a mixture of experts, as the model adds it to its own; else None.
+
+    With `output_router_logits` the decoders of transformers (Mixtral, Qwen3-MoE) return it as `aux_loss`, and weigh it
+    by `router_aux_loss_coef`, which those that read images keep in their `text_config`.
+    """
+    auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    text_config = getattr(getattr(model, "config", None), "text_config", None)
+    weight = getattr(model, "router_aux_loss_coef", getattr(text_config, "router_aux_loss_coef", None))
+    if not isinstance(auxiliary, Tensor) or weight is None:
+        return None
+    return float(weight) * auxiliary
+
+
 def head_of(model: nn.Module) -> str | None:
     """Returns which of `HEADS` a model has, None if it is none of transformers, or of another head."""
     if not is_of_transformers(model):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rdrop.alpha import AlphaSchedule, alpha_at
 from rdrop.experiments.recipe.settings import Count, Probability, RecipeError, Section, added
 
 _TIMES = {2: "twice", 3: "three times", 4: "four times"}
@@ -27,7 +28,7 @@ class Method(Section):
         ge=0,
         description="Weight of the divergence between the passes, as in the paper. 0 is plain single-pass training.",
     )
-    alpha_schedule: Literal["constant", "linear", "quadratic"] = added(
+    alpha_schedule: AlphaSchedule = added(
         "constant",
         "Course of alpha over the updates: constant; or rising from 0 to alpha at the last update, linearly or with "
         "the square of progress.",
@@ -118,8 +119,7 @@ class Method(Section):
 
     def alpha_at(self, step: int, updates: int) -> float:
         """Returns the weight of the divergence in the update after `step` of `updates` updates."""
-        progress = (step + 1) / updates
-        return self.alpha * {"constant": 1.0, "linear": progress, "quadratic": progress**2}[self.alpha_schedule]
+        return alpha_at(step, updates, self.alpha, self.alpha_schedule)
 
     def extra_passes(self) -> float:
         """Returns the forward passes of an example beyond the first, as a mean over the updates."""

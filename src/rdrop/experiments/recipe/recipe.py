@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from rdrop.alpha import AUTO_ALPHA
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import (
     LARGEST_COUNT,
@@ -348,9 +349,15 @@ class Recipe(Section):
     def replace(self, **changes: object) -> Self:
         """Returns this recipe with other values, e.g. `replace(alpha=0.0, **{"data.train_labels": 100})`.
 
-        `method` takes a whole `Method`.
+        `method` takes a whole `Method`. `alpha="auto"` stands for an alpha of 4 that rises with the square of progress:
+        a schedule, not an adaptation, and experimental.
         """
         fields = self.model_dump(mode="json")
+        if changes.get("alpha") == "auto":
+            if "alpha_schedule" in changes:
+                rule = 'must be left out with alpha="auto", which is a schedule itself'
+                raise RecipeError("alpha_schedule", rule, value=changes["alpha_schedule"])
+            changes["alpha"], changes["alpha_schedule"] = AUTO_ALPHA
         method = changes.pop("method", None)
         if isinstance(method, Method):
             fields["method"] = method.model_dump(mode="json")

@@ -109,7 +109,7 @@ class Objective:
         return torch.cat(passes)
 
     def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
-        hidden, bias = fused.run(lambda: self._one_forward(batch))
+        (hidden, bias), _ = fused.run(lambda: self._one_forward(batch))
         try:
             return target.linear_rdrop_loss(hidden, fused.layer, bias, **options)
         except ValueError as error:  # on CPU, it names the position whose loss is not finite

@@ -8,18 +8,26 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from rdrop.alpha import alpha_at
 from rdrop.arguments import checked_alpha
 from rdrop.integrations.targets import Batch, Target
 from rdrop.terms import cross_entropy
 
 
-def check_settings(alpha: float, passes: int, every: int, micro_batches: int) -> None:
-    checked_alpha(alpha)
-    if not (isinstance(passes, int) and passes >= 2):
-        raise ValueError(f"passes (={passes}) must be an integer >= 2; for plain training set alpha=0")
-    for name, value in (("every", every), ("micro_batches", micro_batches)):
+def check_method(trainer: Any) -> None:
+    """Refuses settings of R-Drop that cannot be, and those that were given to the Trainer's arguments instead."""
+    alpha_at(0, 1, checked_alpha(trainer.alpha), trainer.alpha_schedule)
+    if not (isinstance(trainer.passes, int) and trainer.passes >= 2):
+        raise ValueError(f"passes (={trainer.passes}) must be an integer >= 2; for plain training set alpha=0")
+    for name, value in (("every", trainer.every), ("micro_batches", trainer.micro_batches)):
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"{name} (={value}) must be an integer >= 1")
+    given = vars(trainer.args).get("alpha") if hasattr(trainer, "args") else None
+    if given is not None and given != trainer.alpha:
+        raise ValueError(
+            f"args.alpha (={given}) is not read: R-Drop's alpha (={trainer.alpha:g}) is an attribute of the trainer. "
+            f"Set trainer.alpha = {given}, and leave args as they are"
+        )
 
 
 def check_compute_loss(trainer: type, mixin: type) -> None:

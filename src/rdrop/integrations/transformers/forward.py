@@ -34,7 +34,7 @@ NONE_OF_TRANSFORMERS = "the model is none of transformers"
 class Fused:
     """A language model whose output layer keeps its input and projects nothing: the loss comes from that input.
 
-        hidden, bias = fused.run(lambda: model(**without_labels(model, inputs)).logits)
+        (hidden, bias), outputs = fused.run(lambda: model(**without_labels(model, inputs)))
         logits = F.linear(hidden, fused.layer.weight, bias)  # what the model would return
 
     In place of the logits the model gets zeros, `(1, ..., 1, V)`, so that what it returns is what it adds to them
@@ -96,15 +96,19 @@ class Fused:
             return "the logits are not those of the output layer, or are others when the model gets no labels"
         return None
 
-    def run(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states and the whole bias of what would be the logits that `forward` returns."""
+    def run(self, forward: Callable[[], Any]) -> tuple[tuple[Tensor, Tensor], Any]:
+        """Returns the hidden states and the whole bias of what would be the logits, and what `forward` returns.
+
+        `forward` returns the logits, or outputs that have them.
+        """
         with _forward_of(self.layer, self._keep):
-            added = forward().detach().flatten()
+            outputs = forward()
+        added = (outputs if isinstance(outputs, Tensor) else outputs.logits).detach().flatten()
         hidden, self._hidden = self._hidden, None
         bias: Tensor | None = self.layer.bias
         if hidden is None:
             raise RuntimeError("the model did not run its output layer, as it did when this was checked")
-        return hidden, added if bias is None else bias + added
+        return (hidden, added if bias is None else bias + added), outputs
 
     def _keep(self, hidden: Tensor) -> Any:
         self._hidden = hidden

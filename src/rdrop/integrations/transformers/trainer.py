@@ -10,21 +10,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from rdrop.integrations.requirements import own_loss_is_known, require_randomness, why_gradient_is_wrong
-from rdrop.integrations.targets import LANGUAGE_MODELS, Batch, Target, head_of, targets_of
+from rdrop.alpha import AUTO_ALPHA, AlphaSchedule, alpha_at
+from rdrop.integrations.requirements import (
+    own_loss_is_known,
+    require_randomness,
+    warn_of_batch_norm,
+    why_gradient_is_wrong,
+)
+from rdrop.integrations.targets import LANGUAGE_MODELS, Batch, Target, head_of, router_loss, targets_of
 from rdrop.integrations.transformers.checks import (
     check_compute_loss,
     check_label_smoothing,
+    check_method,
     check_not_packed,
-    check_settings,
     check_trainer,
     why_not_fused,
 )
@@ -40,6 +47,9 @@ from rdrop.linear_loss import chunk_bytes
 from rdrop.passes import repeat_batch
 
 CHECKED_MICRO_BATCHES = 8
+
+METHOD = ("alpha", "alpha_schedule", "passes", "every", "micro_batches", "fused", "encoder_once")
+"""The arguments of `RDropMixin` that are attributes, and that a search may try."""
 
 
 class RDropMixin(Trainer):
@@ -57,7 +67,10 @@ class RDropMixin(Trainer):
 
     Args:
         alpha: the paper's weight of the divergence; 0 is plain training, by the stock Trainer's own loss wherever that
-            is the mean over the whole update.
+            is the mean over the whole update. "auto" stands for 4 with the schedule "quadratic": a schedule, not an
+            adaptation, and experimental.
+        alpha_schedule: the course of alpha (`alpha_at`): "constant"; or rising from 0 to alpha at the last update,
+            "linear" or "quadratic". The last update is the one planned, also where training stops earlier.
         passes: m >= 2, dropout masks per example.
         every: k >= 1; only every k-th optimizer update is regularized, the others are plain.
         micro_batches: k >= 1; a regularized step runs as k forwards and backwards, each of 1/k of the batch, repeated.
@@ -80,7 +93,8 @@ class RDropMixin(Trainer):
     def __init__(
         self,
         *args: Any,
-        alpha: float,
+        alpha: float | Literal["auto"],
+        alpha_schedule: AlphaSchedule = "constant",
         passes: int = 2,
         every: int = 1,
         micro_batches: int = 1,
@@ -88,9 +102,11 @@ class RDropMixin(Trainer):
         encoder_once: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        check_settings(alpha, passes, every, micro_batches)
-        self.alpha, self.passes, self.every, self.micro_batches = float(alpha), passes, every, micro_batches
+        self.alpha: Any = alpha  # a float once it is checked
+        self.alpha_schedule = alpha_schedule
+        self.passes, self.every, self.micro_batches = passes, every, micro_batches
         self.fused, self.encoder_once = fused, encoder_once
+        self._check_method()
         check_compute_loss(type(self), RDropMixin)
         super().__init__(*args, **kwargs)
         check_trainer(self)
@@ -104,15 +120,73 @@ class RDropMixin(Trainer):
         """
         return targets_of(self._inner_model(), inputs)
 
+    def auxiliary_loss(self, outputs: Any) -> Tensor | None:
+        """Returns what the model adds to the loss of its targets, a scalar of one forward; None if nothing.
+
+        `router_loss` unless overridden: that of a mixture of experts, which is in its outputs. The mean over the
+        forwards of an update is minimized with the rest, in plain steps too. `outputs` are the model's own; where the
+        loss is computed from hidden states, their logits are zeros.
+        """
+        return router_loss(self._inner_model(), outputs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._begin()
         output = super().train(*args, **kwargs)
         self._require_labels()
+        self._warn_where_alpha_stopped()
         return output
 
+    def _warn_where_alpha_stopped(self) -> None:
+        ended, planned = self.state.global_step, self.state.max_steps
+        if self.alpha > 0 and self.alpha_schedule != "constant" and ended < planned:
+            reached = alpha_at(ended - 1, planned, self.alpha, self.alpha_schedule)
+            warnings.warn(
+                f"training ended after {ended} of {planned} updates, when alpha had risen to {reached:.3g} of "
+                f"{self.alpha:g}: alpha (={self.alpha:g}) is nominal",
+                stacklevel=3,
+            )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Takes the arguments of R-Drop from a trial, too. The Trainer sets those of its own, and warns of others."""
+        own: dict[str, Any] = {}
+
+        def without_own(found: dict[str, Any]) -> dict[str, Any]:
+            own.update({name: found[name] for name in METHOD if name in found})
+            return {name: value for name, value in found.items() if name not in METHOD}
+
+        if trial is None or getattr(self, "hp_search_backend", None) is None:
+            super()._hp_search_setup(trial)
+        elif isinstance(trial, dict):  # of Ray and Weights & Biases: the values themselves
+            super()._hp_search_setup(without_own(trial))
+        else:
+            space = self.hp_space
+            self.hp_space = lambda trial: without_own(space(trial))
+            try:
+                super()._hp_search_setup(trial)
+            finally:
+                self.hp_space = space
+        for name, value in own.items():
+            setattr(self, name, value)
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Refuses settings that cannot be; they may have been set since the trainer was made."""
+        if self.alpha == "auto":
+            if self.alpha_schedule not in ("constant", AUTO_ALPHA[1]):
+                raise ValueError(
+                    f"alpha_schedule (={self.alpha_schedule!r}) must be left out with alpha='auto', which is a "
+                    "schedule itself"
+                )
+            self.alpha, self.alpha_schedule = AUTO_ALPHA
+        check_method(self)
+        self.alpha = float(self.alpha)
+
     def _begin(self) -> None:
+        self._check_method()
         self._term_means = _TermMeans()
         self._checks_left = CHECKED_MICRO_BATCHES
+        self._is_looked_at = False
+        self._accumulation = 1
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
@@ -149,25 +223,33 @@ class RDropMixin(Trainer):
             )
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        *others, last = self._micro_batches_of(inputs)
+        parts = self._micro_batches_of(inputs)
+        # Where the parameters are sharded every forward is joint: a process with fewer rows runs some of them twice.
+        is_joint = self._is_cut() and self.accelerator.num_processes > 1
+        repeats = self.micro_batches - len(parts) if is_joint else 0
+        self._forwards = self._accumulation * len(parts)
         losses = []
-        for micro_batch in others:
+        for weight, part in [(0.0, parts[0])] * repeats + [(1.0, part) for part in parts[:-1]]:
             with self.accelerator.no_sync(model):
-                losses.append(self._training_step(model, micro_batch, num_items_in_batch))
-        losses.append(self._training_step(model, last, num_items_in_batch))
+                losses.append(self._training_step(model, part, num_items_in_batch, weight))
+        losses.append(self._training_step(model, parts[-1], num_items_in_batch, 1.0))
         return torch.stack(losses).sum()
 
+    def _is_cut(self) -> bool:
+        return self.micro_batches > 1 and self._is_regularized()
+
     def _micro_batches_of(self, inputs: Batch) -> list[Batch]:
-        if self.micro_batches == 1 or not self._is_regularized():
+        if not self._is_cut():
             return [inputs]
         size = len(self.rdrop_targets(inputs)[0].labels)
         rows = torch.arange(size).tensor_split(min(self.micro_batches, size))
         return [rows_of(inputs, int(some[0]), int(some[-1]) + 1, batch_size=size) for some in rows]
 
     def _is_regularized(self) -> bool:
-        return self.alpha > 0 and (self.state.global_step + 1) % self.every == 0
+        return bool(self.alpha > 0) and (self.state.global_step + 1) % self.every == 0
 
-    def _training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any) -> Tensor:
+    def _training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any, weight: float) -> Tensor:
+        self._weight = weight
         self.current_gradient_accumulation_steps = 1  # by which the Trainer would divide the loss once more
         self._loss_was_computed = False
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -203,9 +285,10 @@ class RDropMixin(Trainer):
         self, model: nn.Module, inputs: Batch, targets: list[Target], counts: Tensor, outputs_wanted: bool
     ) -> tuple[Tensor, Any]:
         check_not_packed(self._inner_model(), inputs)
-        if self._checks_left == CHECKED_MICRO_BATCHES and (why := why_gradient_is_wrong(self.model_wrapped)):
-            raise ValueError(why)
-        options = {"alpha": self.alpha, "label_smoothing": self._label_smoothing(inputs, targets)}
+        if self._checks_left == CHECKED_MICRO_BATCHES:
+            self._look_at(self.model_wrapped)
+        alpha = alpha_at(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
+        options = {"alpha": alpha, "label_smoothing": self._label_smoothing(inputs, targets)}
         num_items = [count[0] / self._processes() for count in counts]
         weighed = [target.weighed_by(count) for target, count in zip(targets, counts, strict=True)]
         repeated = repeat_batch(inputs, self.passes, batch_size=len(targets[0].labels))
@@ -218,7 +301,7 @@ class RDropMixin(Trainer):
         if encodes_once:
             forward = partial(encoder_once.run, forward)
         if is_fused:
-            outputs, (hidden, bias) = None, fused.run(lambda: forward().logits)
+            (hidden, bias), outputs = fused.run(forward)
             self._check_hidden(hidden)
             with self.accelerator.autocast():
                 terms = [weighed[0].linear_rdrop_loss(hidden, fused.layer, bias, num_items=num_items[0], **options)]
@@ -230,9 +313,28 @@ class RDropMixin(Trainer):
             ]
             self._check_model(outputs, targets)
         shares = [[target.share * term for term in terms_] for target, terms_ in zip(targets, terms, strict=True)]
-        loss, task_loss, divergence = (torch.stack(term).sum() for term in zip(*shares, strict=True))
+        loss, task_loss, divergence = (self._weight * torch.stack(term).sum() for term in zip(*shares, strict=True))
         self._term_means.add(self.state.global_step, task_loss=task_loss, divergence=divergence)
-        return loss, outputs
+        self._alpha_used = alpha
+        auxiliary = self._auxiliary(outputs)
+        return loss if auxiliary is None else loss + auxiliary, outputs
+
+    def _look_at(self, model: nn.Module) -> None:
+        """Looks, before the first regularized step, at the modules."""
+        if why := why_gradient_is_wrong(model):
+            raise ValueError(why)
+        if not self._is_looked_at:
+            warn_of_batch_norm(model)
+            self._is_looked_at = True
+
+    def _auxiliary(self, outputs: Any) -> Tensor | None:
+        """Returns this forward's part of the mean of the auxiliary loss over the update."""
+        auxiliary = self.auxiliary_loss(outputs)
+        if auxiliary is None:
+            return None
+        part = self._weight * auxiliary / self._forwards
+        self._term_means.add(self.state.global_step, auxiliary_loss=part.detach())
+        return part
 
     def _encodes_once(self, encoder_once: EncoderOnce, inputs: Batch, target: Target) -> bool:
         def forward() -> Any:
@@ -297,7 +399,8 @@ class RDropMixin(Trainer):
         alone = self._accumulation == 1 and self._processes() == 1
         if not self._loss_is_overridden() and (alone or self._divides_by_count is not False):
             loss, outputs = self._stock_loss(model, inputs, counts[0, 0] if len(targets) == 1 else None)
-            stock = alone or self._divides_by_count
+            # The model adds an auxiliary loss in every micro-batch, whatever divides the rest.
+            stock = alone or (self._divides_by_count and self.auxiliary_loss(outputs) is None)
         else:
             outputs, stock = model(**inputs), False
             self._check_model(outputs, targets)
@@ -308,7 +411,12 @@ class RDropMixin(Trainer):
             ]
             loss = torch.stack(means).sum() * self._processes()
         loss = torch.where(counts.sum() > 0, loss, 0.0)  # of no label: 0 / 0 in the stock Trainer
-        self._term_means.add(self.state.global_step, task_loss=loss.detach())
+        task_loss, auxiliary = loss.detach(), self._auxiliary(outputs)
+        if auxiliary is not None and stock:
+            task_loss = task_loss - auxiliary.detach()
+        elif auxiliary is not None:
+            loss = loss + auxiliary
+        self._term_means.add(self.state.global_step, task_loss=task_loss)
         return loss, outputs
 
     def _stock_loss(self, model: nn.Module, inputs: Batch, count: Tensor | None) -> tuple[Tensor, Any]:
@@ -329,6 +437,8 @@ class RDropMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._term_means.pop(self.accelerator))
+        if "divergence" in logs:
+            logs["alpha"] = self._alpha_used  # of the last regularized update
         super().log(logs, start_time)
 
     def _processes(self) -> int:
@@ -363,7 +473,8 @@ class RDropMixin(Trainer):
         self._check_own_loss(outputs, targets)
 
     def _check_own_loss(self, outputs: Any, targets: list[Target]) -> None:
-        if self._loss_is_overridden() or own_loss_is_known(self._inner_model(), outputs, targets):
+        auxiliary = self.auxiliary_loss(outputs)
+        if self._loss_is_overridden() or own_loss_is_known(self._inner_model(), outputs, targets, auxiliary):
             self._checks_left = max(0, self._checks_left - 1)
 
 

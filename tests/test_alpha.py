@@ -1,4 +1,4 @@
-"""The converter of other implementations' alpha, proven on their formulas written down here, and its page."""
+"""The course of alpha; the converter of other implementations' alpha, proven on their formulas, and its page."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdrop import legacy_alpha, rdrop_loss
-from rdrop.legacy import LEGACY_FORMS
+from rdrop import alpha_at, legacy_alpha, rdrop_loss
+from rdrop.alpha import LEGACY_FORMS, AlphaSchedule
 
 ROWS, CLASSES = 6, 4
 
@@ -83,3 +83,20 @@ def test_rows_that_are_neighbors_are_put_into_the_order_of_passes():
     passes = torch.randn(2, 4, 3)
     neighbors = torch.stack([passes[0], passes[1]], 1).flatten(0, 1)  # x1, x1, x2, x2, ...
     assert torch.equal(neighbors.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), passes.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [("constant", [2.0, 2.0, 2.0, 2.0]), ("linear", [0.5, 1.0, 1.5, 2.0]), ("quadratic", [0.125, 0.5, 1.125, 2.0])],
+)
+def test_alpha_is_a_function_of_the_step_that_ends_at_its_value(schedule: AlphaSchedule, weights: list[float]) -> None:
+    assert [alpha_at(step, 4, 2.0, schedule) for step in range(4)] == weights
+    assert alpha_at(9, 4, 2.0, schedule) == 2.0
+
+
+def test_a_course_over_an_unknown_number_of_updates_is_refused_and_a_constant_needs_none() -> None:
+    assert alpha_at(3, 0, 2.0) == 2.0
+    with pytest.raises(ValueError, match=r"a linear schedule of alpha rises over all updates, and their number \(=0\)"):
+        alpha_at(0, 0, 2.0, "linear")
+    with pytest.raises(ValueError, match="schedule \\(='cosine'\\) must be 'constant', 'linear' or 'quadratic'"):
+        alpha_at(0, 4, 2.0, "cosine")  # type: ignore[arg-type]

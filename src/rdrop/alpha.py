@@ -1,12 +1,38 @@
-"""Converts another implementation's alpha to the paper's: the same symbol means other things elsewhere.
+"""Alpha, the weight of the divergence: its course over the updates, and what it is in other implementations.
 
-Most implementations mix a mean cross-entropy with a sum (or another mean) of the KL, so the strength they really apply
-follows the batch, or the number of classes. docs/alpha.md has the derivation.
+The same symbol means other things elsewhere. Most mix a mean cross-entropy with a sum (or another mean) of the KL, so
+the strength they really apply follows the batch, or the number of classes. docs/alpha.md has the derivation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+AlphaSchedule = Literal["constant", "linear", "quadratic"]
+
+AUTO_ALPHA: tuple[float, AlphaSchedule] = (4.0, "quadratic")
+"""What `alpha="auto"` stands for: a schedule, not an adaptation. Experimental."""
+
+
+def alpha_at(step: int, steps: int, alpha: float, schedule: AlphaSchedule = "constant") -> float:
+    """Returns the weight of the divergence in the update after `step` of `steps` updates.
+
+    `alpha` at every update, if `constant`; else it rises from 0 to `alpha` at the last update: with progress
+    `(step + 1) / steps`, if `linear`, or with its square, if `quadratic`. Nothing else enters, so a resumed training
+    goes on as if it had not been stopped. It rises no further after `steps` updates.
+    """
+    if schedule not in ("constant", "linear", "quadratic"):
+        raise ValueError(f"schedule (={schedule!r}) must be 'constant', 'linear' or 'quadratic'")
+    if schedule == "constant":
+        return alpha
+    if steps < 1:
+        raise ValueError(
+            f"a {schedule} schedule of alpha rises over all updates, and their number (={steps}) is not known: set it, "
+            "or take schedule='constant'"
+        )
+    progress = min(1.0, (step + 1) / steps)
+    return alpha * (progress if schedule == "linear" else progress**2)
 
 
 @dataclass(frozen=True)
