@@ -40,10 +40,23 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
 def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, suffix: str, end: str) -> None:
-    path = write(tmp_path / f"a.txt{suffix}", f"{UNUSUAL}\n\n  x {end}")
+    between = end or "\n"
+    path = write(tmp_path / f"a.txt{suffix}", f"{UNUSUAL}{between}{between}  x {end}")
     assert read_lines(path) == [UNUSUAL, "", "  x "]
+
+
+def test_what_csv_writer_and_spreadsheets_write_is_read_as_it_was_given(tmp_path: Path) -> None:
+    rows = [["text", "label"], ['he said "no"', "1"], ["two\nlines", "0"], ["one, two", "1"], ["", "0"]]
+    for encoding, name in (("utf-8", "a.csv"), ("utf-8-sig", "excel.csv"), ("utf-8-sig", "excel.csv.gz")):
+        written = io.StringIO(newline="")
+        csv.writer(written).writerows(rows)
+        assert written.getvalue().count("\r\n") == len(rows)
+        path = write(tmp_path / name, written.getvalue().encode(encoding))
+        found = read_table(path, ["text", "label"])
+        assert [[row.values["text"], row.values["label"]] for row in found] == rows[1:]
+        assert [row.where.rpartition(":")[2] for row in found] == ["2", "3", "5", "6"]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +65,11 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path, suffix: str, 
         (b"", 1, "the file is empty"),
         (b"good\nb\xe4d\n", 2, "byte 2 is not UTF-8"),
         (b"good\nb\x00d\n", 2, "zero byte"),
-        (b"good\r\n", 1, "carriage return"),
-        (b"\xef\xbb\xbfgood\n", 1, "byte order mark"),
+        (b"good\r\r\n", 1, "carriage return"),
+        (b"good\n\rbad\n", 2, "carriage return"),
+        (b"good\nbad\r", 2, "carriage return"),
+        (b"good\n\xef\xbb\xbfbad\n", 2, "byte order mark"),
+        (b"\xef\xbb\xbf\xef\xbb\xbfbad\n", 1, "byte order mark"),
         ("good\n".encode("utf-16"), 1, "the file is UTF-16"),
         ("good\n".encode("utf-32"), 1, "the file is UTF-32"),
         (b"good\rbad\r", 1, "lines end in carriage returns"),
@@ -69,7 +85,8 @@ def test_the_longest_line_is_read_and_a_longer_one_refused(tmp_path: Path, monke
     assert LONGEST_LINE_BYTES == 2**30
     monkeypatch.setattr("rdrop.experiments.tasks.files.LONGEST_LINE_BYTES", 1000)
     lines = ["x" * 1000, "y"]
-    assert read_lines(write(tmp_path / "a.txt", "\n".join(lines))) == lines
+    for end in ("\n", "\r\n"):
+        assert read_lines(write(tmp_path / "a.txt", end.join(lines))) == lines
     for content, line in ((b"x" * 1001 + b"\n", 1), (b"good\n" + b"\x80" * 3000, 2)):
         with pytest.raises(DataError, match=rf"a\.txt:{line}: the line is longer than 1000 bytes; split it"):
             read_lines(write(tmp_path / "a.txt", content))
@@ -79,6 +96,7 @@ def test_fields_and_lines_of_megabytes_are_read(tmp_path: Path) -> None:
     text = "word " * 400_000
     for name, content in (
         ("a.csv", f'text,label\n"{text}",1\n'),
+        ("b.csv", f'text,label,{text.replace(" ", "")}\n"{text}",1,\n'),
         ("a.tsv", f"text\tlabel\n{text}\t1\n"),
         ("a.jsonl", json.dumps({"text": text, "label": 1})),
     ):
@@ -88,15 +106,19 @@ def test_fields_and_lines_of_megabytes_are_read(tmp_path: Path) -> None:
 
 WHOLE = 'text,label\n"née",1\n"two\nlines",0\n'
 WRONG = {
-    "line ends of Windows": (WHOLE.replace("\n", "\r\n").encode(), WHOLE),
+    "line ends of Windows, twice": (WHOLE.replace("\n", "\r\r\n").encode(), WHOLE),
     "line ends of old Macs": (WHOLE.replace("\n", "\r").encode(), WHOLE),
     "a carriage return in a field": (WHOLE.replace("two\n", "two\r").encode(), WHOLE.replace("two\n", "two ")),
     "both": (WHOLE.replace("two\n", "two\r").replace("1\n", "1\r\n").encode(), WHOLE.replace("two\n", "two ")),
-    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE.encode(), WHOLE),
+    "two byte order marks": (b"\xef\xbb\xbf" * 2 + WHOLE.encode(), WHOLE),
     "byte order marks within": (WHOLE.replace('"two', '\ufeff"two').encode(), WHOLE),
     "zero bytes": (WHOLE.replace("two", "t\0wo").encode(), WHOLE),
     "UTF-16": (WHOLE.encode("utf-16"), WHOLE),
     "UTF-32": (WHOLE.encode("utf-32"), WHOLE),
+    "Windows-1252 of Windows": (
+        WHOLE.replace("née", "“née”").replace("\n", "\r\n").encode("cp1252"),
+        WHOLE.replace("née", "“née”"),
+    ),
     "Windows-1252": (WHOLE.replace("née", "“née”").encode("cp1252"), WHOLE.replace("née", "“née”")),
     "Latin-1": (WHOLE.replace("née", "née\x81").encode("latin1"), WHOLE.replace("née", "née\x81")),
 }
@@ -249,6 +271,49 @@ def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, name: str) -> Non
         read_table(write(tmp_path / name, "text\nx\n"), ["text"])
 
 
+def test_a_table_of_another_program_says_how_to_make_one(tmp_path: Path) -> None:
+    for name, remedy in (
+        ("a.xlsx", "save the sheet as CSV"),
+        ("a.json", "an object on a line"),
+        ("a.zip", "unpack it"),
+    ):
+        with pytest.raises(DataError, match=rf"must end in \.csv, .*; .*{remedy}"):
+            read_table(write(tmp_path / name, "PK"), ["text"])
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "quoting"),
+    [
+        ("a b.csv", ";", csv.QUOTE_MINIMAL),
+        ("a.csv.gz", ";", csv.QUOTE_ALL),
+        ("a.csv", "\t", csv.QUOTE_MINIMAL),
+        ("it's.csv.xz", "|", csv.QUOTE_MINIMAL),
+        ("a.tsv", ",", csv.QUOTE_MINIMAL),
+        ("a.tsv", "\t", csv.QUOTE_ALL),
+        ("a.tsv.gz", ";", csv.QUOTE_MINIMAL),
+    ],
+)
+def test_the_file_that_a_message_tells_to_make_of_another_dialect_is_read(
+    tmp_path: Path, name: str, delimiter: str, quoting: Any
+) -> None:
+    rows = [["text", "label"], ['he said "née", twice; ok', "1"], ["two\nlines | and\ttabs", "0"]]
+    written = io.StringIO(newline="")
+    csv.writer(written, delimiter=delimiter, quoting=quoting).writerows(rows)
+    path = write(tmp_path / name, written.getvalue())
+    with pytest.raises(DataError, match=r":1: the columns are separated by .*; give a file made by: ") as found:
+        read_table(path, ["text", "label"], keys={"text": "data.text_column"})
+    command = str(found.value).rpartition("made by: ")[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    (new,) = tmp_path.glob("*-commas.csv")
+    assert [[row.values["text"], row.values["label"]] for row in read_table(new, ["text", "label"])] == rows[1:]
+
+
+def test_a_table_of_one_column_is_no_other_dialect(tmp_path: Path) -> None:
+    for name, header in (("a.csv", '"a, b; c"'), ("a.tsv", "text"), ("a.csv", "text")):
+        column = header.strip('"')
+        assert read_table(write(tmp_path / name, f"{header}\nx\n"), [column])[0].values == {column: "x"}
+
+
 def test_the_first_name_that_is_there_is_found(tmp_path: Path) -> None:
     write(tmp_path / "valid.tsv.gz", "x")
     dev = write(tmp_path / "dev.tsv.xz", "x")
@@ -348,7 +413,8 @@ def test_mutated_files_are_read_whole_or_refused_with_their_line(tmp_path: Path)
             write(path, content)
         lines, problem = outcome(read_lines, path)
         if lines is not None:  # nothing is lost, added or changed
-            assert "\n".join(lines).encode() == content.removesuffix(b"\n")
+            whole = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\n")
+            assert "\n".join(lines).encode() == whole
         rows, table_problem = outcome(read_table, path, ["text", "label"])
         for message in (problem, table_problem):
             assert message is None or re.fullmatch(rf"{re.escape(str(path))}:\d+: .+; .+", message), message

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from rdrop.experiments.launch import cli
+from rdrop.experiments.recipe import override
+from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import find_runs
+from rdrop.experiments.tasks.task import load_task
+from rdrop.experiments.training.fingerprint import fingerprint
 
 
 def sentences() -> Iterator[str]:
@@ -60,6 +64,15 @@ TASKS = {
     "image-classification": write_images,
 }
 SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2"]
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "image-classification"])
+def test_a_file_of_windows_trains_as_the_same_file_of_linux(task: str, tmp_path: Path) -> None:
+    file = TASKS[task](tmp_path)
+    windows = file.with_name(f"windows{file.suffix}")
+    windows.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    loaded = [load_task(override(RECIPES[task], [*SHORT, f"data.train={path}"])) for path in (file, windows)]
+    assert fingerprint(loaded[0]) == fingerprint(loaded[1])
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -413,8 +413,8 @@ def test_a_model_that_says_one_class_of_everything_is_noted(tmp_path: Path) -> N
 def test_the_header_of_glue_s_own_mrpc_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "MRPC").mkdir()
     lines = [f"{row % 2}\t{row}\t{100 + row}\tfirst {row}\tsecond {row}" for row in range(20)]
-    for name in ("train", "dev"):
-        write(tmp_path / "MRPC" / f"{name}.tsv", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *lines)
+    for name, mark in (("train", "\ufeff"), ("dev", "")):  # the official training file begins with a byte order mark
+        write(tmp_path / "MRPC" / f"{name}.tsv", f"{mark}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *lines)
     found = splits(BY_NAME["glue-mrpc"], folder=str(tmp_path), counts=None)
     assert (found.test.first[3], found.test.second and found.test.second[3]) == ("first 3", "second 3")
     assert found.test.labels.tolist() == [0, 1] * 10

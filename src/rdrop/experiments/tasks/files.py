@@ -1,7 +1,8 @@
 """Data files, read exactly or refused: every line that is there is returned, or one `DataError` says where and why not.
 
-A line ends at "\\n" and nowhere else. `str.splitlines` also ends it at U+2028, U+0085 and form feeds, which shifts one
-side of a parallel file against the other. Nothing is skipped, repaired or guessed.
+A line ends at "\\n", or "\\r\\n" as on Windows and in what `csv.writer` writes, and nowhere else. `str.splitlines` also
+ends it at U+2028, U+0085 and form feeds, which shifts one side of a parallel file against the other. A byte order mark
+at the start of a file says that it is UTF-8, and is no text. Nothing is skipped, repaired or guessed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ AnyPath = str | PathLike[str]
 
 COMPRESSED = ("", ".gz", ".xz")
 TABLES = (".csv", ".tsv", ".jsonl")
+_AS_CSV = "save the sheet as CSV, in UTF-8, and give that file"
+OTHER_KINDS = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), _AS_CSV),
+    ".json": "write each example as an object on a line of its own, and name the file .jsonl",
+    ".parquet": "convert it, with pandas: pandas.read_parquet(...).to_csv('data.csv', index=False)",
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".zst", ".7z"), "unpack it"),
+}
+"""What to do with a file that is no table, by the end of its name."""
 LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
 NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
@@ -51,14 +60,14 @@ class TableRow:
 
 
 def read_lines(path: AnyPath) -> list[str]:
-    """Reads the lines of a UTF-8 file, without their "\\n"; decompressed, if the name ends in `.gz` or `.xz`.
+    """Reads the lines of a UTF-8 file, without their ends; decompressed, if the name ends in `.gz` or `.xz`.
 
     Raises `DataError` for a file that is missing, empty or cut off, and for a line that is not UTF-8, is longer than
-    `LONGEST_LINE_BYTES`, or has a byte order mark, a carriage return or a zero byte.
+    `LONGEST_LINE_BYTES`, begins with a byte order mark after the first line, or has a carriage return or a zero byte.
     """
     lines: list[str] = []
     with opened(path) as stream, _explained(path, lines):
-        while raw := stream.readline(LONGEST_LINE_BYTES + 1):
+        while raw := stream.readline(LONGEST_LINE_BYTES + 2):
             lines.append(_decoded(raw, path, len(lines) + 1))
     if not lines:
         raise DataError(f"{path}:1: the file is empty; it needs at least one line")
@@ -98,8 +107,12 @@ def read_table(
 
     Raises `DataError`, also for a missing column (it names the nearest there is) and a row of another length.
     """
+    kind = table_kind(path)
     lines = read_lines(path)
-    match table_kind(path):
+    if kind != ".jsonl":
+        csv.field_size_limit(LONGEST_LINE_BYTES)  # its own is 131,072 characters
+        _require_own_dialect(lines[0], kind, path)
+    match kind:
         case ".jsonl":
             return [
                 _json_row(line, f"{path}:{number}", columns, optional, lists, keys or {})
@@ -122,7 +135,8 @@ def table_kind(path: AnyPath) -> str:
     plain = Path(path).with_suffix("") if Path(path).suffix in COMPRESSED else Path(path)
     kind = plain.suffix
     if kind not in TABLES:
-        raise DataError(f"{path}: the name must end in {', '.join(TABLES)}, or one of them and .gz or .xz; rename it")
+        remedy = OTHER_KINDS.get(Path(path).suffix.lower(), "rename it")
+        raise DataError(f"{path}: the name must end in {', '.join(TABLES)}, or one of them and .gz or .xz; {remedy}")
     return kind
 
 
@@ -191,36 +205,41 @@ def _explained(path: AnyPath, lines: list[str]) -> Iterator[None]:
 
 
 def _decoded(raw: bytes, path: AnyPath, number: int) -> str:
-    line = raw.removesuffix(b"\n")
+    line = raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
+    if number == 1:
+        line = line.removeprefix(BOM_UTF8)
     if len(line) <= LONGEST_LINE_BYTES and b"\r" not in line and b"\0" not in line and line[:3] != BOM_UTF8:
         try:
             return line.decode()
         except UnicodeDecodeError:
             pass
-    what, command = _what_is_wrong(raw, number)
+    what, command = _what_is_wrong(raw, line, number)
     raise DataError(f"{path}:{number}: {what}{'' if command is None else _filtered(path, command)}")
 
 
-def _what_is_wrong(raw: bytes, number: int) -> tuple[str, str | None]:
-    """Says what is wrong with a line, and with which shell command, that reads and writes a text, it is mended."""
+def _what_is_wrong(raw: bytes, line: bytes, number: int) -> tuple[str, str | None]:
+    """Says what is wrong with a line, and with which shell command, that reads and writes a text, it is mended.
+
+    `raw` is the line with its end, `line` without.
+    """
     encodings = ((BOM_UTF32_LE, "utf-32"), (BOM_UTF32_BE, "utf-32"), (BOM_UTF16_LE, "utf-16"), (BOM_UTF16_BE, "utf-16"))
     of_mark = next((encoding for mark, encoding in encodings if number == 1 and raw.startswith(mark)), None)
     if of_mark is not None:
         return f"the file is {of_mark.upper()} and not UTF-8; convert it: ", f"iconv -f {of_mark} -t utf-8"
-    if len(raw.removesuffix(b"\n")) > LONGEST_LINE_BYTES:
+    if len(line) > LONGEST_LINE_BYTES:
         return (
             f"the line is longer than {LONGEST_LINE_BYTES} bytes; split it, or check that this is a text file",
             None,
         )
-    if raw[:3] == BOM_UTF8:
+    if line.startswith(BOM_UTF8):
         return "the line begins with a byte order mark; remove it: ", r"LC_ALL=C sed $'s/^\xef\xbb\xbf//'"
-    if b"\0" in raw:
+    if b"\0" in line:
         return "the line has a zero byte; check that this is a text file, and delete zero bytes: ", r"tr -d '\000'"
-    if b"\r" in raw and number == 1 and not raw.endswith(b"\n"):
+    if b"\r" in line and number == 1 and not raw.endswith(b"\n"):
         return "lines end in carriage returns; make them newlines: ", r"tr '\r' '\n'"
-    if b"\r" in raw:
+    if b"\r" in line:
         what = "the line has a carriage return; delete those at the ends of lines, and make a space of others: "
-        return what, r"LC_ALL=C sed $'s/\r$//; s/\r/ /g'"
+        return what, r"LC_ALL=C sed $'s/\r*$//; s/\r/ /g'"
     encoding, byte = _guessed_encoding(raw), _first_wrong_byte(raw)
     return f"byte {byte} is not UTF-8; convert the file, from {encoding} with: ", f"iconv -f {encoding} -t utf-8"
 
@@ -253,7 +272,6 @@ def _filtered(path: AnyPath, command: str) -> str:
 
 def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[str]]]:
     """Yields each record with the number of its first line: a quoted field may have newlines."""
-    csv.field_size_limit(LONGEST_LINE_BYTES)  # its own is 131,072 characters
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:
         number = reader.line_num + 1
@@ -266,6 +284,25 @@ def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[st
                 f'{path}:{number}: not CSV ({error}); a field with a comma or a quote is written "like ""this"""'
             ) from error
         yield number, fields or [""]
+
+
+def _require_own_dialect(header: str, kind: str, path: AnyPath) -> None:
+    """Refuses a table that another character separates, or whose TSV is quoted: no key of the recipe would help."""
+    own = {".csv": ",", ".tsv": "\t"}[kind]
+    separated = [mark for mark in (own, ";", "\t", "|", ",") if len(next(csv.reader([header], delimiter=mark))) > 1]
+    is_quoted = kind == ".tsv" and all(name[:1] == name[-1:] == '"' for name in header.split(own))
+    if not separated or (separated[0] == own and not is_quoted):
+        return
+    mark = separated[0]
+    name, argument = ("tabs", r"$'\t'") if mark == "\t" else (repr(mark), shlex.quote(mark))
+    what = f"the columns are separated by {name}{' and quoted' if is_quoted else ''}, and those of {kind} are not"
+    program = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=sys.argv[1]))"
+    suffix = Path(path).suffix if Path(path).suffix in COMPRESSED else ""
+    plain = Path(str(path).removesuffix(suffix))
+    new = plain.with_name(f"{plain.stem}-commas.csv")
+    read = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(suffix, "cat")
+    command = f"{read} {shlex.quote(str(path))} | PYTHONUTF8=1 python3 -c {shlex.quote(program)} {argument}"
+    raise DataError(f"{path}:1: {what}; give a file made by: {command} > {shlex.quote(str(new))}")
 
 
 def _places(
