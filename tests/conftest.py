@@ -1,8 +1,16 @@
-"""Where there is no GPU, its kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+"""What all tests need: the kernels of a GPU where there is none, and Ctrl-C.
+
+Triton's interpreter must be chosen before triton is imported. A shell starts what it runs in the background with
+SIGINT ignored, and so do their children.
+"""
 
 import os
+import signal
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ import rdrop
 from rdrop import LossTerms, kernels, linear_rdrop_loss, rdrop_loss
 from rdrop import linear_loss as linear
 from rdrop.kernels import cpu
+from rdrop.kernels.constants import assume_constant_result
 
 IGNORED = -100
 IMPLEMENTATIONS = ("reference", "cpu", pytest.param("triton", marks=pytest.mark.long))  # slow in its interpreter
@@ -459,9 +460,14 @@ def test_float64_runs_on_the_reference_and_the_kernel_says_why_not():
 
 def test_importing_rdrop_loads_no_kernel():
     script = "import sys, rdrop; assert 'rdrop.kernels' not in sys.modules; assert callable(rdrop.linear_rdrop_loss)"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    without_compiler = "assert 'rdrop.kernels' in sys.modules; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{script}; {without_compiler}"], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'linear'"):
         rdrop.linear  # noqa: B018
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    assert vars(assume_constant_result(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
 
 
 # ------------------------------------------------------------------------------------------------ errors

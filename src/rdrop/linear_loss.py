@@ -33,6 +33,7 @@ from .arguments import (
     values_may_be_read,
 )
 from .kernels import operators, reference
+from .kernels.constants import assume_constant_result
 from .kernels.operators import IGNORED
 from .terms import IGNORE_INDEX, LossTerms, cross_entropy, refuse_second_derivative, symmetric_kl
 
@@ -469,7 +470,7 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or slow else dtype
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether PyTorch has such a product of its own; another takes ten times as long as float32."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..terms import refuse_second_derivative
 from . import cpu, triton
+from .constants import assume_constant_result
 
 IGNORED = -1
 _IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton}
@@ -35,13 +36,13 @@ def why_not(implementation: str, logits: Tensor, passes: int) -> str | None:
     return reason or _IMPLEMENTATIONS[implementation].why_not_for(logits, passes)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _why_not_here(implementation: str) -> str | None:
     reason: str | None = _IMPLEMENTATIONS[implementation].why_not()
     return reason
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def warn_if_missing(implementation: str) -> None:
     """Writes one line into the log, once, where `implementation` was not built or does not load."""
     reason = _why_not_here(implementation)

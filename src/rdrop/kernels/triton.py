@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .constants import assume_constant_result
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PASSES = 8
 
@@ -52,7 +54,7 @@ def why_not() -> str | None:
     return "there is no CUDA device; on a CPU it runs, slowly, with TRITON_INTERPRET=1 in the environment"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -44,20 +44,20 @@ def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(tmp_path
 
 def test_sigterm_saves_leaves_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "load_task", TinyTask)
-    settings = ["updates=2000", "evaluate_every=10", "checkpoint_every=1000"]
+    settings = ["updates=100000", "evaluate_every=10", "checkpoint_every=1000"]
     command = [sys.executable, tiny_runs.__file__, str(tmp_path / "stopped"), *settings]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: len(RunFolder(tmp_path / "stopped").metrics()) > 4, process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=250)
+        _, errors = process.communicate()
     assert Preempted.__name__ in errors
     saved = load_newest_good(tmp_path / "stopped" / "checkpoints")
     assert saved is not None
     step = saved.state["step"]
-    assert 20 <= step < 2000
+    assert 20 <= step < 100000
 
     # The rest, cut short: both runs to a few steps after the stop.
-    recipe = RECIPE.replace(updates=2000, evaluate_every=10, checkpoint_every=1000)
+    recipe = RECIPE.replace(updates=100000, evaluate_every=10, checkpoint_every=1000)
     for name in ("stopped", "whole"):
         stop_at(recipe, tmp_path / name, step + 9)
     ends = [load_newest_good(tmp_path / name / "checkpoints") for name in ("stopped", "whole")]

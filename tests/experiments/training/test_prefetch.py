@@ -11,7 +11,7 @@ from tests.experiments.tiny_runs import RECIPE, TinyTask
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.prefetch import Prefetched
 
-SECONDS = 30  # far more than a thread needs; only a failure waits so long
+SECONDS = 600  # far more than a thread needs; only a failure waits so long
 
 
 def test_the_next_value_is_made_while_the_present_one_is_used() -> None:

@@ -112,15 +112,21 @@ def train_plan(plan: list[Run]) -> int:
 
 
 def both(programs: list[Callable[[], int]]) -> list[int]:
-    children = [fork(program) for program in programs]
+    """Runs programs that start when all of them are there, and returns their exit statuses."""
+    waiting, start = os.pipe()
+    children = [fork(program, waiting, start) for program in programs]
+    os.close(waiting)
+    os.close(start)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def fork(program: Callable[[], int]) -> int:
+def fork(program: Callable[[], int], waiting: int, start: int) -> int:
     child = os.fork()
     if not child:
         status = 99
         try:
+            os.close(start)
+            os.read(waiting, 1)  # returns when nobody can write any more
             status = program()
         finally:
             os._exit(status)

@@ -510,7 +510,9 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
         "vocabulary",
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
-    assert set(result["cost"]) == {"train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters"}
+    assert set(result["cost"]) == {
+        *("train_seconds", "step_milliseconds", "peak_extra_bytes", "parameters", "data_wait_share"),
+    }
     assert result["cost"]["parameters"] == sum(parameter.numel() for parameter in TinyNetwork(0.0).parameters())
     common = {"kind", "step", "epoch", "seconds"}
     names = {"loss", "task_loss", "divergence", "alpha", "learning_rate", "gradient_norm"}
