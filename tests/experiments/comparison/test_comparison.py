@@ -19,7 +19,7 @@ from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.learning import has_learned
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.sentences import verdict
-from rdrop.experiments.comparison.terminal_table import terminal_table
+from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
 from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, words
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import RecipeError
@@ -725,3 +725,23 @@ def test_twice_the_batch_belongs_to_a_recipe_in_epochs_with_twice_its_epochs(tmp
         ["baseline"],
         ["baseline", "baseline, twice the batch"],
     ]
+
+
+def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tmp_path):
+    repeated = {"test texts that are trained on too": "3 of 40"}
+    constant = {"predictions on test": "all 40 are 'yes': the model does not tell the classes apart"}
+    for seed in (0, 1, 2):
+        write_run(tmp_path, 0.7, seed=seed, notes=repeated | constant)
+        more = constant if seed == 1 else {}
+        write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes=repeated | more | {"started from": f"seed {seed}"})
+        write_run(tmp_path, 0.7, batch_size=64, seed=seed, notes=repeated)
+    (comparison,) = comparisons(find_runs(tmp_path))
+    assert terminal_notes(comparison) == [
+        "test texts that are trained on too: 3 of 40",
+        f"predictions on test: {constant['predictions on test']} [baseline; R-Drop (alpha 1), seed 1]",
+        *(f"started from: seed {seed} [R-Drop (alpha 1), seed {seed}]" for seed in (0, 1, 2)),
+    ]
+    for seed in (3, 4, 5):
+        write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": f"seed {seed}"})
+    (comparison,) = comparisons(find_runs(tmp_path))
+    assert terminal_notes(comparison)[-1] == "started from: and 3 more, each of other runs"

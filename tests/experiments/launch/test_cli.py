@@ -376,6 +376,20 @@ def test_report_shows_the_finished_runs_and_names_the_others(
     assert f"left out: {unfinished}: unfinished" in shown
 
 
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("command", [["compare", "digits-vit", "--seeds", "1", "--runs"], ["report"]])
+def test_a_comparison_shows_the_notes_on_its_scores(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["compare", "digits-vit", "--seeds", "1", "--runs", str(tmp_path)]) == 0
+    for run in find_runs(tmp_path):
+        assert run.result is not None
+        RunFolder(run.path).write_result(run.result | {"notes": {"classes of test": "no example of '7'"}})
+    capsys.readouterr()
+    assert cli.run([*command, str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("classes of test: no example of '7'\n") == 1
+
+
 def test_a_saved_recipe_replays_the_run(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from tests.experiments import tiny_runs
 from tests.experiments.signals import send
-from tests.experiments.tiny_runs import RECIPE, TinyNetwork, TinyTask, final_state
+from tests.experiments.tiny_runs import RECIPE, TinyNetwork, TinyRecipe, TinyTask, final_state
+from tests.several_processes import environments
 from torch import Tensor, nn
 
 from rdrop import rdrop_loss, squared_difference, squared_error
@@ -134,17 +134,12 @@ def assert_equal_but_for_rounding(one: Path, other: Path) -> None:
 
 
 def run_in_processes(processes: int, folder: Path, settings: list[str]) -> None:
-    """What torchrun does, without its launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    ranks = [{**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     command = [sys.executable, tiny_runs.__file__, str(folder), *settings]
-    running = [subprocess.Popen(command, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-    for process in running:
-        _, errors = process.communicate(timeout=250)
-        assert process.returncode == 0, errors
+    with environments(processes) as ranks:
+        running = [subprocess.Popen(command, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+        for process in running:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
 
 
 def test_bf16_runs_the_forward_in_bf16_and_keeps_loss_and_weights_in_fp32(
@@ -202,13 +197,21 @@ def test_a_regression_task_is_trained_with_its_own_losses(tmp_path: Path, monkey
 
 
 def test_an_update_without_any_label_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TinyTask, "labels", lambda self, batch: torch.full_like(batch["labels"], -100))
+    train_batch = TinyTask.train_batch
+
+    def unlabeled_at_first(self: TinyTask, indices: list[int], epoch: int) -> dict[str, Tensor]:
+        batch = train_batch(self, indices, epoch)
+        return batch | ({"labels": torch.full_like(batch["labels"], -100)} if epoch < 2 else {})
+
+    monkeypatch.setattr(TinyTask, "train_batch", unlabeled_at_first)
     for alpha in (0.0, 2.0):
         folder = tmp_path / str(alpha)
-        train(RECIPE.replace(alpha=alpha, weight_decay=0.0), folder)
-        trained = weights(folder, 8)
+        train(RECIPE.replace(alpha=alpha, weight_decay=0.0, evaluate_every=8), folder)
+        trained = weights(folder, 6)
         seed_all(0, "model")
-        assert largest_difference(trained, TinyNetwork(0.0).state_dict()) == 0
+        initial = TinyNetwork(0.0).state_dict()
+        assert largest_difference(trained, initial) == 0
+        assert largest_difference(weights(folder, 8), initial) > 0
 
 
 # ------------------------------------------------------------------------------------------- what it depends on
@@ -347,7 +350,8 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, on_event: Callable[[
     def twice(event: str) -> None:
         send(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        time.sleep(60)  # the second interrupts it
+        for _ in range(6000):
+            time.sleep(0.01)  # the second interrupts it, or one of them
 
     on_event(twice)
     with pytest.raises(KeyboardInterrupt) as interrupted:
@@ -612,6 +616,21 @@ def test_training_that_ends_early_says_how_far_alpha_rose(tmp_path: Path, monkey
     monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
     result = train(RECIPE.replace(patience=1, updates=12, alpha_schedule="linear"), tmp_path)
     assert result["notes"]["alpha"] == "rose to 1 of 2: training ended after 6 of 12 updates"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_a_run_all_of_whose_labels_are_ignored_is_refused(
+    alpha: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unlabeled(TinyTask):
+        def __init__(self, recipe: TinyRecipe) -> None:
+            super().__init__(recipe)
+            self.targets[: self.train_size()] = -100
+
+    monkeypatch.setattr(trainer, "load_task", Unlabeled)
+    with pytest.raises(TrainingError, match=r"^steps 1 to 2: all labels are ignored \(-100\), so nothing"):
+        trainer.train(RECIPE.replace(alpha=alpha), tmp_path)
+    assert RunFolder(tmp_path).result() is None
 
 
 # ------------------------------------------------------------------------------------------------------------ epochs

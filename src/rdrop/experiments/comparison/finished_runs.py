@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,15 +14,7 @@ from pydantic import ValidationError
 from rdrop.experiments import metrics
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RunRecord
-
-_RECIPE_TYPES = {
-    "name": str, "seed": int, "method": dict, "batch_size": (int, NoneType), "batch_tokens": (int, NoneType),
-}  # fmt: skip
-_RESULT_TYPES = {
-    "metric": str, "finished": str, "test": dict, "valid": dict, "cost": dict,
-    "machine": dict, "versions": dict,
-}  # fmt: skip
+from rdrop.experiments.run_folder import RECIPE, RunRecord, remedy, what_is_damaged
 
 
 @dataclass(frozen=True)
@@ -43,6 +35,12 @@ class FinishedRun:
     @property
     def seed(self) -> int:
         return int(self.recipe["seed"])
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What a reader should know beside the scores; empty where a version of before notes wrote the result."""
+        found = self.result.get("notes")
+        return found if isinstance(found, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -71,33 +69,16 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     if record.problem is not None or record.recipe is None or record.result is None:
         problem = record.problem or "recipe.json or result.json is missing."
         return UnusableRun(record.path, problem.removeprefix(f"{record.path}: "))
-    mismatch = (
-        _wrong_entry("recipe.json", record.recipe, _RECIPE_TYPES)
-        or _wrong_entry("result.json", record.result, _RESULT_TYPES)
-        or _no_batch(record.recipe)
-        or _other_recipe(record.recipe, record.result)
-        or _unknown_metric(record.result)
-    )
-    if mismatch:
-        return UnusableRun(record.path, mismatch)
+    problem = what_is_damaged(record.path, record.recipe, record.result) or _unknown_metric(record.result)
+    if problem is not None:
+        return UnusableRun(record.path, problem.removeprefix(f"{record.path}{os.sep}"))
     try:
         method = Method.model_validate(record.recipe["method"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(("method", *map(str, first["loc"])))
-        return UnusableRun(
-            record.path, f"recipe.json: {key}: {first['msg']}. The file is damaged; run the recipe again."
-        )
+        return UnusableRun(record.path, f"{RECIPE}: {key}: {first['msg']}. {remedy(record.path / RECIPE)}")
     return FinishedRun(record.path, record.recipe, record.result, record.metrics, method)
-
-
-def _wrong_entry(file: str, entries: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
-    for key, kind in types.items():
-        if key not in entries:
-            return f"{file}: {key!r} is missing. It is damaged, or of another version of rdrop; run the recipe again."
-        if not isinstance(entries[key], kind):
-            return f"{file}: {key!r} is not what it should be. The file is damaged; run the recipe again."
-    return None
 
 
 def _unknown_metric(result: Mapping[str, Any]) -> str | None:
@@ -108,15 +89,3 @@ def _unknown_metric(result: Mapping[str, Any]) -> str | None:
     except MetricError as error:
         return f"result.json: {error}"
     return None
-
-
-def _no_batch(recipe: Mapping[str, Any]) -> str | None:
-    if recipe["batch_size"] or recipe["batch_tokens"]:
-        return None
-    return "recipe.json: neither 'batch_size' nor 'batch_tokens' is above 0. The file is damaged; run the recipe again."
-
-
-def _other_recipe(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
-    if result.get("recipe") == recipe:
-        return None
-    return "result.json was made by another recipe than recipe.json. Move the folder away and run the recipe again."

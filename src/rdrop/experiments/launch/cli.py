@@ -14,7 +14,8 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,7 @@ from rdrop.experiments.launch.jobs import (
     train_supervised,
 )
 from rdrop.experiments.launch.plan import Command, Run, plan_arms
+from rdrop.experiments.launch.terminal import Terminal
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
@@ -94,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     current = [_OLD_SPELLING.sub("--unlabeled", argument) for argument in arguments]
     try:
-        return int(app(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
+        return int(_command()(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error.format_message(), status=2)
     except (RecipeError, ResultsError, DataError, TrackerError, RunLockedError) as error:
@@ -112,9 +114,14 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), status=1)
 
 
+@cache
+def _command() -> Callable[..., Any]:
+    return typer.main.get_command(app)
+
+
 def _fail(message: str, status: int) -> int:
     line = " ".join(message.split())
-    Console(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
+    Terminal(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
     return status
 
 
@@ -142,7 +149,7 @@ def list_recipes(
     """Show the recipes, with what is published and what the finished runs scored; or the keys of one recipe."""
     from rdrop.experiments.report.recipe_table import catalog
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(
         catalog(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
     )
@@ -317,7 +324,7 @@ def evaluate(
     """
     if recipe is not None:
         find_recipe(recipe)  # which imports the class that reads the recipes of its task
-    scored = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
+    scored, failures = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
     if as_json:
         found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -325,6 +332,8 @@ def evaluate(
         _show_scores(scored[0].result, ("test",))
     else:
         _show_comparisons(scored, runs, are_new_scores=True)
+    if failures:
+        raise FailedRunsError(failures)
 
 
 @app.command()
@@ -386,7 +395,7 @@ def bench(
     command = shlex.join(["rdrop", *sys.argv[1:]])
     try:
         conditions = Conditions(device, dtype, threads, rounds, clock, tuple(form or ()), not no_compile, command)
-        run(benchmarks or (), sizes, conditions, Console(highlight=False), output)
+        run(benchmarks or (), sizes, conditions, Terminal(highlight=False), output)
     except BenchError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -397,7 +406,7 @@ def _is_first_process() -> bool:
 
 
 def _progress_console() -> Console:
-    return Console(stderr=True, quiet=not _is_first_process())
+    return Terminal(stderr=True, quiet=not _is_first_process())
 
 
 def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:
@@ -463,8 +472,11 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
     return textwrap.fill("kernels     " + "; ".join(words), width=79, subsequent_indent=" " * 12)
 
 
-def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
-    """The finished runs below `runs`, with new scores of the test split in the place of the old."""
+def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Failure]]:
+    """The finished runs below `runs`, with new scores of the test split in the place of the old; those without weights.
+
+    Raises `FailedRunsError` if none has weights.
+    """
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.launch.jobs import quiet_transformers
     from rdrop.experiments.launch.progress import summary
@@ -475,19 +487,22 @@ def _rescored(runs: Path, settings: list[str]) -> list[RunRecord]:
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True, highlight=False)
     _show_unusable(unusable, console)
     quiet_transformers()
-    scored = []
+    scored, failures = [], []
     for number, run in enumerate(finished, start=1):
         label = _label_of(run.recipe)
         try:
             result = rescore(run, settings)
-        except CheckpointError as error:
-            raise FailedRunsError([Failure(label, run.path, str(error), 1)]) from error
+        except (CheckpointError, ResultsError) as error:
+            failures.append(Failure(label, run.path, str(error), 1 if isinstance(error, CheckpointError) else 2))
+            continue
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
-    return scored
+    if not scored:
+        raise FailedRunsError(failures)
+    return scored, failures
 
 
 def _label_of(recipe: Mapping[str, Any]) -> str:
@@ -498,7 +513,7 @@ def _show_result(run: Run) -> None:
     result = run.result()
     assert result is not None  # it has just been trained
     _show_scores(result, ("valid", "test"))
-    Console(highlight=False).print(f"{_scored_weights(result)} {run.folder}", soft_wrap=True)
+    Terminal(highlight=False).print(f"{_scored_weights(result)} {run.folder}", soft_wrap=True)
 
 
 def _scored_weights(result: Mapping[str, Any]) -> str:
@@ -520,7 +535,7 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
         style = NumberStyle.of(metric, [])
         # Some are of the test split alone.
         table.add_row(style.heading(metric), *(style.score(result[split].get(metric)) for split in splits))
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(Text(_label_of(result["recipe"]), "bold"))
     console.print(table)
     for name, note in result.get("notes", {}).items():
@@ -532,9 +547,9 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.looks import read_looks
-    from rdrop.experiments.comparison.terminal_table import terminal_table
+    from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
@@ -542,6 +557,8 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
             console.print(Text(remark))
         for hint in comparison.hints():
             console.print(Text(f"Hint: {hint}", "yellow"))
+        for note in terminal_notes(comparison):
+            console.print(Text(note))
         console.print()
     _show_unusable(split_usable(records)[1], console)
 
@@ -551,7 +568,7 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
     from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
     from rdrop.experiments.report.tuning import write_tuning
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(table_of_search(tuning))
     console.print(terminal_table(tuning.fresh))
     for sentence in tuning.sentences():
@@ -573,6 +590,6 @@ def _write_page(runs: Path) -> None:
     from rdrop.experiments.report.page import write_report
     from rdrop.experiments.report.published_page import write_results
 
-    console = Console(highlight=False)
-    console.print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)
-    console.print(f"Beside the published figures: {write_results(runs)}", soft_wrap=True)
+    console = Terminal(highlight=False)
+    console.print(Text(f"The page with curves, settings and cost: {write_report(runs)}"), soft_wrap=True)
+    console.print(Text(f"Beside the published figures: {write_results(runs)}"), soft_wrap=True)

@@ -34,7 +34,7 @@ from rich.console import Console
 from rdrop.experiments.launch.plan import Command, Run
 from rdrop.experiments.launch.progress import Display, show_progress, summary
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.run_folder import ResultsError
+from rdrop.experiments.run_folder import ResultsError, RunFolder
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.progress import Progress
@@ -224,6 +224,7 @@ class _Session:
         """Whether nothing is left to train: the run is finished, or it is known, and noted, that it cannot be."""
         try:
             if run.result() is not None:
+                RunFolder(run.folder).restore_recipe(run.recipe.saved())
                 return True
             known = run.failure()
         except ResultsError as error:
@@ -303,9 +304,9 @@ def train_run(run: Run, on_progress: Callable[[Progress], None], **options: Any)
         return trainer.train(run.recipe, run.folder, on_progress=on_progress, **options)
     except trainer.DivergedError as cause:
         raise FailedRunsError([Failure.of(run, str(cause), DIVERGED_STATUS)]) from cause
-    except (trainer.TrainingError, checkpoints.CheckpointError, LockLostError) as cause:
+    except (trainer.TrainingError, LockLostError) as cause:
         raise FailedRunsError([Failure.of(run, str(cause), 1)]) from cause
-    except ResultsError as cause:
+    except (checkpoints.CheckpointError, ResultsError) as cause:
         raise FailedRunsError([Failure.of(run, str(cause), 2)]) from cause
 
 

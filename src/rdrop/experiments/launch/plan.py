@@ -15,7 +15,7 @@ from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import ARMS, find_recipe
-from rdrop.experiments.run_folder import RunFolder, saved
+from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,14 @@ class Run:
         return cls(label, recipe, earlier if earlier.exists() else folder)
 
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json, or None while the run is not finished."""
-        return RunFolder(self.folder).result()
+        """The content of result.json, or None while the run is not finished. Raises `ResultsError` if it is damaged."""
+        result = read_result(RunFolder(self.folder))
+        differing = [] if result is None else saved.differing_keys(self.recipe.saved(), result["recipe"])
+        if differing:
+            file = self.folder / RESULT
+            what = f"it is the result of another recipe, which differs in {', '.join(differing)}"
+            raise ResultsError(f"{file}: {what}. {remedy(file)}")
+        return result
 
     def failure(self) -> str | None:
         """Why the run cannot go on, or None if nothing is known against it."""

@@ -115,18 +115,12 @@ def seeds(comparison: Comparison) -> Markup | None:
 
 def notes(comparison: Comparison) -> Markup | None:
     """Lists what a reader should know beside the scores; where runs differ, every value with the number of its runs."""
-    of_runs = [_notes_of(run) for arm in comparison.arms for run in arm.runs]
+    of_runs = [run.notes for arm in comparison.arms for run in arm.runs]
     facts = {
         key: _counts(Counter(shown(own[key]) if key in own else NOT_KNOWN for own in of_runs))
         for key in dict.fromkeys(key for own in of_runs for key in own)
     }
     return joined((element("p", "Notes on the scores:", class_="note"), _facts(facts, wide=True))) if facts else None
-
-
-def _notes_of(run: FinishedRun) -> Mapping[str, Any]:
-    """Empty where a version of before notes wrote the result."""
-    found = run.result.get("notes")
-    return found if isinstance(found, Mapping) else {}
 
 
 _WAITING = "data_wait_share"

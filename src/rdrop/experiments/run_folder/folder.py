@@ -4,7 +4,7 @@
       recipe.json      the complete recipe
       metrics.jsonl    one JSON object a line
       result.json      written last: its presence says the run is finished
-      failed.json      of a run that cannot go on, whatever is tried: at which step, and what
+      failed.json      of a run that cannot go on, whatever is tried: at which step, what, and with which examples
       lock.json        while a process trains the run: which
       checkpoints/     see `rdrop.experiments.training.checkpoints`
 
@@ -17,6 +17,7 @@ This module needs the standard library only, so that a report can be made where 
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ class RunFolder:
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         write_atomically(self.path / RECIPE, _to_json(recipe, indent=2))
 
+    def restore_recipe(self, recipe: dict[str, Any]) -> None:
+        """Writes the recipe of a run, if somebody deleted its file."""
+        if not (self.path / RECIPE).exists():
+            self.write_recipe(recipe)
+
     def recipe(self) -> dict[str, Any]:
         return saved.upgraded(_read_object(self.path / RECIPE))
 
@@ -109,15 +115,16 @@ class RunFolder:
         if result.get("format") != FORMAT:
             raise ResultsError(
                 f"{path}: format is {result.get('format')!r} and this version of rdrop reads {FORMAT}. "
-                "Read it with the version that wrote it, or run the recipe again."
+                f"Read it with the version that wrote it. {remedy(path)}"
             )
         if isinstance(result.get("recipe"), dict):
             result["recipe"] = saved.upgraded(result["recipe"])
         return result
 
-    def write_failure(self, step: int, what: str) -> None:
-        """Records that the run cannot go on: training it again would end at the same step."""
-        write_atomically(self.path / FAILURE, _to_json({"format": FORMAT, "step": step, "what": what}, indent=2))
+    def write_failure(self, step: int, what: str, batch: dict[str, Any] | None = None) -> None:
+        """Records that the run cannot go on: training it again would end at the same step, with the same `batch`."""
+        found = {"format": FORMAT, "step": step, "what": what, "batch": batch}
+        write_atomically(self.path / FAILURE, _to_json(found, indent=2))
 
     def clear_failure(self) -> None:
         (self.path / FAILURE).unlink(missing_ok=True)
@@ -207,10 +214,28 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def remedy(file: Path) -> str:
+    """Says how to get a whole file in the place of a damaged one; nothing is lost with it."""
+    command = f"rm {shlex.quote(str(file))}"
+    return (
+        "It is damaged, or of another version of rdrop: delete it, then train the run again, which goes on from its "
+        f"checkpoints: {command}"
+    )
+
+
 def _run_paths(root: Path) -> list[Path]:
-    names = (RECIPE, METRICS, RESULT)
-    found = {path.parent for name in names for path in root.rglob(name)}
-    return sorted(path for path in found if TUNING not in path.relative_to(root).parts)
+    """Every folder with a file of a run, links to folders followed, each folder once."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name != TUNING)
+        if not {RECIPE, METRICS, RESULT}.isdisjoint(files):
+            found.append(Path(folder))
+    return sorted(found)
 
 
 def _read_record(path: Path) -> RunRecord:
@@ -246,23 +271,25 @@ def _attempt(read: Any, problems: list[str]) -> Any:
 
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
-    row = _parse_object(line, where)
+    row = _parse_object(line, where, "It is damaged: delete that line.")
     if not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
-        raise ResultsError(f"{where}: a row needs a `kind` and a whole number as `step`. The file is damaged.")
+        raise ResultsError(
+            f"{where}: a row needs a `kind` and a whole number as `step`. It is damaged: delete that line."
+        )
     return row
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return _parse_object(path.read_bytes(), where=str(path))
+    return _parse_object(path.read_bytes(), str(path), remedy(path))
 
 
-def _parse_object(text: bytes, where: str) -> dict[str, Any]:
+def _parse_object(text: bytes, where: str, what_to_do: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{where}: not valid JSON ({error}). The file is damaged; run the recipe again.") from error
+        raise ResultsError(f"{where}: not valid JSON ({error}). {what_to_do}") from error
     if not isinstance(value, dict):
-        raise ResultsError(f"{where}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
+        raise ResultsError(f"{where}: expected a JSON object, got {type(value).__name__}. {what_to_do}")
     return {key: _restore_floats(entry) for key, entry in value.items()}
 
 

@@ -15,7 +15,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import load_recipe
-from rdrop.experiments.run_folder import RECIPE, ResultsError
+from rdrop.experiments.run_folder import RECIPE, ResultsError, what_is_damaged_in_result
 from rdrop.experiments.tasks.task import KnowsConstant, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
@@ -36,6 +36,9 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         CheckpointError: the weights are damaged, not there any more, or those of another model.
         ResultsError: the training data are not those of the run, or a score is not finite.
     """
+    problem = what_is_damaged_in_result(run.path, run.result, for_weights=True)
+    if problem is not None:
+        raise ResultsError(problem)
     recipe, test = scoring_recipe(load_recipe(run.path / RECIPE), settings)
     task = load_task(recipe, test)
     if run.result.get("data") not in (None, fingerprint(task)):

@@ -19,6 +19,7 @@ Three properties hold for every task, and tests hold them:
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +38,7 @@ from rdrop.experiments import metrics
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.run_folder import FORMAT, RunFolder, saved
+from rdrop.experiments.run_folder import FAILURE, FORMAT, RunFolder, read_result, saved
 from rdrop.experiments.run_folder.predictions import write_predictions
 from rdrop.experiments.tasks.task import (
     Batch,
@@ -73,9 +74,14 @@ class TrainingError(RuntimeError):
 class DivergedError(TrainingError):
     """A run in which a number is not finite. Its folder says so: trained again, it would end at the same step."""
 
-    def __init__(self, step: int, what: str, advice: str) -> None:
-        super().__init__(f"{what}. {advice}")
-        self.step = step
+    def __init__(self, step: int, what: str, advice: str, batch: dict[str, Any] | None = None) -> None:
+        seen = "" if batch is None else f" {_batch_in_words(batch)}"
+        super().__init__(f"{what}.{seen} {advice}")
+        self.step, self.batch = step, batch
+
+
+SHOWN_EXAMPLES = 8
+"""Of the batch in which a run diverged, in the message."""
 
 
 @dataclass
@@ -96,6 +102,8 @@ class RunState:
     """The fingerprint of the training data."""
     start: dict[str, str] = field(default_factory=dict)
     """A note on the run whose weights this one started from."""
+    processes: int | None = None
+    """That made the updates so far; None in checkpoints of before."""
     sums: dict[str, float] = field(default_factory=dict)
     """Of what the next `train` row averages, with the counts."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -156,7 +164,7 @@ def train(
         try:
             return _Training(recipe, run, still_ours, trackers, side_by_side).run()
         except DivergedError as error:
-            run.write_failure(error.step, str(error))
+            run.write_failure(error.step, str(error), error.batch)
             raise
 
 
@@ -195,7 +203,7 @@ class _Training:
             self.unlabeled_order = self.order_unlabeled()
             self.objective = Objective(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
-        self.state = RunState(data=fingerprint(self.task))
+        self.state = RunState(data=fingerprint(self.task), processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         if not (self.state.step or self.state.resumed):
@@ -209,6 +217,7 @@ class _Training:
         self.cost = CostMeter(self.accelerator.device, self.state.seconds)
         self.started_at, self.started_step = time.perf_counter(), self.state.step
         self.valid: dict[str, float] | None = None
+        self.labels_since_score: Tensor | int = 0
 
     def run(self) -> dict[str, Any]:
         with self.batches, self.stop:
@@ -262,7 +271,9 @@ class _Training:
         positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
         for part in microbatches:
             positions[int(part.is_labeled)] += count_positions(self.objective.labels(part.batch, step))
-        num_items = self.sum_over_processes(positions).clamp(min=1)
+        positions = self.sum_over_processes(positions)
+        self.labels_since_score = self.labels_since_score + positions[1]
+        num_items = positions.clamp(min=1)
         terms = torch.zeros(3, device=accelerator.device)
         for index, part in enumerate(microbatches):
             self.stop.poll()
@@ -316,7 +327,7 @@ class _Training:
                 return self.objective.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
-            raise DivergedError(step + 1, f"step {step + 1}: {error}", self.advice()) from error
+            raise DivergedError(step + 1, f"step {step + 1}: {error}", self.advice(), self.batch_at(step)) from error
 
     def logits(self, batch: Batch) -> Tensor:
         device = self.accelerator.device.type
@@ -328,7 +339,16 @@ class _Training:
         if wrong:
             self.append_row("train", self.state.step + 1, dict.fromkeys(TRAIN_KEYS) | measured)
             step = self.state.step + 1
-            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", self.advice())
+            batch = self.batch_at(step - 1)
+            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", self.advice(), batch)
+
+    def batch_at(self, step: int) -> dict[str, Any]:
+        """Which examples the update after `step` updates has: the epoch, and the indices of the training examples."""
+        epoch, indices = self.order.at(step)
+        batch: dict[str, Any] = {"epoch": epoch, "examples": indices.tolist()}
+        if self.unlabeled_order is not None and self.recipe.method.acts_at(step):
+            batch["unlabeled"] = self.unlabeled_order.at(step)[1].tolist()
+        return batch
 
     def advice(self) -> str:
         recipe = self.recipe
@@ -359,6 +379,7 @@ class _Training:
 
     def evaluate(self) -> None:
         """Scores the valid split, writes both rows of this step, and notes whether it is the best so far."""
+        self.require_labels()
         self.valid = self.score("valid")
         state, means = self.state, _means(self.state)
         self.append_row("train", state.step, dict.fromkeys(TRAIN_KEYS) | means)
@@ -400,6 +421,16 @@ class _Training:
     def valid_rows(self) -> list[dict[str, Any]]:
         """The scores of the valid split so far, in the process that writes them."""
         return [row for row in self.folder.metrics() if row["kind"] == "valid"] if is_first_process() else []
+
+    def require_labels(self) -> None:
+        """Refuses training data without a label that counts, once the updates up to a score have shown it."""
+        labels, self.labels_since_score = int(self.labels_since_score), 0
+        first = self.state.evaluated_step + 1
+        if not labels and first > self.started_step:  # else a process before this one made some of the updates
+            raise TrainingError(
+                f"steps {first} to {self.state.step}: all labels are ignored (-100), so nothing can be learned from "
+                "them. Look at the labels of the training data."
+            )
 
     def score(self, split: Literal["valid", "test"]) -> dict[str, float]:
         """The task's scores of the model as it is. Every process computes them all: they need no exchange."""
@@ -511,6 +542,13 @@ class _Training:
             self.state = self.resumed_state(_parse_state(checkpoint))
             self.state.resumed += 1
             self.saved_step = self.state.step
+        elif self.accelerator.is_main_process and (rows := self.folder.metrics()):
+            warnings.warn(
+                f"{self.checkpoint_folder} has no checkpoint, and there are rows up to step {rows[-1]['step']}: the "
+                f"run in {self.folder.path} starts again",
+                checkpoints.CheckpointWarning,
+                stacklevel=2,
+            )
         if self.accelerator.is_main_process:
             # If the score of this step is still to come, so are its rows.
             self.folder.truncate_metrics(self.state.step - self.must_evaluate())
@@ -522,7 +560,15 @@ class _Training:
                 f"the training data are not those with which {self.folder.path} began: other examples, vocabulary or "
                 "classes. Put them back, or delete that folder to start the run again."
             )
-        return replace(found, data=data)
+        own = self.accelerator.num_processes
+        if found.processes not in (own, None) and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{self.folder.path} was trained in {found.processes} process(es) up to step {found.step} and goes on "
+                f"in {own}: its dropout masks are others from here on, so it ends in other bits",
+                checkpoints.CheckpointWarning,
+                stacklevel=2,
+            )
+        return replace(found, data=data, processes=own)
 
     # ------------------------------------------------------------------------------------------ files and processes
 
@@ -562,10 +608,12 @@ def is_first_process() -> bool:
 
 
 def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
-    """Returns the result of a run that is finished already."""
-    result = run.result()
+    """Returns the result of a run that is finished already. Its recipe, if somebody deleted it, is written again."""
+    result = read_result(run)
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path)
+        if is_first_process():
+            run.restore_recipe(recipe.saved())
     return result
 
 
@@ -577,6 +625,13 @@ def _parse_state(checkpoint: checkpoints.Checkpoint) -> RunState:
             f"{checkpoint.path} was written by another version of rdrop ({error}). Resume it with that version, or "
             f"delete {checkpoint.path.parent} to start the run again."
         ) from error
+
+
+def _batch_in_words(batch: dict[str, Any]) -> str:
+    examples = batch["examples"]
+    shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
+    more = f", ... ({len(examples)}, all of them in {FAILURE})" if len(examples) > SHOWN_EXAMPLES else ""
+    return f"Its batch has the training examples {shown}{more}, counted from 0, of epoch {batch['epoch']}."
 
 
 def _means(state: RunState) -> dict[str, float]:
