@@ -34,15 +34,20 @@ WRONG_VALUES = {
 }
 
 
-ANY_TEXT = ("", "abc", '"1"', "[" * 2000)
-"""What is read as text, which may name a folder."""
+MEANT = {
+    "name": ("Cosine", "fp16"),
+    "init_from": ("", "abc", '"1"', "[" * 2000),  # what is read as text may name a folder
+    "evaluate_every": ("null",),  # once an epoch
+    "checkpoint_every": ("null",),
+}
+"""Of the values that are wrong for a type, those that a key takes."""
 
 
 def wrong_values() -> Iterator[tuple[str, str]]:
     for key in KEYS:
         kind = type(DIGITS_VIT.value(key))
         for value in WRONG_VALUES[kind]:
-            if (key != "name" or value not in {"Cosine", "fp16"}) and (key != "init_from" or value not in ANY_TEXT):
+            if value not in MEANT.get(key, ()):
                 yield key, f"{key}={value}"
 
 

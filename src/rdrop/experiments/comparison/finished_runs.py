@@ -69,9 +69,9 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     if record.problem is not None or record.recipe is None or record.result is None:
         problem = record.problem or "recipe.json or result.json is missing."
         return UnusableRun(record.path, problem.removeprefix(f"{record.path}: "))
-    problem = what_is_damaged(record.path, record.recipe, record.result) or _unknown_metric(record.result)
-    if problem is not None:
-        return UnusableRun(record.path, problem.removeprefix(f"{record.path}{os.sep}"))
+    damage = what_is_damaged(record.path, record.recipe, record.result) or _unknown_metric(record.result)
+    if damage is not None:
+        return UnusableRun(record.path, damage.removeprefix(f"{record.path}{os.sep}"))
     try:
         method = Method.model_validate(record.recipe["method"])
     except ValidationError as error:
