@@ -24,20 +24,22 @@ ON_LABELS: dict[str, Any] = {"data.unlabeled": None, "views": "same"}
 
 def settings() -> Iterator[dict[str, Any]]:
     """Yields what is changed of the recipe: plain training, R-Drop on the labels, and with unlabeled images."""
-    for alpha in (4.0, 1.0, 10.0):
+    for alpha in (1.0, 4.0, 10.0):
         yield {"alpha": alpha, "model.dropout": 0.1}
     for alpha in (4.0, 10.0):
         yield {"alpha": alpha, "model.dropout": 0.0}
-    yield {"alpha": 4.0, "model.dropout": 0.3}
     for dropout in (0.1, 0.3, 0.5):
         yield PLAIN | {"model.dropout": dropout}
-        yield PLAIN | {"model.dropout": dropout, "updates": 4000, "warmup_updates": 400}
         yield PLAIN | {"model.dropout": dropout, "batch_size": 40}
         yield ON_LABELS | {"alpha": 4.0, "model.dropout": dropout}
-    yield PLAIN | {"model.dropout": 0.1, "updates": 2000, "warmup_updates": 200}
-    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.1}
+    yield ON_LABELS | {"alpha": 10.0, "model.dropout": 0.3}
     yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.3}
-    yield {"alpha": 4.0, "views": "same", "model.dropout": 0.1}
+    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.1}
+    for dropout in (0.1, 0.3, 0.5):
+        yield PLAIN | {"model.dropout": dropout, "updates": 4000, "warmup_updates": 400}
+    for dropout in (0.1, 0.3):
+        yield PLAIN | {"model.dropout": dropout, "updates": 2000, "warmup_updates": 200}
+    yield {"alpha": 4.0, "model.dropout": 0.3}
 
 
 def main(record: Path) -> None:

@@ -4,8 +4,10 @@
     python benchmarks/experiments.py pages
 
 `add` puts the result of every finished run below RUNS into benchmarks/results/experiments.jsonl, one a line, with the
-command that made it; a run of the same recipe that is there already is replaced. `pages` writes each part of a page
-between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again; a test holds that it is what the records give.
+command that made it; a run of the same recipe that is there already is replaced. Which arms belong together, where the
+runs alone do not say it, and their churn go into benchmarks/results/arms.jsonl, one comparison a line. `pages` writes
+each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again; a test holds that it is what
+the records give.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
-from rdrop.experiments.comparison.wording import p_value, ratio, wins_ties_losses
+from rdrop.experiments.comparison.designs import Design, read_designs
+from rdrop.experiments.comparison.wording import CHURN_STYLE, p_value, ratio, wins_ties_losses
 from rdrop.experiments.run_folder import RunRecord, find_runs, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks/results/experiments.jsonl"
+ARMS = ROOT / "benchmarks/results/arms.jsonl"
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 PART = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results: \2 -->)", re.DOTALL)
 
@@ -42,6 +47,25 @@ def add(runs: Path, command: str) -> None:
         records.values(), key=lambda r: (r["recipe"]["name"], r["recipe"]["seed"], r["recipe"]["method"]["alpha"])
     )
     RECORDS.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+    add_arms(runs)
+
+
+def read_arms() -> dict[str, dict[str, Any]]:
+    """By the name of the recipe: the arms of a designed comparison, its subject, and the churn of each arm."""
+    lines = ARMS.read_text(encoding="utf-8").splitlines() if ARMS.exists() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def add_arms(runs: Path) -> None:
+    """The designed comparisons below `runs`, in place of those of the same recipe."""
+    found, designs = read_arms(), {design.subject: design for design in read_designs(runs)}
+    for comparison in comparisons(find_runs(runs), designs=designs.values()):
+        if comparison.subject_label is not None:
+            design = designs[comparison.subject_label]
+            line = {"name": comparison.name, "arms": dict(design.arms), "subject": design.subject}
+            found[comparison.name] = line | {"churn": comparison.churn()}
+    ordered = sorted(found.values(), key=lambda line: line["name"])
+    ARMS.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered), encoding="utf-8")
 
 
 def _place(recipe: dict[str, Any]) -> tuple[object, ...]:
@@ -51,7 +75,8 @@ def _place(recipe: dict[str, Any]) -> tuple[object, ...]:
 def recorded_comparisons() -> dict[str, Comparison]:
     """By the name of the recipe, of which the records have one comparison each."""
     runs = [RunRecord(Path(record["digest"]), record["recipe"], record, []) for record in read()]
-    return {comparison.name: comparison for comparison in comparisons(runs)}
+    designs = [Design(line["arms"], line["subject"]) for line in read_arms().values()]
+    return {comparison.name: comparison for comparison in comparisons(runs, designs=designs)}
 
 
 def rewritten(page: str, found: dict[str, Comparison]) -> str:
@@ -62,7 +87,32 @@ def rewritten(page: str, found: dict[str, Comparison]) -> str:
 def result(comparison: Comparison) -> str:
     """The table, what it shows in words, and where it is from."""
     said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks()])
-    return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
+    rows = table(comparison) if comparison.subject is None else table_around(comparison, comparison.subject)
+    return f"{rows}\n\n{said}\n\n{origin(comparison)}"
+
+
+def table_around(comparison: Comparison, subject: Arm) -> str:
+    """A row an arm, with every metric on test, and what the subject's score is above or below it."""
+    sections = [section for section in comparison.sections if section.split == "test"]
+    against = {contest.reference.label: contest for contest in comparison.contests}
+    churn = read_arms().get(comparison.name, {}).get("churn", {})
+    metric = sections[0].style.heading(comparison.metric)
+    columns = [*(section.style.heading(section.metric) for section in sections), *(["churn %"] if churn else [])]
+    columns += [f"the last arm's {metric} minus this (95 %)", "p", "time"]
+    rows = [f"| test | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for place, arm in enumerate(comparison.arms):
+        cells = [section.style.spread(section.rows[place].mean, section.rows[place].sd) for section in sections]
+        cells += [CHURN_STYLE.score(churn.get(arm.label))] if churn else []
+        if arm is subject:
+            cells += ["", ""]
+        else:
+            contest, style = against[arm.label], sections[0].style
+            interval = style.interval(contest.difference.interval)
+            cells += [f"{style.difference(contest.difference.mean)} ({interval})", p_value(contest.p_value)]
+        cells.append(ratio(comparison.cost_ratio(arm, "train_seconds")))
+        name = f"**{arm.marked_label}**" if arm is subject else arm.marked_label
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def table(comparison: Comparison) -> str:
@@ -92,8 +142,9 @@ def origin(comparison: Comparison) -> str:
     versions = " and ".join(dict.fromkeys(f"torch {found['versions']['torch']}" for found in results))
     dates = sorted({found["finished"][:10] for found in results})
     seeds = ", ".join(map(str, comparison.seeds))
+    time = "time per update" if comparison.subject is None else "time of the whole training"
     return (
-        f"Seeds {seeds}; mean ± standard deviation, time per update against the baseline's. {commands}; {machines}; "
+        f"Seeds {seeds}; mean ± standard deviation, {time} against the baseline's. {commands}; {machines}; "
         f"{versions}; {' and '.join(dates)}."
     )
 

@@ -1,6 +1,7 @@
 """Arms that differ in more than method and batch: how they are asked for, named, remembered and compared."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -263,6 +264,11 @@ def test_compare_trains_the_arms_that_are_asked_for_and_reports_them(
     page = (tmp_path / "report.html").read_text()
     assert all(label in page for label in (*LABELS, SUBJECT))
     assert write_report(tmp_path).read_text() == page
+    [overview] = re.findall(r'<div class="overview">.*?</figure>', page, re.DOTALL)
+    assert page.index("verdict first") < page.index(overview) < page.index("<table")
+    for label in (*LABELS, SUBJECT):
+        assert re.search(rf"{re.escape(label)}: 8[03]\.\d.*? time ×", overview), label
+        assert f">{label}</text>" in overview
 
 
 def test_an_arm_of_other_data_is_one_line_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

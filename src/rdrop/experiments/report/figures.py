@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rdrop.experiments.comparison.comparison import Comparison
-from rdrop.experiments.comparison.wording import NumberStyle, counted, words
+from rdrop.experiments.comparison.wording import NumberStyle, counted, ratio, words
 from rdrop.experiments.report.html import Markup, element, joined
 from rdrop.experiments.report.plots import (
     ArmStyle,
@@ -16,6 +16,7 @@ from rdrop.experiments.report.plots import (
     curve_of,
     draw_curves,
     draw_differences,
+    draw_scores,
 )
 
 
@@ -36,6 +37,26 @@ def figures(comparison: Comparison, name: str) -> Markup:
         *(_curves(comparison, plot, name) for plot in _plots(comparison)),
     ]
     return joined((_legend(comparison), element("div", *drawn, class_="figures")))
+
+
+def overview(comparison: Comparison, name: str) -> Markup | None:
+    """The scores of all arms beside what each costs, where the comparison was designed around one of them."""
+    if comparison.subject is None:
+        return None
+    section = comparison.sections[0]
+    said = [
+        f"{row.arm.label}: {section.style.spread(row.mean, row.sd)}, "
+        f"time {ratio(comparison.cost_ratio(row.arm, 'train_seconds'))}."
+        for row in section.rows
+    ]
+    drawn = _figure(
+        draw_scores(comparison, section.style, f"{name}-scores"),
+        f"Test {section.style.heading(comparison.metric)} and time of training, by arm.",
+        "Small: each seed; large: the mean, which stands at the right. Dashed: the mean of the baseline. Time is that "
+        "of the whole training, against the baseline's.",
+        " ".join(said),
+    )
+    return None if drawn is None else element("div", drawn, class_="overview")
 
 
 def _plots(comparison: Comparison) -> list[_Plot]:

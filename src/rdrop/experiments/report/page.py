@@ -120,6 +120,7 @@ def section(comparison: Comparison, setting: dict[str, object], name: str, root:
         "section",
         element("h2", titled(comparison.name, setting), id=f"{name}-title"),
         element("p", first, class_="verdict first"),
+        report_figures.overview(comparison, name),
         *(element("p", sentence, class_="verdict") for sentence in others),
         _list(comparison.remarks(), "remarks"),
         _list(comparison.hints(), "hints"),

@@ -22,7 +22,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.finished_runs import is_finite_number
 from rdrop.experiments.comparison.paired import PairedDifference
-from rdrop.experiments.comparison.wording import NumberStyle, words
+from rdrop.experiments.comparison.wording import NumberStyle, ratio, words
 from rdrop.experiments.report.html import Markup
 
 # Drawn in a color that stands for a CSS variable, which replaces it in the finished SVG.
@@ -144,6 +144,53 @@ def draw_curves(comparison: Comparison, curve: Curve, style: NumberStyle, name: 
         return finished_svg(figure, name)
 
 
+def draw_scores(comparison: Comparison, style: NumberStyle, name: str) -> Markup | None:
+    """A row an arm: its test score on every seed and their mean, and in words the mean and the time of training.
+
+    None where no arm has a score.
+    """
+    rows = [
+        (arm, arm_style, [style.factor * value for value in arm.scores(comparison.metric, "test").values()])
+        for arm, arm_style in _with_styles(comparison)
+    ]
+    everything = [value for _, _, values in rows for value in values]
+    if not everything:
+        return None
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
+        figure, axes = _figure("", height=0.9 + 0.5 * len(rows))
+        low, high = min(everything), max(everything)
+        room = (high - low) or 1.0
+        axes.set_xlim(low - 0.04 * room, high + 0.4 * room)
+        axes.set_ylim(-len(rows) + 0.55, 0.95)
+        for place, (arm, arm_style, values) in enumerate(rows):
+            color, at = arm_style.stand_in, -float(place)
+            _write(axes, 0, at + 0.28, arm.label)
+            axes.plot(values, [at] * len(values), arm_style.marker, color=color, markersize=4, alpha=0.35)
+            if values:
+                mean = sum(values) / len(values)
+                axes.plot([mean], [at], arm_style.marker, color=color, markersize=9)
+                _write(axes, 0.84, at - 0.1, style.score(mean / style.factor), ha="right")
+                _write(axes, 1, at - 0.1, ratio(comparison.cost_ratio(arm, "train_seconds")), ha="right")
+        _write(axes, 0.84, 0.6, "mean", ha="right")
+        _write(axes, 1, 0.6, "time", ha="right")
+        if comparison.baseline is not None and rows[0][2]:
+            plain = sum(rows[0][2]) / len(rows[0][2])
+            line: dict[str, Any] = {
+                "color": _BASELINE.stand_in,
+                "linewidth": 1.2,
+                "linestyle": _BASELINE.linestyle,
+                "zorder": 0,
+            }
+            for place in range(len(rows)):
+                axes.plot([plain, plain], [-place - 0.25, -place + 0.18], **line)
+        axes.grid(visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(f"test {style.heading(comparison.metric)}", x=0, ha="left")
+        return finished_svg(figure, name)
+
+
 def draw_differences(comparison: Comparison, style: NumberStyle, name: str) -> Markup | None:
     """The difference from the baseline on each seed, and on the right its mean with the 95 % interval; None where no
     arm shares a seed with the baseline.
@@ -180,6 +227,11 @@ def draw_differences(comparison: Comparison, style: NumberStyle, name: str) -> M
         return finished_svg(figure, name)
 
 
+def _write(axes: Axes, x: float, y: float, text: str, ha: str = "left") -> None:
+    """Writes at `x`, a share of the width, and `y`, a place on the axis; it takes no room from what is drawn."""
+    axes.text(x, y, text, ha=ha, fontsize=9, transform=axes.get_yaxis_transform()).set_in_layout(False)
+
+
 def _draw_seeds(axes: Axes, at: list[float], difference: PairedDifference, arm_style: ArmStyle, factor: float) -> None:
     heights = [factor * value for value in difference.per_seed]
     axes.vlines(at, 0, heights, color=arm_style.stand_in, linewidth=1.0, alpha=0.5)
@@ -205,8 +257,8 @@ def _places(count: int) -> Sequence[float]:
     return [0.0] if count == 1 else [float(place) for place in np.linspace(-1, 1, count)]
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+def _figure(title: str, height: float = _HEIGHT_INCHES) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)
