@@ -43,7 +43,7 @@ def settings() -> Iterator[dict[str, Any]]:
 
 
 def main(record: Path) -> None:
-    recipe: Recipe = find_recipe("digits")
+    recipe: Recipe = find_recipe("digits").replace(updates=1000, warmup_updates=100, checkpoint_every=1000)
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     known = [line["changes"] for line in done]
     for changes in settings():

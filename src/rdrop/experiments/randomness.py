@@ -16,7 +16,10 @@ def seed_all(*key: int | str) -> None:
     seed = derived_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same for the CPU; for the devices that are not there it would note who called, a millisecond each time
+        torch.default_generator.manual_seed(seed)
 
 
 def derived_seed(*key: int | str) -> int:

@@ -13,6 +13,7 @@ from tests.experiments.run_folders import result_of, write_run, write_three_arms
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.contest import Outcome
 from rdrop.experiments.comparison.designs import FILE, Design, arm_digest, read_designs, record_designs
+from rdrop.experiments.comparison.wording import TIMES
 from rdrop.experiments.launch import cli, plan
 from rdrop.experiments.launch.plan import plan_arms
 from rdrop.experiments.recipe import Recipe
@@ -267,7 +268,7 @@ def test_compare_trains_the_arms_that_are_asked_for_and_reports_them(
     [overview] = re.findall(r'<div class="overview">.*?</figure>', page, re.DOTALL)
     assert page.index("verdict first") < page.index(overview) < page.index("<table")
     for label in (*LABELS, SUBJECT):
-        assert re.search(rf"{re.escape(label)}: 8[03]\.\d.*? time ×", overview), label
+        assert re.search(rf"{re.escape(label)}: 8[03]\.\d.*? time {TIMES}", overview), label
         assert f">{label}</text>" in overview
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from tests.experiments.signals import send
 from tests.experiments.tiny_runs import final_state
 
@@ -14,7 +15,8 @@ from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT, OF_THE_TRANSFORMER, DigitsRecipe
-from rdrop.experiments.tasks.digits.task import Digits, stratified_draw
+from rdrop.experiments.tasks.digits.task import Digits, read_digits
+from rdrop.experiments.tasks.splits import stratified_draw
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.checkpoints import load
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
@@ -214,6 +216,13 @@ def test_how_an_image_moves_depends_on_seed_epoch_and_index_alone() -> None:
     assert not torch.equal(task.train_batch([3, 5, 8], 2)["pixel_values"], together)
 
 
+def test_the_images_and_classes_are_scikit_learns() -> None:
+    images, classes = read_digits()
+    expected = load_digits()
+    assert np.array_equal(images, expected.images)
+    assert np.array_equal(classes, expected.target)
+
+
 @pytest.mark.parametrize("size", [1, 10, 37, 400])
 def test_labels_are_drawn_evenly_over_the_classes(size: int) -> None:
     labels = np.arange(1000) % 10
@@ -221,6 +230,16 @@ def test_labels_are_drawn_evenly_over_the_classes(size: int) -> None:
     counts = np.bincount(labels[drawn], minlength=10)
     assert len(set(drawn.tolist())) == size
     assert max(counts) - min(counts) <= 1
+
+
+def test_the_draw_is_that_of_earlier_versions() -> None:
+    """Each in the order of a permutation, those that are the first of their class before those that are the second."""
+    labels = np.random.default_rng(3).integers(0, 7, 300)
+    shuffled = np.random.default_rng(5).permutation(np.arange(250))
+    classes = labels[shuffled]
+    ranks = np.array([np.count_nonzero(classes[:place] == label) for place, label in enumerate(classes)])
+    expected = shuffled[np.argsort(ranks, kind="stable")[:60]]
+    assert stratified_draw(np.arange(250), labels, 60, seed=5).tolist() == expected.tolist()
 
 
 def test_a_class_that_is_rare_gives_all_it_has() -> None:

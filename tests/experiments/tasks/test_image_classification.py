@@ -644,6 +644,72 @@ def test_an_image_is_the_same_in_whichever_batch_it_stands_and_new_in_each_epoch
         assert not torch.equal(other["pixel_values"], batch["pixel_values"])
 
 
+FEW = SMALL.replace(
+    **{"data.crop": "padded", "data.valid_size": 5, "data.test_size": 5, "data.labels": 6, "data.unlabeled": "all"},
+    **{"data.unlabeled_batch": 4},
+)
+
+
+def noise_npz(path: Path, size: int = 30, **members: Any) -> str:
+    noise = np.random.default_rng(0).integers(256, size=(size, 12, 9, 3), dtype=np.uint8)
+    return str(write_npz(path, size, images=noise, **members))
+
+
+def test_few_labels_are_drawn_by_the_seed_and_all_images_are_there_without_a_label(tmp_path: Path) -> None:
+    path = noise_npz(tmp_path / "noise.npz")
+    task = ImageClassification(FEW.replace(**{"data.train": path}))
+    other = ImageClassification(FEW.replace(seed=1, **{"data.train": path}))
+    whole = ImageClassification(FEW.replace(**{"data.train": path, "data.labels": None, "data.unlabeled": None}))
+    assert (task.train_size(), task.unlabeled_size()) == (6, 20)
+    assert (whole.train_size(), whole.unlabeled_size()) == (20, 0)
+    pool = set(whole.splits["train"].rows.tolist())
+    assert set(task.splits["train"].rows.tolist()) < pool
+    assert set(task.splits["train"].rows.tolist()) != set(other.splits["train"].rows.tolist())
+    assert task.splits["test"].rows.tolist() == other.splits["test"].rows.tolist()
+    assert len(set(np.bincount(task.train_batch(list(range(6)), 0)["labels"]).tolist())) == 1
+    batch = task.unlabeled_batch([3, 8], 1)
+    assert not batch["labels"].any()
+    assert torch.equal(task.unlabeled_batch([8], 1)["pixel_values"][0], batch["pixel_values"][1])
+    assert not torch.equal(task.unlabeled_batch([3, 8], 1, 1)["pixel_values"], batch["pixel_values"])
+    with pytest.raises(DataError, match=r"has 20 examples to train on, and data\.labels=21"):
+        ImageClassification(FEW.replace(**{"data.train": path, "data.labels": 21}))
+
+
+def test_unlabeled_images_of_ones_own_are_a_folder_class_folders_or_an_npz_and_need_no_labels(tmp_path: Path) -> None:
+    given = {"data.train": noise_npz(tmp_path / "noise.npz")}
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number in range(3):
+        write_image(flat / f"{number}.png")
+    np.savez(tmp_path / "more.npz", images=np.full((7, 4, 4), 9, dtype=np.uint8))
+    write_classes(tmp_path / "classes", {"x": 2, "y": 3, "z": 1})
+    for place, size in (("flat", 3), ("more.npz", 7), ("classes", 6), ("noise.npz", 30)):
+        task = ImageClassification(FEW.replace(**given, **{"data.unlabeled": str(tmp_path / place)}))
+        assert task.unlabeled_size() == size
+        assert task.unlabeled_batch([0, size - 1], 0)["pixel_values"].shape == (2, 3, 8, 8)
+    assert task.notes["test images that are unlabeled examples too"] == "5 of 5, byte for byte"
+    (flat / "sub").mkdir()
+    for place, said in (("flat", "has images and folders"), ("none", "there is no such file or folder")):
+        with pytest.raises(DataError, match=said):
+            ImageClassification(FEW.replace(**given, **{"data.unlabeled": str(tmp_path / place)}))
+
+
+def test_r_drop_learns_from_unlabeled_images_and_plain_training_does_not_see_them(tmp_path: Path) -> None:
+    short = {"updates": 4, "warmup_updates": 0, "evaluate_every": 2, "checkpoint_every": 4, "batch_size": 3}
+    recipe = FEW.replace(views="each", **short, **{"data.train": noise_npz(tmp_path / "noise.npz")})
+    train(recipe, tmp_path / "r-drop")
+    alone = recipe.replace(**{"data.unlabeled": None})
+    train(alone, tmp_path / "labels")
+    assert RunFolder(tmp_path / "r-drop").metrics()[0] != RunFolder(tmp_path / "labels").metrics()[0]
+    losses = []
+    for own in (recipe, alone):
+        plain = own.replace(method=own.method.plain())
+        folder = tmp_path / plain.digest()
+        train(plain, folder)
+        losses.append([row["loss"] for row in RunFolder(folder).metrics()])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("crop", ["padded", "resized"])
 def test_each_view_is_another_augmentation_and_the_first_is_as_always(cifar: Path, crop: str) -> None:
     task = ImageClassification(CIFAR_10_4K.replace(**{"data.folder": str(cifar), "data.crop": crop}))

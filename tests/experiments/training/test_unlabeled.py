@@ -199,6 +199,21 @@ def test_a_file_that_is_not_as_it_should_be_is_refused(tmp_path: Path, lines: li
         load_task(semi_supervised(tmp_path, lines))
 
 
+def test_few_labels_of_a_file_and_all_its_texts_without_them(tmp_path: Path) -> None:
+    given = {"data.labels": 6, "data.unlabeled": "all", "batch_size": 4}
+    task, other = (load_task(semi_supervised(tmp_path, ["text"], **given).replace(seed=seed)) for seed in (0, 1))
+    whole = load_task(semi_supervised(tmp_path, ["text"], **{"data.unlabeled": None}))
+    assert (task.train_size(), task.unlabeled_size()) == (6, whole.train_size())  # type: ignore[attr-defined]
+    labels = task.train_batch(list(range(6)), 0)["labels"]
+    assert labels.bincount().tolist() == [3, 3]
+    assert not task.unlabeled_batch([0, 5], 0)["labels"].any()  # type: ignore[attr-defined]
+    assert len(task._tests) == len(other._tests)  # type: ignore[attr-defined]
+    rows = [task.train_batch(list(range(6)), 0)["input_ids"], other.train_batch(list(range(6)), 0)["input_ids"]]
+    assert rows[0].shape != rows[1].shape or not torch.equal(*rows)
+    with pytest.raises(DataError, match=r"has 32 examples to train on, and data\.labels=33"):
+        load_task(semi_supervised(tmp_path, ["text"], **given | {"data.labels": 33}))
+
+
 def test_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

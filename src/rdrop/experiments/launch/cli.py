@@ -71,7 +71,7 @@ TrainFile = Annotated[str | None, typer.Option("--train", metavar="FILE", help="
 ValidFile = Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Chooses the checkpoint: data.valid.")]
 TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Scores it, once: data.test.")]
 UnlabeledFile = Annotated[
-    str | None, typer.Option("--unlabeled", metavar="FILE", help="Texts without labels: data.unlabeled.")
+    str | None, typer.Option("--unlabeled", metavar="FILE", help="Examples without labels: data.unlabeled.")
 ]
 ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A hub id or a folder: model.name.")]
 Trackers = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +127,34 @@ def with_every_class(drawn: Mapping[str, Rows], labels: NDArray[np.int64], seed:
     split_of = _stratified(labels, [*sizes.values()], seed)
     _exchange(split_of, labels, enough)
     return {name: np.flatnonzero(split_of == number) for number, name in enumerate(sizes)}
+
+
+def stratified_draw(pool: Rows, labels: NDArray[np.int64], size: int, seed: int) -> Rows:
+    """Draws `size` members of `pool` at random by `seed`, the same number of each class to within one.
+
+    `labels` are the classes of all rows, of which the pool names some. A class that is rarer gives all it has.
+    """
+    shuffled = np.random.default_rng(seed).permutation(pool)
+    classes = labels[shuffled]
+    by_class = np.argsort(classes, kind="stable")
+    counts = np.bincount(classes)
+    rank_in_class = np.empty(len(pool), dtype=np.int64)
+    rank_in_class[by_class] = np.arange(len(pool)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return shuffled[np.argsort(rank_in_class, kind="stable")[:size]]
+
+
+def few_labels(pool: Rows, labels: NDArray[Any], size: int | None, seed: int, where: str) -> Rows:
+    """Returns the rows of `data.labels` examples of the pool, sorted: drawn by class, or of numbers at random.
+
+    All of them where that is null. Raises `DataError` where there are not as many.
+    """
+    if size is None:
+        return pool
+    if size > len(pool):
+        raise DataError(f"{where}: has {len(pool)} examples to train on, and data.labels={size}; lower it, or set null")
+    if labels.dtype.kind == "f":
+        return np.sort(np.random.default_rng(seed).permutation(pool)[:size])
+    return np.sort(stratified_draw(pool, labels, size, seed))
 
 
 def _stratified(labels: NDArray[np.int64], sizes: list[int], seed: int) -> NDArray[np.int64]:

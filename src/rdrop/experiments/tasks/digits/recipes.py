@@ -141,12 +141,12 @@ DIGITS_VIT = DigitsRecipe(
 # Chosen likewise: benchmarks/digits_search.py.
 DIGITS = DIGITS_VIT.replace(
     name="digits",
-    method=Method(alpha=4.0, alpha_schedule="quadratic", views="each"),
-    updates=1000,
+    method=Method(alpha=10.0, alpha_schedule="quadratic", views="each"),  # 4 scored the same on valid, 1 less
+    updates=600,  # the search had 1,000: the demonstration is to end in minutes
     batch_size=20,  # half of the labels
     learning_rate=2e-3,
-    warmup_updates=100,  # a tenth of the updates
-    checkpoint_every=1000,  # seconds: nothing is lost
+    warmup_updates=60,  # a tenth of the updates
+    checkpoint_every=600,  # seconds: nothing is lost
     **{
         "data.train_labels": 40,  # four of each digit
         "data.valid_size": 200,
@@ -163,8 +163,8 @@ DIGITS_100 = DIGITS.replace(name="digits-100", **{"data.train_labels": 100})
 _ARMS = (
     "alpha=0 model.dropout=0.3",  # the baseline, with the dropout rate that is best for it
     "alpha=0 model.dropout=0.3 batch_size=2x",
-    "alpha=0 model.dropout=0.3 updates=4x warmup_updates=4x",  # as long as R-Drop takes
-    "views=same data.unlabeled=null model.dropout=0.3",  # R-Drop on the labels
+    "alpha=0 model.dropout=0.3 updates=3x warmup_updates=3x",  # as long as R-Drop takes
+    "alpha=4 views=same data.unlabeled=null model.dropout=0.3",  # R-Drop on the labels
     "model.dropout=0",  # consistency of the views alone
 )
 ARMS = {"digits": _ARMS, "digits-100": _ARMS}

@@ -1,15 +1,15 @@
 """Handwritten digits (scikit-learn's 8 x 8 images) from few labels, by a small network."""
 
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
 
 from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.randomness import derived_seed
@@ -22,6 +22,7 @@ from rdrop.experiments.tasks.class_scores import (
     prediction_spread,
     top_class_confidence,
 )
+from rdrop.experiments.tasks.splits import stratified_draw
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -48,20 +49,20 @@ class Digits:
         self.predictions: Predictions | None = None
         self.signs: dict[str, float] = {}
         self._model = recipe.model
-        digits = load_digits()
-        self._images = torch.tensor(digits.images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
-        self._labels = torch.tensor(digits.target)
+        images, target = read_digits()
+        self._images = torch.tensor(images / BRIGHTEST * 2 - 1, dtype=torch.float32)[:, None]  # (N, 1, 8, 8)
+        self._labels = torch.tensor(target)
 
         data = recipe.data
         self._shift, self._seed = data.shift, recipe.seed
         order = np.random.default_rng(data.split_seed).permutation(len(self._labels))
         valid, test, pool = np.split(order, [data.valid_size, data.valid_size + data.test_size])
-        train = stratified_draw(pool, digits.target, data.train_labels, recipe.seed)
+        train = stratified_draw(pool, target, data.train_labels, recipe.seed)
         self.augments = data.shift > 0
         self.unlabeled_per_update = data.unlabeled_batch
         self._unlabeled = torch.tensor(pool if data.unlabeled == "all" else pool[:0])
         self.splits = {name: torch.tensor(rows) for name, rows in (("train", train), ("valid", valid), ("test", test))}
-        labels = {name: digits.target[rows] for name, rows in self.splits.items()}
+        labels = {name: target[rows] for name, rows in self.splits.items()}
         self.notes: dict[str, str] = notes_on_classes(CLASSES, labels)
 
     def build_model(self) -> nn.Module:
@@ -159,8 +160,23 @@ class MultilayerPerceptron(nn.Module):
         return logits
 
 
+def read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Returns what scikit-learn's `load_digits` does: images `(1797, 8, 8)` of 0 to 16, and their classes.
+
+    Its file is read as it is: to import scikit-learn takes as long as half of a short run.
+    """
+    package = find_spec("sklearn")
+    assert package is not None  # the extra "experiments" has it
+    assert package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0], "datasets/data/digits.csv.gz")
+    rows = np.loadtxt(path, delimiter=",")
+    return rows[:, :-1].reshape(-1, IMAGE_SIZE, IMAGE_SIZE), rows[:, -1].astype(np.int64)
+
+
 def vision_transformer(model: "DigitsModel") -> nn.Module:
     """Returns a new Vision Transformer of this size."""
+    from transformers import ViTConfig, ViTForImageClassification  # seconds, which the mlp need not wait for
+
     options: dict[str, Any] = {
         "patch_size": model.patch_size,
         "num_hidden_layers": model.layers,
@@ -173,11 +189,3 @@ def vision_transformer(model: "DigitsModel") -> nn.Module:
         "num_labels": len(CLASSES),
     }
     return ViTForImageClassification(ViTConfig(image_size=IMAGE_SIZE, num_channels=1, **options))
-
-
-def stratified_draw(pool: NDArray[np.int64], labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Draws `size` members of `pool` at random by `seed`, the same number of each class to within one."""
-    shuffled = np.random.default_rng(seed).permutation(pool)
-    classes = labels[shuffled]
-    rank_in_class = np.array([np.count_nonzero(classes[:place] == label) for place, label in enumerate(classes)])
-    return shuffled[np.argsort(rank_in_class, kind="stable")[:size]]

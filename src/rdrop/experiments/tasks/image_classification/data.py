@@ -20,6 +20,7 @@ from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.images import ImageSet, entries_of, read_hub, read_images
 from rdrop.experiments.tasks.image_classification.labels import require_classes_in_use
 from rdrop.experiments.tasks.image_classification.repeats import MOST_BYTES, MOST_IMAGES, are_the_same, count_repeated
+from rdrop.experiments.tasks.image_classification.sources import Source
 from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import WHERE_REPEATED, with_every_class
 
@@ -36,6 +37,12 @@ class Split(NamedTuple):
     images: ImageSet
     rows: NDArray[np.int64]
     """Those of the images that are in this split."""
+
+
+class Unlabeled(NamedTuple):
+    source: Source
+    rows: NDArray[np.int64]
+    """Those of the images that are learned from without a label."""
 
 
 def load_splits(data: ImageData, test: str | None = None) -> dict[str, Split]:
@@ -66,6 +73,15 @@ def notes_on(splits: Mapping[str, Split]) -> dict[str, str]:
             continue
         notes[f"{second} images that are {WHERE_REPEATED[first]}"] = said
     return notes
+
+
+def note_on_unlabeled(test: Split, unlabeled: Unlabeled | None) -> dict[str, str]:
+    """Returns how many images of test are among those that are learned from without a label, if any are."""
+    if unlabeled is None:
+        return {}
+    count = count_repeated(unlabeled.source, unlabeled.rows, test.images.source, test.rows)
+    said = f"{count} of {len(test.rows)}, byte for byte"
+    return {f"test images that are {WHERE_REPEATED['unlabeled']}": said} if count else {}
 
 
 def _load(data: ImageData) -> dict[str, Split]:

@@ -19,7 +19,7 @@ from rdrop.experiments.tasks.image_classification.labels import (
     require_names_that_can_be_shown,
     require_one_spelling,
 )
-from rdrop.experiments.tasks.image_classification.npz import read_arrays, require_memory
+from rdrop.experiments.tasks.image_classification.npz import read_arrays, read_pixels, require_memory
 from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
 from rdrop.experiments.tasks.image_classification.sources import Files, HubImages, Pixels, Source
 from rdrop.experiments.tasks.spelling import label_key
@@ -78,6 +78,27 @@ def read_images(path: Path) -> ImageSet:
         case ".bin":
             return read_cifar_100(path)
     raise DataError(f"{path}: must be a folder with a sub-folder for each class, or an .npz file")
+
+
+def read_unlabeled(path: Path) -> tuple[Source, int]:
+    """Reads images without labels, and their number: a folder of images, class folders, `.npz`, `.bin` as in CIFAR-100.
+
+    What says the classes of labeled images is not read.
+    """
+    if os.path.isdir(path):
+        folders = [Path(entry.path) for entry in entries_of(path) if os.path.isdir(entry.path)]
+        if not folders:
+            names = _images_of(path)
+        elif len(folders) < len(entries_of(path)):
+            raise DataError(f"{path}: has images and folders; give a folder of images, or of folders of images")
+        else:
+            names = [f"{folder.name}/{file}" for folder in folders for file in _images_of(folder)]
+        return Files(path, names), len(names)
+    if path.suffix == ".npz" and os.path.exists(path):
+        pixels = read_pixels(path)
+        return Pixels(pixels), len(pixels)
+    found = read_images(path)
+    return found.source, len(found)
 
 
 def read_class_folders(root: Path) -> ImageSet:

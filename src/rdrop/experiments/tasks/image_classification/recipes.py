@@ -32,6 +32,16 @@ class ImageData(DataFiles):
     expected_test: Count | None = Field(description="Images that test of the folder or hub must have. null: any.")
     image_column: str = Field(description="Column of the hub's data set with the images.")
     label_column: str = Field(description="Its column with the classes, integers from 0.")
+    labels: Count | None = added(
+        None, "Labeled images to train on, drawn by `seed`, as many of each class to within one. null: all."
+    )
+    unlabeled: str | None = added(
+        None,
+        "Images without labels: a folder of them, or a place as `train` is; or all: those of train, whether they have "
+        "a label or not. R-Drop learns from them by the divergence alone, plain training does not see them. null: "
+        "there are none.",
+    )
+    unlabeled_batch: Count = added(64, "Images of `unlabeled` per update, beside those with labels. Unused without it.")
     image_size: Count = Field(description="Edge of the square that the model sees, in pixels.")
     crop: Literal["padded", "resized"] | None = Field(
         description="What is cut out at random for training: padded, the whole image moved by up to an eighth of its "
@@ -81,6 +91,7 @@ class ImageClassificationRecipe(Recipe):
             evaluate_every=15,
             checkpoint_every=15,
             **SYNTHETIC,
+            **{"data.labels": None, "data.unlabeled": None},
             **{"data.image_size": 16},
             **{"data.valid_split": None, "data.expected_train": None, "data.expected_test": None},
             **{"data.valid_size": 24, "data.test_size": 24, "data.smallest_crop": 0.5},

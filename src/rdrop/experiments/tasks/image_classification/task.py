@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -37,10 +38,12 @@ from rdrop.experiments.tasks.class_scores import (
     top_class_confidence,
 )
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
-from rdrop.experiments.tasks.image_classification.data import Split, load_splits, notes_on
+from rdrop.experiments.tasks.image_classification.data import Split, Unlabeled, load_splits, note_on_unlabeled, notes_on
+from rdrop.experiments.tasks.image_classification.images import read_unlabeled
+from rdrop.experiments.tasks.image_classification.sources import Source
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
 from rdrop.experiments.tasks.pretrained import loading, pretrained_config, pretrained_model
-from rdrop.experiments.tasks.splits import note_on_few
+from rdrop.experiments.tasks.splits import few_labels, note_on_few
 from rdrop.experiments.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -82,12 +85,29 @@ class ImageClassification:
         self.augments = recipe.data.is_augmented
         self._data = self._with_tiny_images(recipe.data) if recipe.data.tiny else recipe.data
         self.splits = load_splits(self._data, test)
-        self.notes: dict[str, str] = notes_on(self.splits)
+        self.unlabeled_per_update = self._data.unlabeled_batch
+        self._unlabeled = self._load_unlabeled()
+        images, pool = self.splits["train"]
+        rows = few_labels(pool, images.labels, self._data.labels, recipe.seed, images.where)
+        self.splits["train"] = Split(images, rows)
+        self.notes: dict[str, str] = notes_on(self.splits) | note_on_unlabeled(self.splits["test"], self._unlabeled)
         self.notes |= note_on_few({split: len(own.rows) for split, own in self.splits.items()}, "images")
         self.classes = self.splits["train"].images.classes
         self._config = _configuration(self._model, self._data.image_size, self.classes)
         self._mean, self._std = (HALF, HALF) if self._model.name is None else _normalization(self._model.name)
         self._options: dict[str, bool] = {}  # of the model's forward
+
+    def _load_unlabeled(self) -> Unlabeled | None:
+        """The images without labels; of all to train on before the labeled ones are drawn from them."""
+        match self._data.unlabeled:
+            case None:
+                return None
+            case "all":
+                images, rows = self.splits["train"]
+                return Unlabeled(images.source, rows)
+            case path:
+                source, size = read_unlabeled(Path(path))
+                return Unlabeled(source, np.arange(size))
 
     def _with_tiny_images(self, data: ImageData) -> ImageData:
         folder = tempfile.mkdtemp(prefix="rdrop-images-")
@@ -129,6 +149,9 @@ class ImageClassification:
     def train_size(self) -> int:
         return len(self.splits["train"].rows)
 
+    def unlabeled_size(self) -> int:
+        return 0 if self._unlabeled is None else len(self._unlabeled.rows)
+
     def train_lengths(self) -> None:
         return None
 
@@ -140,19 +163,29 @@ class ImageClassification:
 
     def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
         """Each image is drawn from (seed, epoch, index, view): it is the same in whichever batch it stands."""
-        data, split = self._data, self.splits["train"]
-        of_view = () if view == 0 else (view,)
+        split = self.splits["train"]
+        images = self._augmented(split.images.source, split.rows, "image", indices, epoch, view)
+        return {"pixel_values": images, "labels": torch.from_numpy(split.images.labels[split.rows[indices]])}
+
+    def unlabeled_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
+        assert self._unlabeled is not None  # there is no order of no images
+        source, rows = self._unlabeled
+        images = self._augmented(source, rows, "unlabeled image", indices, epoch, view)
+        return {"pixel_values": images, "labels": torch.zeros(len(indices), dtype=torch.long)}
+
+    def _augmented(
+        self, source: Source, rows: NDArray[np.int64], what: str, indices: list[int], epoch: int, view: int
+    ) -> Tensor:
+        data, of_view = self._data, () if view == 0 else (view,)
 
         def draw(index: int) -> Image.Image:
-            image = split.images.read(int(split.rows[index]))
-            generator = np.random.default_rng(derived_seed(self._seed, "image", epoch, index, *of_view))
+            image = source.read(int(rows[index]))
+            generator = np.random.default_rng(derived_seed(self._seed, what, epoch, index, *of_view))
             return augment(image, data.image_size, data.crop, data.flip, data.smallest_crop, generator)
 
         # The threads live as long as the batch: nothing runs between batches, and nothing has to be closed.
         with ThreadPoolExecutor(DECODERS) as pool:
-            images = list(pool.map(draw, indices))
-        labels = split.images.labels[split.rows[indices]]
-        return {"pixel_values": to_pixel_values(images, self._mean, self._std), "labels": torch.from_numpy(labels)}
+            return to_pixel_values(list(pool.map(draw, indices)), self._mean, self._std)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(pixel_values=batch["pixel_values"], **self._options).logits

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.text_classification.recipes import TextClassificationData
 
 SHOWN_CLASSES = 10  # in an error
+ALL = "all"
+"""In the place of a file without labels: the training examples, also those with a label."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None, se
         tables["test"] = _read_file(Path(test), _columns(data))
         tables.pop("mismatched", None)
     train = tables["train"]
-    unlabeled = None if data.unlabeled is None else _read_file(Path(data.unlabeled), _without_label(_columns(data)))
+    has_file = data.unlabeled not in (None, ALL)
+    unlabeled = _read_file(Path(str(data.unlabeled)), _without_label(_columns(data))) if has_file else None
     classes = _class_spellings(train, data)
     for table in [*tables.values(), *([] if unlabeled is None else [unlabeled])]:
         if (table.second is None) != (train.second is None):
@@ -120,12 +123,15 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None, se
         for name in ("valid", "test"):
             if np.ptp(splits[name].labels) == 0:
                 raise DataError(f"{train.name}: the labels of the {name} split are all equal; give it others")
+    without_labels = None if unlabeled is None else _with_zeros(unlabeled, data)
+    if data.unlabeled == ALL:
+        without_labels = replace(splits["train"], labels=np.zeros_like(splits["train"].labels))
     return Splits(
         splits["train"],
         splits["valid"],
         splits["test"],
         splits.get("mismatched"),
-        None if unlabeled is None else _with_zeros(unlabeled, data),
+        without_labels,
         tuple(spellings[0] for spellings in classes),
     )
 

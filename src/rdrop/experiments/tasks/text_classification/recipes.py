@@ -38,9 +38,13 @@ class TextClassificationData(DataFiles):
         description="Splits of `hub`: for training, to choose the checkpoint, for the final score. Fewer: the last one "
         "scores, and 10 % of the first are held out for each other."
     )
+    labels: Count | None = added(
+        None, "Labeled examples to train on, drawn by `seed`, as many of each class to within one. null: all."
+    )
     unlabeled: str | None = Field(
-        description="A file of texts without labels, in the same columns. R-Drop learns from them by the divergence "
-        "alone, plain training does not see them. null: there are none."
+        description="A file of texts without labels, in the same columns; or all: the training examples, whether they "
+        "have a label or not. R-Drop learns from them by the divergence alone, plain training does not see them. null: "
+        "there are none."
     )
     unlabeled_batch: Count = Field(
         description="Examples of `unlabeled` per update, beside those with labels. Unused without it."
@@ -102,7 +106,8 @@ class TextClassificationRecipe(Recipe):
             clip_norm=1.0,
             checkpoint_every=20,
             **SYNTHETIC,
-            **{"data.max_length": 24, "data.counts": None, "data.unlabeled": None, "data.folds": None},
+            **dict.fromkeys(("data.counts", "data.unlabeled", "data.labels", "data.folds")),
+            **{"data.max_length": 24},
             **{"model.name": None, "model.vocabulary": 320, "model.layers": 1, "model.hidden_size": 32},
             **{"model.heads": 2, "model.intermediate_size": 64, "model.attention_dropout": 0.1},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rdrop.experiments.run_folder.predictions import Predictions, class_rows, nu
 from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes, prediction_spread
 from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
 from rdrop.experiments.tasks.spelling import note_on_case
-from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
+from rdrop.experiments.tasks.splits import few_labels, note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.text_classification.data import LabeledTexts, load_labeled_texts
 from rdrop.experiments.tasks.text_classification.glue import GLUE
@@ -63,6 +64,9 @@ class TextClassification:
         self.unlabeled_per_update = data.unlabeled_batch
 
         splits = load_labeled_texts(data, test, recipe.seed)
+        pool = np.arange(len(splits.train))
+        labeled = few_labels(pool, splits.train.labels, data.labels, recipe.seed, "the training data")
+        splits = replace(splits, train=splits.train.take(labeled))
         self.classes = splits.classes
         self._tokenizer = self._build_tokenizer(splits.train)
         texts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
