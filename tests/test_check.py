@@ -715,3 +715,119 @@ def test_the_page_lists_every_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "check.md").read_text(encoding="utf-8")
     listed = {code for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for code in re.findall("`(.*?)`", row)}
     assert emitted == listed
+
+
+# --------------------------------------------------------------------------------------------- masks equal by chance
+
+
+class DropPath(nn.Module):
+    """Leaves out what is inside for a row at a time, as in vision models."""
+
+    def __init__(self, drop_prob: float, *, seeded: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        self.drop_prob, self.seeded, self.shared = drop_prob, seeded, shared
+        self.inside = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seeded:
+            torch.manual_seed(3)
+        coins = torch.rand(1 if self.shared else len(x), 1) >= self.drop_prob
+        return x + self.inside(x) * coins
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_drop_path_in_a_small_batch_is_no_fault(rows: int) -> None:
+    for seed in range(60):
+        torch.manual_seed(seed)
+        report = check_rdrop(nn.Sequential(DropPath(0.1), DropPath(0.1), nn.Linear(6, 3)), torch.randn(rows, 6))
+        assert report.findings == (), str(report)
+
+
+@pytest.mark.parametrize(("fault", "code"), [({"seeded": True}, "repeated-masks"), ({"shared": True}, "shared-masks")])
+def test_a_fault_of_drop_path_is_found_in_a_batch_of_one(fault: dict[str, bool], code: str) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        report = check_rdrop(nn.Sequential(DropPath(0.3, **fault), nn.Linear(6, 3)), torch.randn(1, 6))
+        assert codes(report, "error") & {code, "identical-passes"}, str(report)
+
+
+def test_a_rate_too_low_for_a_batch_is_said_to_be_that() -> None:
+    torch.manual_seed(0)
+    report = check_rdrop(nn.Sequential(DropPath(1e-5), nn.Linear(6, 3)), torch.randn(1, 6))
+    assert report.ok
+    assert codes(report, "warning") == {"too-few-rows"}
+    assert "this batch of 1 example" in finding_of(report, "too-few-rows").message
+
+
+class Dropout(nn.Module):
+    """As in Keras: the rate is called `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.rate, self.training)
+
+
+def test_the_dropout_of_keras_is_known() -> None:
+    report = check_rdrop(nn.Sequential(nn.Linear(6, 6), Dropout(0.3), nn.Linear(6, 3)), torch.randn(4, 6))
+    assert report.findings == ()
+    assert [str(source) for source in report.sources] == ["1.rate=0.3"]
+    assert check_rdrop(nn.Sequential(Dropout(0.3))).ok
+
+
+# ------------------------------------------------------------------------------------------------ remedies by name
+
+SMALL_IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 13}
+WITHOUT_DROPOUT = {
+    "ConvNext": (
+        "ForImageClassification",
+        {"num_channels": 1, "patch_size": 2, "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2},
+        PIXELS,
+    ),
+    "Dinov2": ("ForImageClassification", SMALL | SMALL_IMAGES, PIXELS),
+    "ViT": ("ForImageClassification", SMALL | SMALL_IMAGES, PIXELS),
+    "Phi": ("ForCausalLM", SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}, None),
+    "Llama": ("ForCausalLM", SMALL, None),
+}
+IDS = {"input_ids": torch.arange(1, 13).view(2, 6)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_the_remedy_for_a_model_without_dropout_names_its_own_settings_and_works(name: str) -> None:
+    head, settings, batch = WITHOUT_DROPOUT[name]
+
+    def build(**rates: float) -> nn.Module:
+        config = getattr(transformers, f"{name}Config")(**settings, **rates)
+        model: nn.Module = getattr(transformers, name + head)(config).train()
+        return model
+
+    remedy = finding_of(check_rdrop(build()), "no-dropout").remedy
+    named = dict.fromkeys(re.findall(r"(\w+)=0.1", remedy), 0.1)
+    assert named
+    config = build().config
+    assert all(hasattr(config, rate) for rate in named)
+    torch.manual_seed(0)
+    report = check_rdrop(build(**named), batch or IDS)
+    assert report.ok, str(report)
+
+
+def test_a_model_without_a_rate_is_not_told_to_set_one() -> None:
+    sizes = {"num_heads": 2, "head_dim": 8, "n_groups": 1, "state_size": 4, "expand": 2, "chunk_size": 4}
+    config = transformers.Mamba2Config(vocab_size=13, hidden_size=8, num_hidden_layers=1, **sizes)
+    remedy = finding_of(check_rdrop(transformers.Mamba2ForCausalLM(config).train()), "no-dropout").remedy
+    assert remedy.startswith("Mamba2Config has no dropout rate to set. Put an nn.Dropout into the model, or train LoRA")
+
+
+def test_rates_that_are_in_a_part_of_the_config_are_named_there() -> None:
+    class Config:
+        model_type = "two"
+        text_config = transformers.LlamaConfig(**SMALL)
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).train()
+    model.config = Config()
+    vars(model.config)["text_config"] = Config.text_config
+    remedy = finding_of(check_rdrop(model), "no-dropout").remedy
+    assert "Set config.text_config.attention_dropout = 0.1 in the Config and build the model from it" in remedy

@@ -839,3 +839,18 @@ def test_cross_entropy_of_every_kind_is_torchs():
             logits.transpose(1, 2), labels, weight=w, label_smoothing=smoothing, reduction="none"
         )
         torch.testing.assert_close(cross_entropy(logits, labels, label_smoothing=smoothing, weight=w), expected)
+
+
+@pytest.mark.parametrize("size", [(3,), (3, 3)])
+def test_logits_of_a_convolution_whose_classes_come_first_are_refused_where_all_sizes_agree(
+    size: tuple[int, ...],
+) -> None:
+    """Three classes at 3 or 3 x 3 positions: the shapes fit either way."""
+    convolution = torch.nn.Conv1d(2, 3, 1) if len(size) == 1 else torch.nn.Conv2d(2, 3, 1)
+    x, labels = torch.randn(4, 2, *size), torch.zeros(4, *size, dtype=torch.long)
+    logits = convolution(torch.cat([x, x]))
+    for first in (logits, torch.cat([convolution(x), convolution(x)])):
+        with pytest.raises(ValueError, match=r"come from a convolution.* pass logits.movedim\(1, -1\)"):
+            rdrop_loss(first, labels, alpha=1.0)
+    loss = rdrop_loss(logits.movedim(1, -1), labels, alpha=1.0).loss
+    assert torch.isclose(loss, torch.nn.functional.cross_entropy(logits, torch.cat([labels, labels])))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rdrop.dropout import dropout_rate
-from rdrop.passes import agree, call_model, repeat_batch, sequential_passes, split_passes
+from rdrop.passes import agree, call_model, repeat_batch, rows_of, sequential_passes, split_passes
 
 Pair = namedtuple("Pair", ["source", "target"])
 
@@ -159,6 +159,54 @@ def test_a_tuple_and_a_list_of_one_tensor_are_the_arguments_of_a_model() -> None
     sequences = torch.randn(3, 5, 4)
     assert repeat_batch([sequences])[0].shape == (6, 5, 4)
     assert [part.shape[0] for part in repeat_batch((sequences, sequences + 1))] == [6, 6]
+
+
+def test_images_of_several_or_no_examples_are_repeated_whole() -> None:
+    """As Qwen-VL has them, in patches of any number, and LLaVA."""
+    patches, grid = torch.randn(20, 4), torch.tensor([[1, 2, 2], [1, 4, 2], [1, 4, 2]])
+    batch = {"input_ids": rows(2), "attention_mask": rows(2), "pixel_values": patches, "image_grid_thw": grid}
+    repeated = repeat_batch(batch | {"second_per_grid_ts": [0.5, 1.0, 1.0]})
+    assert repeated["input_ids"].shape == (4, 2)
+    assert repeated["pixel_values"].equal(torch.cat([patches, patches]))
+    assert repeated["image_grid_thw"].equal(torch.cat([grid, grid]))
+    assert repeated["second_per_grid_ts"] == [0.5, 1.0, 1.0] * 2
+    one = repeat_batch({"input_ids": rows(4), "pixel_values": torch.randn(1, 3, 8, 8), "image_sizes": torch.ones(1, 2)})
+    assert (len(one["pixel_values"]), len(one["image_sizes"])) == (2, 2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_positions_along_three_axes_are_repeated_along_the_second_dimension(size: int) -> None:
+    positions = torch.arange(3 * size * 5).view(3, size, 5)
+    repeated = repeat_batch({"input_ids": rows(size), "position_ids": positions})["position_ids"]
+    assert repeated.equal(torch.cat([positions, positions], dim=1))
+
+
+def test_objects_are_those_of_an_image_however_many_there_are() -> None:
+    """Two boxes in each of two images are no rows of the batch."""
+    labels = [{"boxes": torch.randn(2, 4), "class_labels": torch.arange(2)} for _ in range(2)]
+    repeated = repeat_batch({"pixel_values": torch.randn(2, 3, 8, 8), "labels": labels})
+    assert [id(one) for one in repeated["labels"]] == [id(one) for one in labels * 2]
+    masks = [torch.randn(number, 8, 8) for number in (2, 5)]
+    repeated = repeat_batch({"pixel_values": torch.randn(2, 3, 8, 8), "mask_labels": masks})
+    assert [len(one) for one in repeated["mask_labels"]] == [2, 5, 2, 5]
+
+
+def test_a_batch_in_the_second_dimension_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"batch\['states'\] \(7, 3, 2\) has the 3 examples of the batch in its second"
+    ):
+        repeat_batch({"input_ids": rows(3), "states": torch.zeros(7, 3, 2)})
+    assert repeat_batch({"input_ids": rows(3), "mask": torch.zeros(1, 3, 3)})["mask"].shape == (1, 3, 3)
+
+
+def test_rows_of_a_batch_are_cut_where_they_are_known() -> None:
+    batch = {"input_ids": rows(4), "position_ids": torch.zeros(3, 4, 5), "labels": [{"boxes": rows(1)}] * 4}
+    part = rows_of(batch, 1, 3, batch_size=4)
+    assert (len(part["input_ids"]), part["position_ids"].shape, len(part["labels"])) == (2, (3, 2, 5), 2)
+    with pytest.raises(
+        ValueError, match=r"batch\['pixel_values'\] has 9 rows for 4 examples.*Leave micro_batches at 1"
+    ):
+        rows_of(batch | {"pixel_values": torch.zeros(9, 3)}, 1, 3, batch_size=4)
 
 
 def test_the_gradient_of_both_passes_reaches_the_input() -> None:

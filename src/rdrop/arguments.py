@@ -76,6 +76,24 @@ def check_classes(task_loss: TaskLoss | None, divergence: Divergence, name: str,
         )
 
 
+OPERATIONS_OF_CHANNELS = ("Convolution", "MkldnnConvolution", "Upsample", "NativeBatchNorm", "CudnnConvolution")
+PASSED_THROUGH = ("Cat", "Clone", "ToCopy", "Slice", "Mul", "Div")
+
+
+def check_classes_last(logits: Tensor) -> None:
+    """Refuses logits `(m*N, V, ..., V)` of a convolution, whose classes come first; of other shapes the shape tells."""
+    if logits.dim() < 3 or logits.shape[1] != logits.shape[-1] or torch.compiler.is_compiling():
+        return
+    node = logits.grad_fn
+    while node is not None and node.name().startswith(PASSED_THROUGH):
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith(OPERATIONS_OF_CHANNELS):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} come from a convolution, which has the classes in dimension 1, and here "
+            "they are the last dimension: pass logits.movedim(1, -1)"
+        )
+
+
 def check_labels(task_loss: TaskLoss, labels: Tensor, valid: Tensor, classes: int) -> None:
     """Refuses labels `(N, ...)` or `(N, ..., K)` that are not what `task_loss` learns from; a callable takes any.
 

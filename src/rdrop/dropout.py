@@ -10,7 +10,7 @@ from torch import nn
 
 DropoutKind = Literal["dropout", "drop_path", "layerdrop"]
 
-RATE_OF_A_DROPOUT_MODULE = ("p", "drop_prob")
+RATE_OF_A_DROPOUT_MODULE = ("p", "drop_prob", "prob", "rate", "drop_rate")
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class DropoutSource:
 def dropout_sources(model: nn.Module) -> list[DropoutSource]:
     """Returns every source of dropout of a model, switched off or on, in the order of `model.named_modules()`.
 
-    Found: `nn.Dropout` and its relatives, modules of a class named `...Dropout`, `...DropPath` or
-    `...StochasticDepth`, the `dropout` of `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU` and `nn.RNN`, and every float
-    attribute of a module with `dropout` or `layerdrop` in its name, which is how Hugging Face models keep the rates of
-    functional dropout. Not found: rates that a forward takes from elsewhere (a literal, a scripted module).
+    Found: `nn.Dropout` and its relatives; modules of a class named `...Dropout`, `...DropPath`, `...DropBlock`,
+    `...DropConnect` or `...StochasticDepth` whose rate is `p`, `prob`, `rate`, `drop_prob` or `drop_rate`; `dropout`
+    of `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU` and `nn.RNN`; and every float attribute of a module with `dropout`
+    or `layerdrop` in its name, which is how Hugging Face models keep the rates of functional dropout. Not found: rates
+    that a forward takes from elsewhere (a literal, a scripted module).
     """
     return [
         DropoutSource(name, attribute, kind, rate, rate > 0 and module.training and not _is_single_layer_rnn(module))
@@ -109,7 +110,8 @@ def _kind(module: nn.Module, attribute: str) -> DropoutKind | None:
     if attribute in RATE_OF_A_DROPOUT_MODULE:
         if "DropPath" in class_name or "StochasticDepth" in class_name:
             return "drop_path"
-        return "dropout" if isinstance(module, nn.modules.dropout._DropoutNd) or "Dropout" in class_name else None
+        is_dropout = any(name in class_name for name in ("Dropout", "DropBlock", "DropConnect"))
+        return "dropout" if is_dropout or isinstance(module, nn.modules.dropout._DropoutNd) else None
     if "layerdrop" in attribute:
         return "layerdrop"
     return "dropout" if "dropout" in attribute else None

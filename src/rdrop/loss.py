@@ -22,6 +22,7 @@ from .arguments import (
     Reduction,
     are_finite,
     check_classes,
+    check_classes_last,
     check_labels,
     check_options,
     check_rows,
@@ -138,6 +139,7 @@ def rdrop_loss(
         valid = labels != ignore_index
     else:
         valid = labels.new_ones(passes.shape[1:-1], dtype=torch.bool)
+    check_classes_last(logits)
     _check_divergence(task_loss, divergence)
     check_classes(task_loss if task_passes else None, divergence, "logits", logits, logits.shape[-1])
     if not task_passes:  # labels only say which positions count: class 0 is as good as any

@@ -22,6 +22,17 @@ T = TypeVar("T")
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "labels")
 
 
+# Tensors and lists with rows for the images, videos or sounds of a batch, however many each example has of them, in the
+# order of the examples; a list of a part for each example; positions along several axes, `(3, N, T)`.
+OF_MEDIA = (
+    *("pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_grid_thw", "video_grid_thw"),
+    *("image_sizes", "image_sizes_videos", "second_per_grid_ts", "spatial_shapes"),
+    *("input_features", "feature_attention_mask", "input_features_mask"),
+)
+LIST_OF_EXAMPLES = ("labels", "mask_labels", "class_labels")
+POSITIONS = "position_ids"
+
+
 def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) -> T:
     """Returns the batch `passes` times over: every batched tensor becomes `torch.cat([tensor] * passes)`.
 
@@ -30,7 +41,10 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
         logits = model(repeat_batch(x))         # one forward, two dropout masks: (2N, ..., V)
         logits = model(**repeat_batch(inputs)).logits
 
-    A list of images `(C, H, W)`, of any sizes, is the list `passes` times over.
+    A list of images `(C, H, W)`, of any sizes, is the list `passes` times over. So is, in a mapping, a list `labels`,
+    `mask_labels` or `class_labels` of a part for each example (object detection). Tensors of images, videos and sounds
+    are repeated whole by their names (`pixel_values`, `image_grid_thw`, `image_sizes`, ...), since an example may have
+    several or none; `position_ids` `(3, N, T)` along their second dimension.
 
     Goes through tensors, mappings (dict, OrderedDict, `BatchEncoding`, `ModelOutput`), lists, tuples, namedtuples and
     dataclasses, and gives the same types back. The input is not changed. Left as they are: 0-dimensional tensors,
@@ -42,8 +56,8 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
     be as long as the batch cannot be told apart: keep it out of `batch`. A list is one of images where it has two or
     more tensors, all of 3 dimensions with 1 or 3 in the first; the arguments of a model are a tuple.
 
-    Raises `ValueError` when the batch size cannot be known or no tensor is batched, `TypeError` for a `PackedSequence`
-    or a nested tensor.
+    Raises `ValueError` when the batch size cannot be known, no tensor is batched, or one has the batch size in its
+    second dimension; `TypeError` for a `PackedSequence` or a nested tensor.
     """
     _require_passes(passes)
     size = find_batch_size(batch) if batch_size is None else batch_size
@@ -55,7 +69,71 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
 
     if size not in _named_rows(batch).values():
         raise ValueError(f"no tensor of the batch has batch_size={size} rows; there are:\n{_listing(batch)}")
+    parts = _children(batch) if isinstance(batch, Mapping) else {}
+    changed = {}
+    for name, part in parts.items():
+        again = _repeated_by_name(name, part, passes, size)
+        again = map_batched(repeat, part) if again is None else again
+        if again is not part:
+            changed[name] = again
+    if parts:
+        return _rebuild(batch, parts, changed) if changed else batch
     return map_batched(repeat, batch)
+
+
+def _repeated_by_name(name: Any, part: Any, passes: int, size: int) -> Any:
+    """Returns an entry of a batch repeated as its name says, None if the name says nothing."""
+    if name in OF_MEDIA and isinstance(part, Tensor) and part.dim() > 0:
+        return torch.cat([part] * passes)
+    if isinstance(part, list) and (name in OF_MEDIA or (name in LIST_OF_EXAMPLES and is_one_per_example(part, size))):
+        return part * passes
+    if isinstance(part, Tensor) and part.dim() > 2 and part.shape[1] == size:
+        if name == POSITIONS:
+            return torch.cat([part] * passes, dim=1)
+        if part.shape[0] not in (1, size):
+            raise ValueError(
+                f"batch[{name!r}] {tuple(part.shape)} has the {size} examples of the batch in its second dimension, or "
+                "is not batched: that cannot be told. Give it the batch as its first dimension, or keep it out of the "
+                "batch"
+            )
+    return None
+
+
+def is_one_per_example(part: object, size: int) -> bool:
+    """Whether this is a list of a mapping or tensor for each of `size` examples, such as the objects in an image."""
+    return isinstance(part, list) and len(part) == size and all(isinstance(one, (Mapping, Tensor)) for one in part)
+
+
+def rows_of(batch: Mapping[str, Any], start: int, stop: int, *, batch_size: int) -> dict[str, Any]:
+    """Returns rows `start` to `stop` of a batch; a tensor or list of images is batched when it has `batch_size`.
+
+    Raises a ValueError where tensors have rows for images rather than for examples: whose they are is not known.
+    """
+
+    def cut(part: Any) -> Any:
+        return part[start:stop] if number_of_rows(part) == batch_size else part
+
+    rows = {}
+    for name, part in batch.items():
+        if not are_of_examples(name, part, batch_size):
+            raise ValueError(
+                f"batch[{name!r}] has {len(part)} rows for {batch_size} examples, and which of them belong to which "
+                "example is not known: a batch with such images cannot be cut. Leave micro_batches at 1; smaller "
+                "batches and more gradient accumulation need as little memory"
+            )
+        if name == POSITIONS and isinstance(part, Tensor) and part.dim() > 2 and part.shape[1] == batch_size:
+            rows[name] = part[:, start:stop]
+        elif name in LIST_OF_EXAMPLES and is_one_per_example(part, batch_size):
+            rows[name] = part[start:stop]
+        else:
+            rows[name] = map_batched(cut, part)
+    return rows
+
+
+def are_of_examples(name: str, part: object, batch_size: int) -> bool:
+    """Whether an entry of a batch is none of images, or has one row for each example."""
+    is_media = name in OF_MEDIA and isinstance(part, (Tensor, list)) and number_of_rows(part) is not None
+    return not is_media or number_of_rows(part) == batch_size
 
 
 def split_passes(output: T, passes: int = 2) -> tuple[T, ...]:

@@ -96,3 +96,9 @@ def test_what_r_drop_needs_is_seen_without_a_trainer() -> None:
 def test_one_softmax_is_what_a_kernel_computes() -> None:
     assert Target(LABELS).is_one_softmax
     assert not Target(LABELS, task_loss=lambda z, y: cross_entropy(z, y)).is_one_softmax
+
+
+def test_logits_with_virtual_tokens_in_front_are_refused_with_the_reason() -> None:
+    logits = torch.randn(2, 8, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"each of \(8,\) positions, and labels \(2, 3\).*Prompt tuning .*take LoRA"):
+        Target(LABELS).logits({"logits": logits})

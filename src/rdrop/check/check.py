@@ -18,7 +18,8 @@ def check_rdrop(model: nn.Module, batch: Any = None) -> CheckReport:
         assert report.ok
 
     Without a batch the model is only looked at, which costs next to nothing. With one, two forwards and one backward
-    of the repeated batch run in training mode, with hooks on every submodule: does dropout draw different masks for
+    of the repeated batch run in training mode, with hooks on every submodule (up to 400 forwards where a batch of few
+    rows and low rates draw equal masks by chance): does dropout draw different masks for
     the two passes, and new ones in the next forward; does gradient checkpointing draw the same masks again in backward;
     are the logits finite? The batch is called as in `sequential_passes`; the output is a tensor, or a tuple, mapping or
     object with `logits`. A forward that raises is a finding, not an exception.

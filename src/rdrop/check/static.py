@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -51,7 +52,7 @@ def _no_dropout(model: nn.Module, sources: Collection[DropoutSource], passes_dif
         "No active dropout: the two passes are equal and their divergence is 0. "
         + _why_nothing_drops(model, sources)
         + (" Rates that are no attributes of modules show only with a batch." if passes_differ is None else ""),
-        _rates_remedy(model),
+        rates_remedy(model),
         tuple(unique(source.module for source in sources)),
     )
 
@@ -81,26 +82,43 @@ def _why_nothing_drops(model: nn.Module, sources: Iterable[DropoutSource]) -> st
         reasons.append(
             f"{some(unused)} reached no module: a rate set in the config after the model is built has no effect."
         )
-    return " ".join(reasons) or "The model has no dropout at all."
+    return " ".join(reasons) or "No module of the model is known to drop anything."
 
 
-def _rates_remedy(model: nn.Module) -> str:
+def rates_remedy(model: nn.Module) -> str:
+    """Returns how to switch dropout on, by the names that the model's own config has."""
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         return "Build the model with dropout rates above 0 (0.1 is usual) and keep its modules in training mode."
-    names = [
-        name
-        for name, value in vars(config).items()
-        if ("dropout" in name or "pdrop" in name)
-        and type(value) in (int, float)
-        and not name.startswith(("activation", "classifier", "summary"))
+    kind = type(config).__name__
+    lora = "With LoRA, lora_dropout serves as well."
+    names = [name for name, _ in _config_rates(config)]
+    if names:
+        return (
+            f"Set {', '.join(f'{name}=0.1' for name in names)} in the {kind} before the model is built: "
+            "from_pretrained(name, ...) takes them as keywords. In ViT, DeiT, ModernBERT, Llama, Qwen3, Gemma3 and "
+            f"others the default is 0. {lora}"
+        )
+    inner = [
+        f"config.{part}.{name} = 0.1"
+        for part, value in vars(config).items()
+        if hasattr(value, "model_type")
+        for name, _ in _config_rates(value)
     ]
-    rates = ", ".join(f"{name}=0.1" for name in names) or "its dropout rates"
-    return (
-        f"Set {rates} in the {type(config).__name__} before the model is built: "
-        "from_pretrained(name, ...) takes them as keywords. In ViT, DeiT, ModernBERT, Llama, Qwen3, Gemma3 and others "
-        "the default is 0. With LoRA, lora_dropout serves as well."
-    )
+    if inner:
+        return f"Set {', '.join(inner)} in the {kind} and build the model from it, (..., config=config). {lora}"
+    return f"{kind} has no dropout rate to set. Put an nn.Dropout into the model, or train LoRA with lora_dropout=0.1."
+
+
+RATE_IN_CONFIG = ("dropout", "pdrop", "drop_path", "drop_rate", "drop_prob")
+
+
+def _config_rates(config: Any) -> Iterator[tuple[str, float]]:
+    """Yields the names and values of the rates in a config; not those of a part that few models have."""
+    for name, value in vars(config).items():
+        is_rate = any(part in name for part in RATE_IN_CONFIG) and type(value) in (int, float)
+        if is_rate and not name.startswith(("activation", "classifier", "summary", "mask_")):
+            yield name, value
 
 
 def _frozen_dropout(model: nn.Module, sources: Iterable[DropoutSource]) -> Iterator[Finding]:

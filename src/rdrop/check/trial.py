@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..dropout import dropout_sources
+from ..dropout import DropoutSource, dropout_sources
 from ..passes import call_model, find_batch_size, map_tensors, repeat_batch
 from ..terms import SUM_TOLERANCE, symmetric_kl
 from .report import Finding, Trial, some
@@ -21,6 +21,11 @@ RESHAPES = (
     *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Expand", "Alias"),
     *("Clone", "ToCopy", "Slice", "Select"),
 )
+
+
+UNSEEN = 1e-6
+"""How improbable it must be that masks were equal by chance, before they are called the same."""
+MOST_FORWARDS = 400
 
 
 class _Failure(Exception):  # noqa: N818 - it ends the trial, not the check
@@ -43,24 +48,46 @@ def try_batch(model: nn.Module, batch: Any) -> Trial:
 
 def _two_forwards(model: nn.Module, batch: Any) -> Trial:
     repeated, rows = _repeated(batch)
-    dropping = {source.module for source in acting(model, dropout_sources(model))}
+    sources = acting(model, dropout_sources(model))
+    dropping = {source.module for source in sources}
     with Watch(model, rows) as first:
         logits = _logits(model, batch, repeated, rows)
         _backward(first, logits)
-    with Watch(model, rows) as second:
-        next_logits = _logits(model, batch, repeated, rows)
-    # Either forward may show it: a small batch at a low rate can draw equal masks once.
-    logits_differ = any(differ(*forward.detach().chunk(2)) for forward in (logits, next_logits))
-    passes_differ = logits_differ or not dropping.isdisjoint(first.passes_differ | second.passes_differ)
-    repeats = _same_samples(first, second, dropping) and not differ(logits.detach(), next_logits.detach())
+    logits_differ, passes_differ, repeats = differ(*logits.detach().chunk(2)), set(first.passes_differ), True
+    # A small batch at a low rate often draws equal masks: look again until that would be no chance.
+    equal_by_chance, unseen = _chance_of_equal_masks(sources, rows // 2), 1.0
+    for _ in range(MOST_FORWARDS):
+        with Watch(model, rows) as again:
+            next_logits = _logits(model, batch, repeated, rows)
+        logits_differ = logits_differ or differ(*next_logits.detach().chunk(2))
+        passes_differ |= again.passes_differ
+        repeats = repeats and _same_samples(first, again, dropping)
+        repeats = repeats and not differ(logits.detach(), next_logits.detach())
+        unseen *= equal_by_chance
+        acts = logits_differ or not dropping.isdisjoint(passes_differ)
+        if (acts and not repeats) or unseen < UNSEEN or dropping.isdisjoint(first.samples):
+            break
     findings = [*_non_finite(logits), *_probabilities(logits)]
-    if passes_differ and repeats:
+    if acts and repeats:
         findings.append(_repeated_masks())
-    elif passes_differ and not logits_differ:
+    elif acts and not logits_differ:
         findings.append(_equal_logits())
-    elif dropping and not passes_differ:
+    elif dropping and not acts:
         findings.append(_identical_passes(dropping, first) if repeats else _shared_masks(dropping))
-    return Trial(tuple(findings), passes_differ, tuple(first.recomputed_differently), _divergence(logits))
+    if unseen >= UNSEEN and findings and findings[-1].code in BY_CHANCE and not dropping.isdisjoint(first.samples):
+        findings[-1] = _too_few_rows(rows // 2, unseen)
+    return Trial(tuple(findings), acts, tuple(first.recomputed_differently), _divergence(logits))
+
+
+def _chance_of_equal_masks(sources: Iterable[DropoutSource], rows: int) -> float:
+    """Returns at most how probable it is that a forward draws the same masks twice: one coin per row and source.
+
+    Drop path tosses one; dropout tosses more, so its masks are equal more seldom still.
+    """
+    chance = 1.0
+    for source in sources:
+        chance *= (source.rate**2 + (1 - source.rate) ** 2) ** rows
+    return chance if chance < 1 else 0.0  # without a source nothing is expected to differ
 
 
 def _repeated(batch: Any) -> tuple[Any, int]:
@@ -227,6 +254,19 @@ def _shared_masks(dropping: Collection[str]) -> Finding:
         f"forward draws another: {some(sorted(dropping))}.",
         "Run one forward for each pass: sequential_passes(model, batch, dropout=(None, None)).",
         tuple(sorted(dropping)),
+    )
+
+
+BY_CHANCE = ("repeated-masks", "identical-passes", "shared-masks")
+
+
+def _too_few_rows(rows: int, chance: float) -> Finding:
+    return Finding(
+        "too-few-rows",
+        "warning",
+        f"The masks were equal in all forwards of this batch of {rows} example{'s' * (rows != 1)}, which at rates as "
+        f"low as these happens by chance in up to {100 * chance:.2g} % of the trials: it cannot tell.",
+        "Check with a larger batch, as training has it.",
     )
 
 

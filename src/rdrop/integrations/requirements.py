@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdrop.check import check_rdrop
+from rdrop.check.static import rates_remedy
 from rdrop.dropout import acting_sources, dropout_sources
 from rdrop.integrations.targets import SAY_WHAT, Target
 from rdrop.passes import agree, split_passes
@@ -49,12 +50,10 @@ def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int)
     if acting_sources(model):
         return
     if all(agree(split_passes(output.detach(), passes)) for output in outputs):
-        off = ", ".join(str(source) for source in sources[:4]) or "no dropout at all"
+        off = ", ".join(str(source) for source in sources[:4]) or "no known dropout"
         raise ValueError(
             f"nothing is random in {type(model).__name__} while it trains ({off}), so all passes agree and R-Drop does "
-            "nothing. Set dropout in the config before the model is built, e.g. from_pretrained(name, "
-            "hidden_dropout_prob=0.1, attention_dropout=0.1; the names differ by model), or add LoRA with "
-            "lora_dropout, or train with alpha=0"
+            f"nothing. {rates_remedy(model)} Or train with alpha=0"
         )
 
 

@@ -88,6 +88,15 @@ class Target:
                 f"`{self.output}` carries no gradient in training, so neither would the divergence: the loss was "
                 "computed elsewhere (a fused head and loss), or every parameter is frozen"
             )
+        positions, labeled = logits.shape[1:-1], self.labels.shape[1:]
+        if self.task_loss is cross_entropy and not self.labels.is_floating_point() and positions != labeled:
+            raise ValueError(
+                f"`{self.output}` {tuple(logits.shape)} is one prediction for each of {tuple(positions)} positions, "
+                f"and labels {tuple(self.labels.shape)} are for {tuple(labeled)}. Prompt tuning (PEFT's "
+                "PromptTuningConfig, PromptEncoderConfig) puts virtual tokens in front of the sequence, for which "
+                "there are no labels: take LoRA or prefix tuning. Logits with the classes first belong last: "
+                "logits.movedim(1, -1)"
+            )
         return logits  # type: ignore[no-any-return]
 
     def rdrop_loss(self, logits: Tensor, **options: Any) -> LossTerms:

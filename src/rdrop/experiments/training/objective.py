@@ -22,8 +22,8 @@ from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.tasks.task import Augments, Batch, Task
 from rdrop.integrations.requirements import why_gradient_is_wrong
 from rdrop.integrations.targets import Target
-from rdrop.integrations.transformers.forward import EncoderOnce, Fused, rows_of, same_randomness
-from rdrop.passes import find_batch_size, repeat_batch, split_passes
+from rdrop.integrations.transformers.forward import EncoderOnce, Fused, same_randomness
+from rdrop.passes import find_batch_size, repeat_batch, rows_of, split_passes
 from rdrop.terms import LossTerms, cross_entropy, kl_from_first, symmetric_kl
 from rdrop.views import perturb_batch, task_passes_of, views_of
 

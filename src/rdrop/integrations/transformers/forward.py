@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rdrop.dropout import dropout_sources
 from rdrop.integrations.targets import Batch, Target, is_of_transformers
-from rdrop.passes import agree, find_batch_size, map_batched, number_of_rows, split_passes
+from rdrop.passes import agree, are_of_examples, find_batch_size, rows_of, split_passes
 from rdrop.terms import IGNORE_INDEX
 
 LABELS = ("labels", "shift_labels")
@@ -192,14 +192,11 @@ def without_labels(inner: Any, inputs: Batch) -> Batch:
     return kept
 
 
-def rows_of(batch: Batch, start: int, stop: int, *, batch_size: int) -> Batch:
-    """Returns rows `start` to `stop` of a batch; a tensor or list of images is batched when it has `batch_size`."""
-    return map_batched(lambda part: part[start:stop] if number_of_rows(part) == batch_size else part, dict(batch))
-
-
 def fullest_example(inputs: Batch, target: Target) -> tuple[Batch, Target]:
-    """Returns the example with the most labels that count, a batch of one."""
+    """Returns the example with the most labels that count, a batch of one; all, where the batch cannot be cut."""
     size = len(target.labels)
+    if not all(are_of_examples(name, part, size) for name, part in inputs.items()):
+        return inputs, target
     row = int((target.labels != IGNORE_INDEX).view(size, -1).sum(1).argmax())
     example = rows_of(inputs, row, row + 1, batch_size=size)
     return example, replace(target, labels=target.labels[row : row + 1])

@@ -39,12 +39,11 @@ from rdrop.integrations.transformers.forward import (
     EncoderOnce,
     Fused,
     fullest_example,
-    rows_of,
     same_randomness,
     without_labels,
 )
 from rdrop.linear_loss import chunk_bytes
-from rdrop.passes import repeat_batch
+from rdrop.passes import repeat_batch, rows_of
 
 CHECKED_MICRO_BATCHES = 8
 
@@ -338,8 +337,8 @@ class RDropMixin(Trainer):
 
     def _encodes_once(self, encoder_once: EncoderOnce, inputs: Batch, target: Target) -> bool:
         def forward() -> Any:
-            example, _ = fullest_example(inputs, target)
-            return self._unwrapped_model()(**repeat_batch(example, self.passes, batch_size=1))
+            example, its_target = fullest_example(inputs, target)
+            return self._unwrapped_model()(**repeat_batch(example, self.passes, batch_size=len(its_target.labels)))
 
         if self.encoder_once is False:
             return False
@@ -376,7 +375,7 @@ class RDropMixin(Trainer):
             return None
         model, inner = self._unwrapped_model(), self._inner_model()
         example, its_target = fullest_example(inputs, target)
-        repeated = repeat_batch(example, self.passes, batch_size=1)
+        repeated = repeat_batch(example, self.passes, batch_size=len(its_target.labels))
         with same_randomness(self.args.device):
             outputs = model(**repeated)
         logits = its_target.logits(outputs)
