@@ -451,7 +451,12 @@ def test_impossible_settings_are_refused(option: dict[str, Any], message: str, f
 def test_a_model_without_dropout_is_refused_with_the_remedy(folder: str) -> None:
     model = ViTForImageClassification(vit_config()).double()
     batches = CASES["image classification"].batches
-    refuses("nothing is random in ViTForImageClassification.*Set dropout in the config", model, folder, batches=batches)
+    refuses(
+        "nothing is random in ViT.*Set hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1 in the ViTConfig",
+        model,
+        folder,
+        batches=batches,
+    )
     train(RDropTrainer, model, batches, folder, alpha=0.0)  # as a baseline it is fine
 
 
