@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.recipes import find_recipe
-from rdrop.experiments.training.trainer import train
+from rdrop.experiments.launch import cli
+from rdrop.experiments.run_folder import RunFolder, find_runs
 
 SEEDS = range(1000, 1008)
 PLAIN: dict[str, Any] = {"alpha": 0.0, "alpha_schedule": "constant", "views": "same"}
@@ -42,24 +41,33 @@ def settings() -> Iterator[dict[str, Any]]:
     yield {"alpha": 4.0, "model.dropout": 0.3}
 
 
+def train(changes: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Returns the result of one run."""
+    changed = {"updates": 1000, "warmup_updates": 100, "checkpoint_every": 1000, "seed": seed} | changes
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+        if cli.run(["train", "digits", *settings, "--runs", folder]) != 0:
+            raise SystemExit(f"{changes}, seed {seed} was not trained")
+        [run] = find_runs(folder)
+        result = RunFolder(run.path).result()
+    assert result is not None
+    return result
+
+
 def main(record: Path) -> None:
-    recipe: Recipe = find_recipe("digits").replace(updates=1000, warmup_updates=100, checkpoint_every=1000)
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     known = [line["changes"] for line in done]
     for changes in settings():
         if changes in known:
             continue
-        results = []
-        for seed in SEEDS:
-            with tempfile.TemporaryDirectory() as folder:
-                results.append(train(recipe.replace(seed=seed, **changes), folder))
+        results = [train(changes, seed) for seed in SEEDS]
         line = {
             "changes": changes,
             "seeds": [*SEEDS],
             "valid": {name: [result["valid"][name] for result in results] for name in results[0]["valid"]},
             "updates": results[0]["updates"],
             "train_seconds": [round(result["cost"]["train_seconds"], 2) for result in results],
-            "recipe": recipe.saved(),
+            "recipe": results[0]["recipe"],
             "finished": results[-1]["finished"],
             "machine": results[0]["machine"],
             "versions": results[0]["versions"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,10 @@ from .terms import (
     symmetric_kl,
 )
 
-Reduction = Literal["mean", "sum", "none"]
+if TYPE_CHECKING:
+    from .kernels import Implementation
 
-Implementation = Literal["auto", "reference", "cpu", "triton"]
-KERNEL_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
-"""What "auto" takes where it can, by the type of the device; elsewhere the reference."""
+Reduction = Literal["mean", "sum", "none"]
 
 
 def checked_alpha(alpha: Any) -> float:
@@ -159,11 +158,13 @@ def kernel_for(implementation: Implementation, logits: Tensor, passes: int, why_
     """
     if implementation not in ("auto", "reference", "cpu", "triton"):
         raise ValueError(f"implementation (={implementation!r}) must be 'auto', 'reference', 'cpu' or 'triton'")
-    name = KERNEL_OF_DEVICE.get(logits.device.type, "reference") if implementation == "auto" else implementation
-    if name == "reference" or (implementation == "auto" and why_not):
+    if implementation == "reference" or (implementation == "auto" and why_not):
         return None
     from . import kernels  # here, so that who never needs a kernel loads none
 
+    name = kernels.KERNEL_OF_DEVICE.get(logits.device.type) if implementation == "auto" else implementation
+    if name is None:
+        return None
     why_not = why_not or kernels.why_not(name, logits, passes)
     if why_not is None:
         return name

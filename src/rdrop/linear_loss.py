@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
-    Implementation,
     Reduction,
     are_finite,
     check_class_labels,
@@ -36,6 +35,9 @@ from .kernels import operators, reference
 from .kernels.constants import assume_constant_result
 from .kernels.operators import IGNORED
 from .terms import IGNORE_INDEX, LossTerms, cross_entropy, refuse_second_derivative, symmetric_kl
+
+if TYPE_CHECKING:
+    from .kernels import Implementation
 
 CHUNK_BYTES = {"cpu": 64 << 20}
 """Default size of a chunk of logits: the processor's matrix products are at full speed, and it is a few rows still."""

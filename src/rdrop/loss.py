@@ -12,13 +12,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .arguments import (
-    Implementation,
     Reduction,
     are_finite,
     check_classes,
@@ -48,6 +47,9 @@ from .terms import (
     squared_error,
     symmetric_kl,
 )
+
+if TYPE_CHECKING:
+    from .kernels import Implementation
 
 
 def rdrop_loss(

@@ -22,15 +22,11 @@ from typing import Any, TypeVar
 import torch
 
 from rdrop import __version__, kernels
-from rdrop.arguments import Implementation
 from rdrop.bench.records import Record
 from rdrop.kernels import cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-KERNELS: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
-"""The implementation of the loss that is measured as ours, by the type of device."""
-
 COMPILED = "_compiled"
 """How the names of the forms end that go through `torch.compile`."""
 
@@ -73,8 +69,8 @@ class Conditions:
     say: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
-        if self.device not in KERNELS:
-            raise BenchError(f"device (={self.device!r}) must be one of {tuple(KERNELS)}")
+        if self.device not in kernels.KERNEL_OF_DEVICE:
+            raise BenchError(f"device (={self.device!r}) must be one of {tuple(kernels.KERNEL_OF_DEVICE)}")
         if self.dtype not in DTYPES:
             raise BenchError(f"dtype (={self.dtype!r}) must be one of {tuple(DTYPES)}")
         if self.clock not in CLOCKS:
@@ -85,12 +81,12 @@ class Conditions:
             raise BenchError("device='cuda': torch sees no CUDA device here; take device='cpu'")
         if self.device == "cpu" and self.dtype == "float16":
             raise BenchError("dtype='float16' has no kernel on a CPU; take 'float32' or 'bfloat16'")
-        if reason := kernels.available()[KERNELS[self.device]]:
+        if reason := kernels.available()[self.kernel]:
             raise BenchError(f"there is no compiled kernel to measure on device={self.device!r}: {reason}")
 
     @property
-    def kernel(self) -> Implementation:
-        return KERNELS[self.device]
+    def kernel(self) -> kernels.Implementation:
+        return kernels.KERNEL_OF_DEVICE[self.device]
 
     def chosen(self, table: Mapping[str, T], compared_with: Collection[str]) -> dict[str, T]:
         """Returns the forms that are to be measured, in the order of the table."""

@@ -34,6 +34,8 @@ less `implementation`, `statistics`, and the tensors it is to fill; see `cpu.py`
 """
 
 from .operators import IGNORED as IGNORED
+from .operators import KERNEL_OF_DEVICE as KERNEL_OF_DEVICE
+from .operators import Implementation as Implementation
 from .operators import available as available
 from .operators import overwriting_loss as overwriting_loss
 from .operators import row_terms as row_terms

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from . import cpu, triton
 from .constants import assume_constant_result
 
 IGNORED = -1
+Implementation = Literal["auto", "reference", "cpu", "triton"]
+KERNEL_OF_DEVICE: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
+"""What "auto" takes where it can, by the type of the device; elsewhere the reference."""
 _IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton}
 
 

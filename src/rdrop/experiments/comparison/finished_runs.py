@@ -38,7 +38,7 @@ class FinishedRun:
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What a reader should know beside the scores; empty where a version of before notes wrote the result."""
+        """Returns what a reader should know beside the scores; empty where a version without notes wrote the result."""
         found = self.result.get("notes")
         return found if isinstance(found, Mapping) else {}
 

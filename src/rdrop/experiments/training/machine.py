@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from rdrop import __version__, kernels
-from rdrop.arguments import KERNEL_OF_DEVICE
 
 LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
 
@@ -19,7 +18,7 @@ def machine(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def _kernel(device: torch.device) -> str:
-    name = KERNEL_OF_DEVICE.get(device.type)
+    name = kernels.KERNEL_OF_DEVICE.get(device.type)
     return name if name is not None and kernels.available()[name] is None else "reference"
 
 
