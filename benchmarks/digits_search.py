@@ -27,18 +27,15 @@ def settings() -> Iterator[dict[str, Any]]:
         yield {"alpha": alpha, "model.dropout": 0.1}
     for alpha in (4.0, 10.0):
         yield {"alpha": alpha, "model.dropout": 0.0}
+    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.1}
+    for dropout in (0.1, 0.3):
+        yield ON_LABELS | {"alpha": 4.0, "model.dropout": dropout}
     for dropout in (0.1, 0.3, 0.5):
         yield PLAIN | {"model.dropout": dropout}
-        yield PLAIN | {"model.dropout": dropout, "batch_size": 40}
-        yield ON_LABELS | {"alpha": 4.0, "model.dropout": dropout}
-    yield ON_LABELS | {"alpha": 10.0, "model.dropout": 0.3}
-    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.3}
-    yield ON_LABELS | {"alpha": 1.0, "model.dropout": 0.1}
-    for dropout in (0.1, 0.3, 0.5):
-        yield PLAIN | {"model.dropout": dropout, "updates": 4000, "warmup_updates": 400}
     for dropout in (0.1, 0.3):
-        yield PLAIN | {"model.dropout": dropout, "updates": 2000, "warmup_updates": 200}
-    yield {"alpha": 4.0, "model.dropout": 0.3}
+        yield PLAIN | {"model.dropout": dropout, "batch_size": 40}
+        for times in (2, 4):
+            yield PLAIN | {"model.dropout": dropout, "updates": 1000 * times, "warmup_updates": 100 * times}
 
 
 def train(changes: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rdrop.experiments.comparison import sentences
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.designs import Design, read_designs
@@ -40,13 +41,16 @@ def read() -> list[dict[str, Any]]:
 
 def add(runs: Path, command: str) -> None:
     """The finished runs below `runs`, in place of those of the same recipe."""
-    records = {record["digest"]: record for record in read()}
-    new = [run.result | {"command": command} for run in find_runs(runs) if run.result is not None]
-    records |= {record["digest"]: record for record in new}
-    ordered = sorted(
-        records.values(), key=lambda r: (r["recipe"]["name"], r["recipe"]["seed"], r["recipe"]["method"]["alpha"])
-    )
-    RECORDS.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    places, known = {record["digest"]: _place(record["recipe"]) for record in read()}, {}
+    for line in lines:  # as it was written, whatever the format of its recipe
+        known[json.loads(line)["digest"]] = line
+    for run in find_runs(runs):
+        if run.result is not None:
+            places[run.result["digest"]] = _place(run.result["recipe"])
+            known[run.result["digest"]] = json.dumps(run.result | {"command": command})
+    ordered = sorted(known, key=lambda digest: places[digest])
+    RECORDS.write_text("".join(known[digest] + "\n" for digest in ordered), encoding="utf-8")
     add_arms(runs)
 
 
@@ -86,9 +90,11 @@ def rewritten(page: str, found: dict[str, Comparison]) -> str:
 
 def result(comparison: Comparison) -> str:
     """The table, what it shows in words, and where it is from."""
+    if comparison.subject is not None:  # its table says it all
+        said = " ".join(sentences.corrections(comparison.contests))
+        return f"{table_around(comparison, comparison.subject)}\n\n{said}\n\n{origin(comparison)}"
     said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks()])
-    rows = table(comparison) if comparison.subject is None else table_around(comparison, comparison.subject)
-    return f"{rows}\n\n{said}\n\n{origin(comparison)}"
+    return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
 
 
 def table_around(comparison: Comparison, subject: Arm) -> str:
