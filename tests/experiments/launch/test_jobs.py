@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,36 @@ def test_the_lines_for_xargs_train_every_run_and_the_report_compares_them(
     assert capsys.readouterr().out == ""
     assert cli.run(["report", str(folder)]) == 0
     assert "tiny: 2 seeds" in capsys.readouterr().out
+
+
+PRINTS_AND_TRAINS = """#!/bin/sh
+if [ "$1" = compare ]; then
+    for run in a b c; do echo "rdrop train digits --runs 'runs of mine/$run'"; done
+else
+    mkdir -p "$4"
+fi
+"""
+
+
+@pytest.mark.parametrize("how", ["xargs", "parallel", "slurm"])
+def test_the_lines_of_the_page_start_every_command_with_its_quotes(how: str, tmp_path: Path) -> None:
+    if how == "parallel" and shutil.which("parallel") is None:
+        pytest.skip("GNU parallel is not installed")
+    program = tmp_path / "bin" / "rdrop"
+    program.parent.mkdir()
+    program.write_text(PRINTS_AND_TRAINS)
+    program.chmod(0o755)
+    page = (ROOT / "docs" / "many-runs.md").read_text()
+    if how == "slurm":
+        (tmp_path / "array.sh").write_text(page[page.index("#!/bin/bash") :].partition("```")[0])
+        array = "for i in 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash array.sh; done"
+        (line,) = [line for line in page.splitlines() if line.startswith("rdrop compare translation") and ">" in line]
+        line = f"{line} && {array}"
+    else:
+        (line,) = [line for line in page.splitlines() if f"| {how}" in line]
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
+    subprocess.run(line, shell=True, cwd=tmp_path, env=environment, check=True)
+    assert sorted(path.name for path in (tmp_path / "runs of mine").iterdir()) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-vit", "translation", "text-classification"])

@@ -7,6 +7,7 @@ import pytest
 from tests.real_data import real_data
 
 from rdrop.experiments.tasks.files import DataError, read_lines
+from rdrop.experiments.tasks.tokenizing import LONGEST_WORD, with_short_words
 from rdrop.experiments.tasks.translation.subwords import (
     END,
     PAD,
@@ -35,6 +36,17 @@ def iwslt() -> Path:
 def test_learned_subwords_give_the_text_back(tokenized: bool) -> None:
     subwords = LearnedSubwords(LINES, 120, tokenized=tokenized)
     assert subwords.decode(subwords.encode(LINES)) == LINES
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_a_word_of_hundreds_of_kilobytes_is_learned_from_in_pieces_and_comes_back_whole(tokenized: bool) -> None:
+    long_word = "x" + "".join(random.Random(0).choices("abcd", k=LONGEST_WORD - 1)) * 6
+    (cut,) = with_short_words([f"before {long_word} after"])
+    assert max(map(len, cut.split())) == LONGEST_WORD
+    assert cut.replace(" ", "") == f"before{long_word}after"
+    assert [*with_short_words([*LINES, "y" * LONGEST_WORD])] == [*LINES, "y" * LONGEST_WORD]
+    subwords = LearnedSubwords([*LINES, long_word], 120, tokenized=tokenized)
+    assert subwords.decode(subwords.encode([long_word])) == [long_word]
 
 
 def test_the_same_lines_in_another_order_give_the_same_subwords() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+import re
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rdrop.experiments.recipe.settings import RecipeError
+
+LONGEST_WORD = 10_000
+"""In characters. What is longer, such as base64 in crawled text, is learned from in pieces: learning is quadratic in
+the length of a word, and one of 900 kB would take minutes."""
+_TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)")
+
+
+def with_short_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yields the texts, with a space in words that are longer than `LONGEST_WORD` after each piece of that length."""
+    for text in texts:
+        yield _TOO_LONG.sub(r"\g<0> ", text) if len(text) > LONGEST_WORD else text
 
 
 def learned_bpe(
@@ -24,7 +36,8 @@ def learned_bpe(
     """Learns a byte-level BPE of at most `vocabulary` entries, or of the special tokens and the 256 bytes alone.
 
     It knows any text: the bytes are always in it. The same texts give the same tokenizer, which BERT's own WordPiece
-    does not promise: its trainer numbers the letters inside words in an order that changes from run to run.
+    does not promise: its trainer numbers the letters inside words in an order that changes from run to run. Of a word
+    that is longer than `LONGEST_WORD` it learns the pieces.
     `add_prefix_space` makes the first word one like any other.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
@@ -38,7 +51,7 @@ def learned_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(with_short_words(texts), trainer)
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rdrop.experiments.tasks.files import AnyPath, DataError, read_lines
 from rdrop.experiments.tasks.token_sequences import in_parts
+from rdrop.experiments.tasks.tokenizing import with_short_words
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq's order
 START, PAD, END, UNKNOWN = range(4)
@@ -48,7 +49,7 @@ class LearnedSubwords:
         )
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-        tokenizer.train_from_iterator(lines, trainer)
+        tokenizer.train_from_iterator(with_short_words(lines), trainer)
         tokenizer.encode_special_tokens = True  # "</s>" in a text is these four characters
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size()
