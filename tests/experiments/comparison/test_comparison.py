@@ -587,6 +587,15 @@ def test_a_translation_learned_if_it_is_better_with_its_source_than_with_another
     assert has_learned(only(tmp_path / "b").arms[0].runs[0]) is learned
 
 
+def test_a_run_that_does_not_read_its_source_is_named_by_that(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, 0.8, seed=seed, source_use=1.0)
+        write_run(tmp_path, 0.8, seed=seed, alpha=1.0, source_use=0.01 if seed else 1.0)
+    assert only(tmp_path).verdict().split("\n")[1:] == [
+        "1 of 2 R-Drop (alpha 1) runs did not learn (seed 1): they hardly read their sources."
+    ]
+
+
 def test_runs_that_did_not_learn_are_named_and_stay_in_the_statistics(tmp_path):
     constant = {"accuracy": 0.5, "loss": 0.7}
     for seed in range(3):

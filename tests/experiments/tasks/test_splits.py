@@ -79,9 +79,10 @@ def test_more_folds_than_examples_are_refused() -> None:
 
 def test_fewer_than_100_examples_of_valid_or_test_are_noted_and_100_are_not() -> None:
     assert note_on_few({"train": 5, "valid": 100, "test": 100}, "texts") == {}
-    assert note_on_few({"train": 800, "valid": 99, "test": 100}, "texts")["few examples"].startswith(
-        "99 texts in valid choose the checkpoint, and below 100"
-    )
-    assert note_on_few({"train": 80, "valid": 10, "test": 12}, "texts")["few examples"].startswith(
-        "10 texts in valid and 12 texts in test choose the checkpoint and score it, and below 100"
-    )
+    assert note_on_few({"train": 800, "valid": 99, "test": 100}, "texts") == {
+        "few examples": "99 texts of valid choose the checkpoint; below 100, luck is larger than most gains"
+    }
+    assert note_on_few({"train": 80, "valid": 10, "test": 12}, "texts") == {
+        "few examples": "10 texts of valid choose the checkpoint and 12 texts of test score it; below 100, luck is "
+        "larger than most gains"
+    }

@@ -16,9 +16,9 @@ def has_learned(run: FinishedRun) -> bool | None:
     The compared score decides, or the loss where a constant has no such score (a correlation, for instance). A run that
     has measured how much it uses its source is judged by that instead.
     """
-    source_use = _source_use(run)
-    if source_use is not None:
-        return source_use >= LEAST_SOURCE_USE
+    use = source_use(run)
+    if use is not None:
+        return use >= LEAST_SOURCE_USE
     test = run.result["test"]
     constant = run.result.get("constant")
     if not isinstance(constant, dict):
@@ -30,8 +30,8 @@ def has_learned(run: FinishedRun) -> bool | None:
     return bool(gain > 0 if metrics.find(metric).higher_is_better else gain < 0)
 
 
-def _source_use(run: FinishedRun) -> float | None:
-    """Returns what the result says, or the last row of metrics.jsonl that says it."""
+def source_use(run: FinishedRun) -> float | None:
+    """Returns the `source_use` that the result says, or the last row of metrics.jsonl that says it."""
     places = (run.result, run.result["test"], *reversed(run.metrics))
     found = (place.get(SOURCE_USE) for place in places)
     return next((float(value) for value in found if is_finite_number(value)), None)

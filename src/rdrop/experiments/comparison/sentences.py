@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.contest import Contest, Outcome
 from rdrop.experiments.comparison.examples import ExampleDifference
+from rdrop.experiments.comparison.learning import source_use
 from rdrop.experiments.comparison.paired import PairedDifference
 from rdrop.experiments.comparison.sections import Section
 from rdrop.experiments.comparison.wording import NumberStyle, counted, listed, p_words, words
@@ -84,7 +85,9 @@ def without_learning(arm: Arm) -> str | None:
         return None
     noun = "seed" if len(seeds) == 1 else "seeds"
     runs = f"{len(seeds)} of {counted(len(arm.runs), f'{arm.label} run')}"
-    return f"{runs} did not learn ({noun} {listed(seeds)}): no better than a constant prediction."
+    ignored = any(source_use(run) is not None for run in arm.runs if run.seed in seeds)
+    what = "they hardly read their sources" if ignored else "no better than a constant prediction"
+    return f"{runs} did not learn ({noun} {listed(seeds)}): {what}."
 
 
 def on_these_examples(contest: Contest, found: ExampleDifference, metric: str, style: NumberStyle) -> str:

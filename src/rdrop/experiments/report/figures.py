@@ -63,13 +63,15 @@ def _plots(comparison: Comparison) -> list[_Plot]:
     raw = NumberStyle(percent=False, decimals=3)
     score = NumberStyle.of(comparison.metric, [])
     better = "higher" if comparison.higher_is_better else "lower"
+    by_loss = [run.recipe.get("select_by") == "loss" for arm in comparison.arms for run in arm.runs]
+    best = "best point" if not any(by_loss) else "lowest loss" if all(by_loss) else "best point, or lowest loss,"
     return [
         _Plot(
             Curve("valid", comparison.metric, f"valid {score.heading(comparison.metric)}"),
             score,
             "score",
             f"Validation {words(comparison.metric)}.",
-            f"Single pass, {better} is better. The checkpoint at each run's best point is scored on test, "
+            f"Single pass, {better} is better. The checkpoint at each run's {best} is scored on test, "
             "or the mean of the last ones.",
         ),
         _Plot(

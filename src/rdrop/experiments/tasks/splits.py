@@ -104,14 +104,9 @@ def notes_on_repeats(splits: Mapping[str, Iterable[Hashable]], unit: str) -> dic
 
 def note_on_few(sizes: Mapping[str, int], unit: str) -> dict[str, str]:
     """Returns a note if "valid" or "test" is so small that its scores say little; `sizes` are those of the splits."""
-    few = [f"{sizes[split]} {unit} in {split}" for split in ("valid", "test") if sizes[split] < FEW]
-    if not few:
-        return {}
-    what = {"valid": "choose the checkpoint", "test": "score it"}
-    does = " and ".join(what[split] for split in ("valid", "test") if sizes[split] < FEW)
-    return {
-        "few examples": f"{' and '.join(few)} {does}, and below {FEW} the luck of the few is larger than most gains"
-    }
+    does = {"valid": "choose the checkpoint", "test": "score it"}
+    few = [f"{sizes[split]} {unit} of {split} {what}" for split, what in does.items() if sizes[split] < FEW]
+    return {"few examples": f"{' and '.join(few)}; below {FEW}, luck is larger than most gains"} if few else {}
 
 
 def with_every_class(drawn: Mapping[str, Rows], labels: NDArray[np.int64], seed: int) -> dict[str, Rows]:

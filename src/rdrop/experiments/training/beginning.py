@@ -56,15 +56,17 @@ def _seen(sign: str, value: float, step: int) -> str:
 
 
 def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str:
-    rate = f"lower learning_rate (={recipe.learning_rate:g}) or raise warmup_updates (={recipe.warmup_updates})"
+    rate, warmup = f"learning_rate (={recipe.learning_rate:g})", f"warmup_updates (={recipe.warmup_updates})"
     if abs(last[sign]) < NOTHING:
         falls = " though the valid loss falls" if last["loss"] < before["loss"] else ""
-        return f"it has collapsed{falls}: {rate}"
+        return f"it has collapsed{falls}: lower {rate} or raise {warmup}"
     grows = " and this grows" if last[sign] > before.get(sign, 0.0) else ""
-    longer = f"train longer than updates (={recipe.updates})"
+    longer = f"train longer than {recipe.updates} updates"
     if recipe.method.is_plain:
-        return f"it is slow to begin{grows}: {longer}, or {rate}"
+        return f"it is slow to begin{grows}: {longer}, or change {rate}"
     alpha = f"lower alpha (={recipe.method.alpha:g})"
     if recipe.method.alpha_schedule != "quadratic":
         alpha = f"delay alpha (alpha_schedule=quadratic) or {alpha}"
-    return f"alpha slows its beginning{grows}: {alpha}, or {longer}"
+    if sign == SOURCE_USE:
+        return f"alpha slows its beginning{grows}: {alpha}, or {longer}"
+    return f"it is slow to begin{grows}: {longer}, change {rate}, or {alpha}"
