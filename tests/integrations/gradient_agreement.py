@@ -19,15 +19,20 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    CLIPVisionConfig,
     ConvNextConfig,
     ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
     Seq2SeqTrainingArguments,
@@ -39,12 +44,14 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer
 
 ALPHA = 50.0  # large, so that the divergence's gradient cannot hide behind the task loss's
-SHARE_OF_DIVERGENCE = 0.1  # in the loss, at least
+SHARE_OF_DIVERGENCE = 0.05  # in the loss, at least
 VOCABULARY, PAD = 13, 0
 LENGTHS = ((5, 3), (2, 6, 4), (3,), (7, 4))  # four micro-batches of ragged sequences, of unequal size too
 
@@ -87,7 +94,10 @@ def scale_first(module: Any, inputs: Any, output: Any) -> Any:
     return (stand_in(output[0]), *output[1:]) if isinstance(output, tuple) else stand_in(output)
 
 
-ENCODER_DECODERS = ("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration")
+ENCODER_DECODERS = (
+    *("MarianMTModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"),
+    "WhisperForConditionalGeneration",
+)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -149,6 +159,21 @@ def swin_config() -> SwinConfig:
 
 def convnext_config() -> ConvNextConfig:
     return ConvNextConfig(num_channels=1, num_labels=3, patch_size=2, hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+
+
+def whisper_config() -> WhisperConfig:
+    sizes = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in _MARIAN_HALF.items()}
+    lengths = {"num_mel_bins": 4, "max_source_positions": 4, "max_target_positions": 16}
+    tokens = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return WhisperConfig(vocab_size=VOCABULARY, d_model=8, **(sizes | lengths | tokens))
+
+
+IMAGE_TOKEN = VOCABULARY - 1
+
+
+def llava_config() -> LlavaConfig:
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=8, **SIZES)
+    return LlavaConfig(vision_config=vision, text_config=llama_config(), image_token_index=IMAGE_TOKEN)
 
 
 def vit_config(**settings: Any) -> ViTConfig:
@@ -223,6 +248,35 @@ def text_to_text(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[s
 def images(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     pixels = torch.randn(len(batch["input_ids"]), 1, 8, 8, generator=generator, dtype=torch.float64)
     return {"pixel_values": pixels, "labels": classes(generator, batch)["labels"]}
+
+
+def choices(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two texts for each example: its own, and that of the next one."""
+    texts = {key: torch.stack([value, value.roll(1, 0).roll(1, 1)], 1) for key, value in batch.items()}
+    return texts | {"labels": torch.randint(0, 2, (len(batch["input_ids"]),), generator=generator)}
+
+
+def yes_or_no_of_one(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch | {"labels": torch.randint(0, 2, (len(batch["input_ids"]),), generator=generator)}
+
+
+def speech(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    sound = torch.randn(len(batch["input_ids"]), 4, 8, generator=generator, dtype=torch.float64)
+    return {"input_features": sound, "labels": every_token(generator, batch)["labels"]}
+
+
+def images_and_text(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Example i has i images, of 4 tokens each, in front of its text."""
+    n = len(batch["input_ids"])
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 2)
+    front = torch.full((n, 4 * n), PAD)
+    for row in range(n):
+        front[row, 4 * (n - row) :] = IMAGE_TOKEN
+    ids = torch.cat([front, ids], 1)
+    labels = ids.masked_fill((ids == IMAGE_TOKEN) | (ids == PAD), -100)
+    pixels = torch.randn(n * (n - 1) // 2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    given = {"pixel_values": pixels} if len(pixels) else {}
+    return given | {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
 # ------------------------------------------------------------------------------------- the loss, written by hand
@@ -337,6 +391,27 @@ CASES = {
     ),
     "question answering": Case(
         "BertForQuestionAnswering", lambda: BertForQuestionAnswering(bert_config()), batches_of(spans), rows_spans
+    ),
+    "multiple choice": Case(
+        "BertForMultipleChoice", lambda: BertForMultipleChoice(bert_config()), batches_of(choices), rows_aligned
+    ),
+    "next sentence": Case(
+        "BertForNextSentencePrediction",
+        lambda: BertForNextSentencePrediction(bert_config()),
+        batches_of(yes_or_no_of_one)[::-1],
+        rows_aligned,
+    ),
+    "speech to text": Case(
+        "WhisperForConditionalGeneration",
+        lambda: WhisperForConditionalGeneration(whisper_config()),
+        batches_of(speech),
+        rows_aligned,
+    ),
+    "images and text": Case(
+        "LlavaForConditionalGeneration",
+        lambda: LlavaForConditionalGeneration(llava_config()),
+        batches_of(images_and_text),
+        rows_next_token,
     ),
     "masked LM": Case("BertForMaskedLM", lambda: BertForMaskedLM(bert_config()), batches_of(some_tokens), rows_aligned),
     "causal LM": Case(

@@ -303,3 +303,16 @@ def test_batch_normalization_is_warned_of_once_in_the_words_of_the_check(folder:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(ForAnyModel, Normalized(), CLASSIFY.batches[:1], folder, alpha=0.0)
+
+
+def test_a_batch_whose_examples_have_several_images_is_not_cut(folder: str) -> None:
+    """It trains as it is (`gradient_agreement.CASES`); which image belongs to which example is not known."""
+    case = CASES["images and text"]
+    with pytest.raises(ValueError, match=r"'pixel_values'\] has 3 rows for 2 examples.* Leave micro_batches at 1"):
+        train(RDropTrainer, build(case), [rows_of_images(case, 1)], folder, alpha=ALPHA, micro_batches=2)
+
+
+def rows_of_images(case: Any, index: int) -> dict[str, Tensor]:
+    batch = case.batches[index]  # three examples, with none, one and two images
+    kept = slice(1, 3)
+    return {name: value if name == "pixel_values" else value[kept] for name, value in batch.items()}

@@ -253,6 +253,11 @@ def sequence_to_sequence(config: Any, inputs: Batch) -> list[Target]:
     return (aligned if config.is_encoder_decoder else next_token)(config, inputs)
 
 
+def choice(config: Any, inputs: Batch) -> list[Target]:
+    """Returns one class per example: which of its texts is right, or whether a sentence follows another."""
+    return [Target(_required(inputs, "labels").reshape(-1))]
+
+
 def question_answering(config: Any, inputs: Batch) -> list[Target]:
     """Returns two softmaxes over the T positions of the sequence: where the answer starts and where it ends."""
 
@@ -283,6 +288,10 @@ HEADS: Mapping[str, Callable[[Any, Batch], list[Target]]] = {
     "TOKEN_CLASSIFICATION": token_classification,
     "QUESTION_ANSWERING": question_answering,
     **dict(zip(LANGUAGE_MODELS, (sequence_to_sequence, aligned, next_token), strict=True)),
+    "SPEECH_SEQ_2_SEQ": sequence_to_sequence,
+    "IMAGE_TEXT_TO_TEXT": sequence_to_sequence,
+    "MULTIPLE_CHOICE": choice,
+    "NEXT_SENTENCE_PREDICTION": choice,
 }
 """The targets of the model classes in transformers' list `MODEL_FOR_..._MAPPING_NAMES`, a subclass counting as its
 parent; the first list that has the class counts.
