@@ -15,7 +15,7 @@ from sphinx.domains.python import PyXRefRole
 
 PAGES = {
     "Start": ["docs/quickstart", "docs/alpha", "docs/when-it-helps", "docs/check"],
-    "Train": ["docs/transformers", "docs/views", "docs/recipes", "docs/many-runs", "docs/report"],
+    "Train": ["docs/transformers", "docs/integrations", "docs/views", "docs/recipes", "docs/many-runs", "docs/report"],
     "Tasks": [
         "docs/tasks/README",
         "docs/tasks/translation",

@@ -1,0 +1,164 @@
+"""R-Drop in Lightning: a callback with the loss, exact to the label over accumulation steps and processes.
+
+Lightning divides a loss by the number of batches, and DDP by the number of processes. A mean over the labels of each
+batch is then a mean of means, in which a label of a short batch weighs more. Here a batch gives a sum, and the gradient
+is divided once per update, by the labels of the whole update, before Lightning clips it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from rdrop.arguments import checked_alpha
+from rdrop.integrations.requirements import require_randomness, why_gradient_is_wrong
+from rdrop.integrations.targets import Target
+from rdrop.passes import repeat_batch
+
+MEANT = "rdrop_loss itself, with its mean over each batch"
+
+
+class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
+    """Repeats the batch, computes the loss and divides the gradient by the labels of the whole update.
+
+    ::
+
+        class Tagger(L.LightningModule):
+            def __init__(self):
+                self.rdrop = RDropCallback(alpha=1.0)
+
+            def configure_callbacks(self):
+                return [self.rdrop]
+
+            def training_step(self, batch, batch_idx):
+                logits = self(self.rdrop.repeat(batch["tokens"]))
+                return self.rdrop.loss(logits, batch["labels"])
+
+    The optimizer's gradient is that of `rdrop_loss` of the whole update, whatever `accumulate_grad_batches`, the
+    number of processes and the labels in each batch are. `task_loss` and `divergence` of the update are logged.
+    Validation and prediction are the module's own.
+
+    Args:
+        alpha: as in `rdrop_loss`. 0 is plain training, with one pass.
+        passes: dropout masks per example, 2 or more.
+
+    Raises:
+        ValueError: as training begins, where the result would be wrong: nothing random in the module, gradient
+            checkpointing that draws other masks, a strategy other than one device and DDP, several optimizers.
+    """
+
+    def __init__(self, *, alpha: float, passes: int = 2) -> None:
+        if passes < 2:
+            raise ValueError(f"passes (={passes}) must be 2 or more; alpha=0 is plain training, with one pass")
+        self.alpha = checked_alpha(alpha)
+        self.passes = passes
+        self._trainer: L.Trainer | None = None
+        self._sums = torch.zeros(3)
+        self._called = self._random = False
+
+    def repeat(self, batch: Any) -> Any:
+        """Returns `repeat_batch(batch, passes)`; with alpha 0 the batch as it is."""
+        return repeat_batch(batch, self.passes) if self.alpha > 0 else batch
+
+    def loss(self, logits: Tensor, target: Tensor | Target, *, label_smoothing: float = 0.0) -> Tensor:
+        """Computes the loss to return from `training_step`: a sum over the labels that count, not yet a mean.
+
+        What you add to it will be divided by the labels of the update too.
+
+        Args:
+            logits: `(passes*N, ..., V)` of the repeated batch; with alpha 0 `(N, ..., V)`.
+            target: the labels of the batch as it was, as in `rdrop_loss`; or a `Target`, for another task loss and
+                divergence.
+            label_smoothing: as in `rdrop_loss`.
+        """
+        if self._trainer is None:
+            raise ValueError(
+                "this RDropCallback is not one of the Trainer's, so nobody divides the gradient: return it from "
+                "configure_callbacks of the module, or pass it to Trainer(callbacks=[...])"
+            )
+        if self._called:
+            raise ValueError(
+                "a second loss for the same batch: the labels of the update would be counted twice. Call loss once in "
+                "training_step (an optimizer that calls it several times, as L-BFGS does, cannot be used)"
+            )
+        self._called = True
+        target = target if isinstance(target, Target) else Target(target)
+        if target.class_weight is not None:
+            raise ValueError(
+                "class weights divide the task loss by their sum and the divergence by the positions, and here both "
+                f"are divided by one number: use {MEANT}, or a task loss with the weights in it"
+            )
+        if self.alpha > 0:
+            if not self._random:
+                require_randomness(self._trainer.lightning_module, [logits], self.passes)
+                self._random = True
+            self._check_passes(logits, target)
+            loss, task_loss, divergence = target.rdrop_loss(
+                logits, alpha=self.alpha, reduction="sum", label_smoothing=label_smoothing
+            )
+        else:
+            loss = target.plain_loss(logits, label_smoothing)
+            task_loss, divergence = loss.detach(), loss.new_zeros(())
+        positions, _ = target.count()
+        self._sums = self._sums.to(loss.device) + torch.stack([positions, task_loss, divergence]).float()
+        return loss
+
+    def _check_passes(self, logits: Tensor, target: Target) -> None:
+        if len(logits) != self.passes * len(target.labels):
+            raise ValueError(
+                f"{len(logits)} rows of logits for {len(target.labels)} of labels: with passes={self.passes} the model "
+                f"must see {self.passes * len(target.labels)} rows. Give it rdrop.repeat(batch), once, and the loss "
+                "the labels of the batch as it was"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called by Lightning."""
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} keeps gradients where a callback cannot divide them: use one "
+                f"device or strategy='ddp', or {MEANT}"
+            )
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"the module has {len(trainer.optimizers)} optimizers, and which labels an update of each has learned "
+                f"from is not known: use one, or {MEANT}"
+            )
+        if self.alpha > 0 and (wrong := why_gradient_is_wrong(pl_module)):
+            raise ValueError(wrong)
+        self._trainer, self._random = trainer, False
+        self._sums = torch.zeros(3)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called by Lightning."""
+        self._called = False
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called by Lightning."""
+        self._trainer = None
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Called by Lightning when the gradient of an update is complete, before it is clipped."""
+        if not self._called:
+            raise ValueError(
+                "training_step did not call loss of this RDropCallback, so how many labels the update has is unknown. "
+                "Return rdrop.loss(logits, labels) from it"
+            )
+        sums = trainer.strategy.reduce(self._sums.to(pl_module.device), reduce_op="sum")
+        count, task_loss, divergence = sums[0].clamp(min=1), sums[1], sums[2]
+        batches = trainer.accumulate_grad_batches * trainer.world_size  # what Lightning and DDP have divided by
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(count).mul_(batches)
+        self._sums = torch.zeros_like(sums)
+        pl_module.log("task_loss", task_loss / count)
+        if self.alpha > 0:
+            pl_module.log("divergence", divergence / count)

@@ -1,0 +1,112 @@
+"""What was tried with which library: the table of docs/integrations.md, where each cell names its test.
+
+python tests/integrations/support.py      writes the table into the page
+"""
+
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs/integrations.md"
+COLUMNS = ("gradient", "accumulation", "2 processes", "alpha 0", "evaluation", "resumed", "program")
+NOT_TRIED = ("not tried", "")
+
+LIGHTNING = "test_lightning.py::test_"
+
+ENCODERS = "test_sentence_transformers.py::test_"
+OTHER = "test_other_trainers.py::test_"
+TWO_PROCESSES = "test_two_processes_have_the_gradient_of_the_whole_batch_and_resume_to_the_same_bits"
+
+Cell = tuple[str, str]
+"""What the reader sees, and the test behind it: `file.py::test_name`, in this folder."""
+
+
+def of_another_trainer(accumulation: Cell, resumed: Cell = NOT_TRIED) -> tuple[Cell, ...]:
+    return (
+        ("exact", f"{OTHER}an_epoch_of_another_trainer_ends_in_the_weights_of_a_loop_of_ones_own"),
+        accumulation,
+        NOT_TRIED,
+        ("to the bit", f"{OTHER}at_alpha_zero_another_trainer_ends_in_the_weights_of_plain_training_to_the_bit"),
+        ("the library's", f"{OTHER}another_trainer_evaluates_with_one_pass_and_no_dropout"),
+        resumed,
+        ("runs", f"{OTHER}the_example_of_another_trainer_learns"),
+    )
+
+
+ACCELERATE = "test_accelerate_example.py::test_"
+SUPPORT: dict[str, tuple[Cell, ...]] = {
+    "Accelerate": (
+        ("exact", f"{ACCELERATE}the_gradient_of_two_processes_is_that_of_the_whole_batch"),
+        ("exact", f"{ACCELERATE}the_gradient_of_two_processes_is_that_of_the_whole_batch"),
+        ("exact", f"{ACCELERATE}the_gradient_of_two_processes_is_that_of_the_whole_batch"),
+        NOT_TRIED,
+        NOT_TRIED,
+        NOT_TRIED,
+        ("runs", f"{ACCELERATE}the_example_learns_with_and_without_rdrop"),
+    ),
+    "Fabric": (
+        ("exact", f"{LIGHTNING}the_gradient_of_an_update_of_fabric_is_that_of_the_whole_batch"),
+        ("exact", f"{LIGHTNING}the_gradient_of_an_update_of_fabric_is_that_of_the_whole_batch"),
+        ("exact", f"test_lightning.py::{TWO_PROCESSES}"),
+        NOT_TRIED,
+        NOT_TRIED,
+        NOT_TRIED,
+        ("runs", f"{LIGHTNING}the_fabric_example_learns_with_and_without_rdrop"),
+    ),
+    "Lightning": (
+        ("exact", f"{LIGHTNING}the_gradient_of_an_update_of_lightning_is_that_of_the_whole_batch"),
+        ("exact", f"{LIGHTNING}the_gradient_of_an_update_of_lightning_is_that_of_the_whole_batch"),
+        ("exact", f"test_lightning.py::{TWO_PROCESSES}"),
+        ("to the bit", f"{LIGHTNING}at_alpha_zero_training_is_plain_lightning_to_the_bit"),
+        ("the library's", f"{LIGHTNING}validation_of_lightning_is_the_modules_own"),
+        ("to the bit", f"test_lightning.py::{TWO_PROCESSES}"),
+        ("runs", f"{LIGHTNING}the_lightning_example_learns_with_and_without_rdrop_and_goes_on"),
+    ),
+    "Lightning: FSDP, DeepSpeed, two optimizers": (
+        ("refused", f"{LIGHTNING}strategies_and_optimizers_whose_update_is_not_known_are_refused"),
+        *[("", "")] * 6,
+    ),
+    "sentence-transformers, cross-encoders": (
+        ("exact", f"{ENCODERS}the_loss_and_its_gradient_are_those_written_out"),
+        NOT_TRIED,
+        NOT_TRIED,
+        ("to the bit", f"{ENCODERS}at_alpha_zero_it_is_the_loss_of_the_library_to_the_bit"),
+        ("the library's", f"{ENCODERS}the_trainer_evaluates_as_with_the_loss_of_the_library"),
+        NOT_TRIED,
+        ("runs", f"{ENCODERS}the_cross_encoder_example_learns_with_and_without_rdrop"),
+    ),
+    "PyTorch-Ignite": of_another_trainer(NOT_TRIED),
+    "skorch": of_another_trainer(("none in the library", "")),
+    "fastai": of_another_trainer(NOT_TRIED),
+    "Keras 3 on torch": (
+        ("exact", f"{OTHER}an_update_of_keras_is_that_of_the_gradient_written_out"),
+        NOT_TRIED,
+        NOT_TRIED,
+        ("to the bit", f"{OTHER}at_alpha_zero_keras_trains_as_without_rdrop_to_the_bit"),
+        ("the library's", f"{OTHER}keras_evaluates_with_one_pass_and_no_dropout"),
+        NOT_TRIED,
+        ("runs", f"{OTHER}the_example_of_another_trainer_learns"),
+    ),
+}
+
+
+def tables() -> str:
+    lines = [f"| library | {' | '.join(COLUMNS)} |", f"|---{'|---' * len(COLUMNS)}|"]
+    lines += [f"| {library} | {' | '.join(seen for seen, _ in cells)} |" for library, cells in SUPPORT.items()]
+    lines += ["", "The tests, in `tests/integrations/`:", "", "| library | column | test |", "|---|---|---|"]
+    for library, cells in SUPPORT.items():
+        behind: dict[str, list[str]] = {}
+        for column, (_, test) in zip(COLUMNS, cells, strict=True):
+            behind.setdefault(test, []).append(column)
+        lines += [f"| {library} | {', '.join(names)} | `{test}` |" for test, names in behind.items() if test]
+    return "\n".join(lines)
+
+
+def rewritten(page: str) -> str:
+    before, rest = page.split("<!-- support -->")
+    _, after = rest.split("<!-- /support -->")
+    return f"{before}<!-- support -->\n\n{tables()}\n\n<!-- /support -->{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{PAGE}\n")

@@ -1,0 +1,34 @@
+"""The table of what was tried with which library says no more than there are tests."""
+
+import re
+from pathlib import Path
+
+import support
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_cell_of_the_table_names_a_test_that_exists() -> None:
+    claims = ("exact", "to the bit", "the library's", "refused", "runs")
+    for library, cells in support.SUPPORT.items():
+        assert len(cells) == len(support.COLUMNS), library
+        for seen, test in cells:
+            assert (seen in claims) == bool(test), f"{library}: {seen}"
+            if test:
+                file, _, name = test.partition("::")
+                text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+                assert re.search(rf"^def {name}\(", text, re.MULTILINE), test
+
+
+def test_the_table_in_the_page_is_this_one() -> None:
+    page = support.PAGE.read_text(encoding="utf-8")
+    assert support.rewritten(page) == page, "run: python tests/integrations/support.py"
+
+
+def test_every_program_of_the_page_is_an_example_included_and_not_copied() -> None:
+    page = support.PAGE.read_text(encoding="utf-8")
+    included = re.findall(r"^```\{literalinclude\} \.\./examples/(\w+\.py)", page, re.MULTILINE)
+    assert len(included) == len(set(included)) >= 8
+    for name in included:
+        assert (ROOT / "examples" / name).is_file()
+    assert "```python" not in page
