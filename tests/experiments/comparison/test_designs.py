@@ -1,5 +1,6 @@
 """Arms that differ in more than method and batch: how they are asked for, named, remembered and compared."""
 
+import io
 import json
 import re
 import shlex
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.experiments.run_folders import result_of, write_run, write_three_arms
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.contest import Outcome
 from rdrop.experiments.comparison.designs import FILE, Design, arm_digest, read_designs, record_designs
+from rdrop.experiments.comparison.terminal_table import terminal_table
 from rdrop.experiments.comparison.wording import TIMES
 from rdrop.experiments.launch import cli, plan
 from rdrop.experiments.launch.plan import plan_arms
@@ -143,6 +146,18 @@ def test_the_arms_of_a_design_are_one_comparison_whose_verdict_is_about_its_subj
     assert all(contest.arm.label == SUBJECT for contest in comparison.contests)
     assert against == dict.fromkeys([arm.label for arm in comparison.arms[:-1]], Outcome.UNDECIDED)
     assert "the baseline with dropout 0.3" in comparison.verdict()
+
+
+def test_the_time_of_a_design_is_that_of_the_whole_training(tmp_path: Path) -> None:
+    comparison = designed(tmp_path, "alpha=0 updates=4x")
+    for run in comparison.arms[1].runs:
+        run.result["cost"] |= {"train_seconds": 4 * run.result["cost"]["train_seconds"]}
+    console = Console(width=200, file=io.StringIO())
+    console.print(terminal_table(comparison))
+    text = console.file.getvalue()
+    [row, *_] = (line for line in text.splitlines() if line.startswith("baseline, four times the updates"))
+    assert f"{TIMES}4.00" in row
+    assert "time: of the whole training" in text
 
 
 def test_without_the_design_the_same_runs_are_the_comparisons_that_they_were(tmp_path: Path) -> None:

@@ -96,11 +96,15 @@ def _difference_cells(difference: PairedDifference | None, style: NumberStyle) -
 
 
 def _cost_ratios(comparison: Comparison, arm: Arm) -> list[str]:
-    return [ratio(comparison.cost_ratio(arm, key)) for key in ("step_milliseconds", "peak_extra_bytes")]
+    # The arms of a design may differ in the number of updates.
+    time = "step_milliseconds" if comparison.subject is None else "train_seconds"
+    return [ratio(comparison.cost_ratio(arm, key)) for key in (time, "peak_extra_bytes")]
 
 
 def _caption(comparison: Comparison) -> str:
     lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
+    if comparison.subject is not None:
+        lines.append("time: of the whole training")
     if comparison.side_by_side() > 1:
         lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")
     if comparison.churn():
