@@ -157,10 +157,10 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["accumulation=5"], "batch_size=32: must be divisible by accumulation (=5)"),
         (["updates=20"], "warmup_updates=40: must be at most updates (=20)"),
         (["every=500"], "every=500: must be at most updates (=400)"),
-        (["epochs=3"], "updates=400: set either it or epochs, and the other to null"),
+        (["epochs=3", "updates=400"], "updates=400: set either it or epochs, and the other to null"),
         (["updates=null"], "updates=null: set either it or epochs, and the other to null"),
         (["epochs=0", "updates=null"], "epochs=0: must be greater than 0"),
-        (["warmup_share=0.1"], "warmup_share=0.1: must be 0 with warmup_updates (=40), or that 0"),
+        (["warmup_share=0.1", "warmup_updates=40"], "warmup_share=0.1: must be 0 with warmup_updates (=40), or that 0"),
         (["alpha"], "alpha: a setting is written key=value, e.g. alpha=..."),
         (["alpha=1", "alpha=1"], 'alpha="1": given twice'),
         (["model.heads=5"], "model.hidden_size=64: must be divisible by model.heads (=5)"),
@@ -332,10 +332,20 @@ def test_a_recipe_in_epochs_is_saved_as_that_and_others_without_the_key() -> Non
     assert EPOCHS.parse(EPOCHS.saved()) == EPOCHS
 
 
-def test_the_remedy_for_a_recipe_in_epochs_works() -> None:
-    with pytest.raises(RecipeError, match="updates=500: set either it or epochs, and the other to null"):
-        override(EPOCHS, ["updates=500"])
-    assert override(EPOCHS, ["updates=500", "epochs=null"]).in_updates(7.0).warmup_updates == 50
+def test_of_two_keys_that_exclude_each_other_the_typed_one_holds() -> None:
+    changed = override(EPOCHS, ["updates=500"])
+    assert (changed.updates, changed.epochs) == (500, None)
+    assert changed.in_updates(7.0).warmup_updates == 50
+    assert override(changed, ["epochs=2.5"]) == EPOCHS
+    changed = override(EPOCHS, ["updates=500", "warmup_steps=7"])
+    assert (changed.warmup_updates, changed.warmup_share) == (7, 0.0)
+    assert override(BASE, ["updates=500"]) == BASE.replace(updates=500)
+
+
+def test_both_lengths_or_neither_are_refused() -> None:
+    for settings in (["updates=500", "epochs=2.0"], ["updates=null", "epochs=null"]):
+        with pytest.raises(RecipeError, match="set either it or epochs, and the other to null"):
+            override(EPOCHS, settings)
 
 
 def test_alpha_auto_is_four_with_the_square_of_progress() -> None:

@@ -210,8 +210,7 @@ def test_hostile_text_in_the_files_stays_text(tmp_path):
                 digest=evil,
                 machine={evil: evil},
                 versions={"rdrop": evil},
-                best_step=evil,
-                resumed=evil,
+                notes={evil: evil},
             )
     damaged = write_run(tmp_path, 0.7)
     (damaged / "result.json").write_text(json.dumps({"format": evil}))

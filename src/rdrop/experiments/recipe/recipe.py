@@ -401,13 +401,27 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
     """Returns the recipe changed by settings as they are typed: `override(recipe, ["alpha=1", "model.layers=2"])`.
 
-    `tiny=true` is no key: it means the recipe's `tiny()`, which the other settings change.
+    `tiny=true` is no key: it means the recipe's `tiny()`, which the other settings change. Of two keys that exclude
+    each other, as `updates` and `epochs`, the one that is typed holds, and the other is switched off.
     """
     changes = read_settings(settings, type(recipe).descriptions())
     tiny = changes.pop("tiny", False)
     if not isinstance(tiny, bool):
         raise RecipeError("tiny", "must be true or false", value=tiny)
+    typed = {saved.RENAMED.get(key, key): value for key, value in changes.items()}
+    for key, other, off in _EXCLUSIVE:
+        if typed.get(key) and other not in typed:
+            changes[other] = off
     return (recipe.tiny() if tiny else recipe).replace(**changes)
+
+
+_EXCLUSIVE = (
+    ("updates", "epochs", None),
+    ("epochs", "updates", None),
+    ("warmup_updates", "warmup_share", 0.0),
+    ("warmup_share", "warmup_updates", 0),
+)
+"""If the first is set, the second is this."""
 
 
 def _unknown_key(key: str, value: object, kind: type[Recipe]) -> RecipeError:
