@@ -52,7 +52,8 @@ class RDropCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-igno
 
     def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
         """Called by the trainer."""
-        loss: Tensor = super().forward(*self.ce_loss.repeat(inputs, labels), prompt=prompt, task=task)
+        inputs, labels = self.ce_loss.repeat(inputs, labels)
+        loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
         return loss
 
 
@@ -82,14 +83,14 @@ class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc,
 
     def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
         """Called by the trainer."""
-        repeated = self.bce_with_logits_loss.repeat(inputs, labels)
-        loss: Tensor = super().forward(*repeated, prompt=prompt, task=task)
+        inputs, labels = self.bce_with_logits_loss.repeat(inputs, labels)
+        loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:
         """Returns what the model card says of the loss."""
         criterion = self.bce_with_logits_loss
-        config: dict[str, Any] = super().get_config_dict()
+        config: dict[str, Any] = super().get_config_dict()  # type: ignore[no-untyped-call, unused-ignore]
         return config | {"alpha": criterion.alpha, "passes": criterion.passes}
 
 
