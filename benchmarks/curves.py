@@ -41,11 +41,10 @@ class Panel(NamedTuple):
 
     key: str
     title: str
-    factor: float = 1.0
 
 
 FIGURES = {
-    "crossing": (Panel("loss", "valid loss"), Panel("bleu", "valid BLEU", 100.0)),
+    "crossing": (Panel("loss", "valid loss"), Panel("bleu", "valid BLEU")),
     "start": (Panel("source_use", "use of the source, nats a token"),),
 }
 
@@ -87,7 +86,7 @@ def courses(records: Sequence[dict[str, Any]], panel: Panel) -> dict[str, Course
     """One a arm, in the order of the records."""
     found: dict[str, list[dict[int, float]]] = {}
     for record in records:
-        of_run = {row["step"]: panel.factor * row[panel.key] for row in record["rows"] if panel.key in row}
+        of_run = {row["step"]: row[panel.key] for row in record["rows"] if panel.key in row}
         found.setdefault(record["arm"], []).append(of_run)
     drawn = {}
     for arm, of_runs in found.items():

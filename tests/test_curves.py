@@ -31,7 +31,7 @@ def test_a_run_has_begun_at_the_first_score_with_a_use_of_the_source():
 
 def test_the_mean_stands_where_every_seed_has_a_score():
     panel = curves.FIGURES["crossing"][1]
-    rows = [{"kind": "valid", "step": step, "bleu": step / 1000} for step in (100, 200, 300)]
+    rows = [{"kind": "valid", "step": step, "bleu": step / 10} for step in (100, 200, 300)]
     found = courses([{"arm": "a", "rows": rows}, {"arm": "a", "rows": rows[1:]}, {"arm": "b", "rows": rows}], panel)
     assert found["a"] == Course([200, 300], [[20.0, 30.0], [20.0, 30.0]])
     assert list(found) == ["a", "b"]
