@@ -70,7 +70,7 @@ _IF_PRESENT: dict[str, tuple[_Test, str]] = {
     "averaged_steps": (_is_counts, "a list of whole numbers"),
     "notes": (_is_texts, "an object of texts"),
     "metrics": (_is_object, "an object"),
-    "constant": (_is_scores, "an object of numbers"),
+    "constant": (_or_null(_is_scores), "an object of numbers or null"),
     "digest": (_is_text, "a text"),
     "data": (_or_null(_is_text), "a text or null"),
     "vocabulary": (_or_null(_is_text), "a text or null"),
