@@ -24,6 +24,7 @@ from rdrop.experiments import recipes
 from rdrop.experiments.launch import cli, jobs
 from rdrop.experiments.launch.jobs import find_places, train_all
 from rdrop.experiments.launch.plan import Command, Run, plan_comparison, settings_between
+from rdrop.experiments.launch.progress import show_progress
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import RunFolder, find_runs
@@ -91,6 +92,31 @@ def test_two_at_a_time_end_in_the_same_bits_and_one_that_fails_stops_no_other(tm
         assert result["machine"] == expected["machine"]  # the threads, above all
     assert "up to 2 runs side by side" in shown
     assert f"1/3  {together[0].label}: test" in said
+
+
+def test_a_process_goes_on_with_the_next_run_and_one_that_died_waiting_is_replaced(tmp_path: Path) -> None:
+    alone, runs = plan(tmp_path / "alone"), plan(tmp_path / "together")
+    assert train_all(alone, Console(quiet=True)) == []
+    console = Console(quiet=True)
+    with (
+        show_progress(console, [run.recipe for run in runs], []) as display,
+        jobs.Processes([{}], Command(TINY, tmp_path / "together"), display) as workers,
+    ):
+        trained = []
+        for run in runs:
+            workers.start(run)
+            while workers.running:
+                assert [outcome.kind for outcome in workers.wait()] in ([], ["finished"])
+            trained.append(workers._idle[0].process)
+            if run is runs[1]:
+                trained[-1].kill()
+                trained[-1].wait()
+    first, second, third = trained
+    assert first is second
+    assert third is not first
+    assert third.returncode == 0
+    for run, twin in zip(runs, alone, strict=True):
+        assert final_state(run.folder) == final_state(twin.folder)
 
 
 def test_ctrl_c_saves_all_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from rich.console import Console
 
 from rdrop.experiments.launch.plan import Command, Run
 from rdrop.experiments.launch.progress import Display, show_progress, summary
+from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import ResultsError, RunFolder
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of
@@ -332,12 +333,17 @@ class Child(NamedTuple):
 
 
 class Processes:
-    """Trains a run in each of several places, a process each."""
+    """Trains a run in each of several places, a process each, which goes on with the next run when one has finished.
+
+    What ends in any other way ends its process too, and the next run in that place gets a new one.
+    """
 
     def __init__(self, places: Sequence[Mapping[str, str]], command: Command, display: Display) -> None:
         self._places, self._command, self._display = places, command, display
         self._children: dict[int, Child] = {}
-        self._events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+        self._idle: dict[int, Child] = {}
+        """Processes that have finished a run and wait for another one."""
+        self._events: queue.Queue[tuple[subprocess.Popen[bytes], dict[str, Any] | None]] = queue.Queue()
         self._warnings: set[str] = set()
         self._noted: list[int] = []
         self._previous: dict[int, Any] = {}
@@ -351,6 +357,8 @@ class Processes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._children:
             self._stop()
+        for child in self._idle.values():
+            _release(child)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -364,6 +372,12 @@ class Processes:
 
     def start(self, run: Run) -> None:
         place = next(place for place in range(len(self._places)) if place not in self._children)
+        idle = self._idle.pop(place, None)
+        if idle is not None:
+            if _hand_over(idle, run):
+                self._children[place] = idle._replace(run=run, said={})
+                return
+            _release(idle)
         arguments = [*self._command.arguments(run), "--side-by-side", str(len(self._places))]
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the child has ended
         process = subprocess.Popen(
@@ -375,7 +389,7 @@ class Processes:
             start_new_session=True,
         )
         self._children[place] = Child(run, place, process, errors, {})
-        threading.Thread(target=self._listen, args=(place, process), daemon=True).start()
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     def wait(self) -> list[Outcome]:
         """Returns what has ended in the next moment."""
@@ -392,27 +406,38 @@ class Processes:
         if not self._children:
             raise _Interrupted(signum)
 
-    def _listen(self, place: int, process: subprocess.Popen[bytes]) -> None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             with suppress(ValueError):  # a line that was cut off by a kill
-                self._events.put((place, json.loads(line)))
+                self._events.put((process, json.loads(line)))
+        process.stdout.close()
         process.wait()
-        self._events.put((place, None))
+        self._events.put((process, None))
 
     def _take_events(self) -> list[Outcome]:
         outcomes = []
         try:
-            place, event = self._events.get(timeout=SECONDS_BETWEEN_EVENTS)
+            process, event = self._events.get(timeout=SECONDS_BETWEEN_EVENTS)
             while True:
-                child = self._children[place]
-                if event is not None:
-                    self._note(child, event)
-                elif "mistake" not in child.said:
-                    outcomes.append(self._ended(self._children.pop(place)))
-                place, event = self._events.get_nowait()
+                outcomes += self._outcome_of(process, event)
+                process, event = self._events.get_nowait()
         except queue.Empty:
             return outcomes
+
+    def _outcome_of(self, process: subprocess.Popen[bytes], event: dict[str, Any] | None) -> list[Outcome]:
+        """Returns how a run ended, if this event is its end: None is that of the process."""
+        place = next((place for place, child in self._children.items() if child.process is process), None)
+        if place is None:  # it had no run any more
+            return []
+        child = self._children[place]
+        if event is None:
+            return [] if "mistake" in child.said else [self._ended(self._children.pop(place))]
+        if "finished" in event:
+            self._idle[place] = self._children.pop(place)
+            return [Outcome(child.run, "finished")]
+        self._note(child, event)
+        return []
 
     def _note(self, child: Child, event: dict[str, Any]) -> None:
         if "progress" in event:
@@ -457,6 +482,29 @@ class Processes:
         self._children.clear()
 
 
+def _hand_over(idle: Child, run: Run) -> bool:
+    """Gives a waiting process its next run. False if it is gone."""
+    assert idle.process.stdin is not None
+    idle.errors.seek(0)
+    idle.errors.truncate()  # what it has said of the run before explains nothing of this one
+    line = json.dumps({"label": run.label, "recipe": run.recipe.saved(), "folder": str(run.folder)}) + "\n"
+    try:
+        idle.process.stdin.write(line.encode())
+        idle.process.stdin.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _release(idle: Child) -> None:
+    """Lets a waiting process end."""
+    assert idle.process.stdin is not None
+    with suppress(OSError):
+        idle.process.stdin.close()
+    idle.process.wait()
+    idle.errors.close()
+
+
 class _Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         self.exit_code = 128 + signum
@@ -466,8 +514,8 @@ class _Interrupted(KeyboardInterrupt):
 
 
 def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> int:
-    """Trains the run as a child of `Processes`, and returns the exit status."""
-    _stop_with_parent()
+    """Trains the run as a child of `Processes`, then those that it is given, and returns the exit status."""
+    parent = _Parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no event
 
@@ -479,6 +527,18 @@ def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> in
         tell(warning=str(message))
 
     warnings.showwarning = show_warning
+    while True:
+        status = _train_and_tell(run, side_by_side, trackers, tell)
+        if status != 0:
+            return status
+        tell(finished=True)
+        following = parent.next_run(type(run.recipe))
+        if following is None:
+            return 0
+        run = following
+
+
+def _train_and_tell(run: Run, side_by_side: int, trackers: Sequence[str], tell: Callable[..., None]) -> int:
     told_at = 0.0
 
     def on_progress(progress: Progress) -> None:
@@ -503,15 +563,35 @@ def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> in
     return 0
 
 
-def _stop_with_parent() -> None:
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(LAST_RESORT_SECONDS)
-        os._exit(128 + signal.SIGTERM)
+class _Parent:
+    """The process that started this one: it sends further runs, a line each; what is trained ends with it."""
 
-    threading.Thread(target=watch, name="life of the parent", daemon=True).start()
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._is_training = True
+        threading.Thread(target=self._listen, name="life of the parent", daemon=True).start()
+
+    def next_run(self, kind: type[Recipe]) -> Run | None:
+        """Waits for the next run; None if there is none."""
+        self._is_training = False
+        line = self._lines.get()
+        if line is None:
+            return None
+        self._is_training = True
+        told = json.loads(line)
+        return Run(told["label"], kind.parse(told["recipe"]), Path(told["folder"]))
+
+    def _listen(self) -> None:
+        rest = b""
+        while some := os.read(sys.stdin.fileno(), 1 << 16):  # no buffered reader: its lock would be held at the end
+            *whole, rest = (rest + some).split(b"\n")
+            for line in whole:
+                self._lines.put(line)
+        self._lines.put(None)
+        if self._is_training:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(LAST_RESORT_SECONDS)
+            os._exit(128 + signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------ how many at a time
