@@ -36,7 +36,7 @@ WRONG: tuple[Any, ...] = ("text", 3, [], None, {"loss": "text"})
 RIGHT = {
     "recipe": dict, "metric": str, "finished": str, "valid": dict, "test": dict, "cost": dict, "machine": dict,
     "versions": dict, "best_step": int, "updates": int, "averaged_steps": list, "notes": dict, "metrics": dict,
-    "constant": dict, "digest": str, "data": (str, type(None)), "resumed": int,
+    "constant": (dict, type(None)), "digest": str, "data": (str, type(None)), "resumed": int,
 }  # fmt: skip
 
 

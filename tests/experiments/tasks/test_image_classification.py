@@ -546,6 +546,7 @@ def test_images_that_stand_in_two_splits_are_counted(kind: str, tmp_path: Path) 
             (paths[name] / f"{label}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise[row]).save(paths[name] / f"{label}" / f"{name}-{place}.png")
     task = ImageClassification(SMALL.replace(**{f"data.{name}": str(path) for name, path in paths.items()}))
+    assert task.notes.pop("few examples").startswith("3 images of valid")
     assert task.notes == {"test images that are trained on too": "3 of 6, byte for byte"}
 
 

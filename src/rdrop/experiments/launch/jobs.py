@@ -520,8 +520,11 @@ def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> in
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no event
 
     def tell(**event: Any) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
+        with suppress(
+            BrokenPipeError
+        ):  # the parent is gone, and `_Parent` stops what is trained: saved, not in mid-air
+            events.write(json.dumps(event) + "\n")
+            events.flush()
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         tell(warning=str(message))

@@ -20,6 +20,8 @@ from rdrop.experiments.tasks.task import KnowsConstant, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
 
+NOTES_ON_TRAINING = ("started from", "alpha", "has begun")
+"""Those that a new score leaves true; the task writes the others again."""
 SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 
 
@@ -53,7 +55,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
     constant = task.constant_scores() if isinstance(task, KnowsConstant) else {}
-    return run.result | {"test": scores, "constant": constant, "notes": task.notes}
+    notes = {name: note for name, note in run.notes.items() if name in NOTES_ON_TRAINING} | task.notes
+    return run.result | {"test": scores, "constant": constant, "notes": notes}
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:
