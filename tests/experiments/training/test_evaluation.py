@@ -26,7 +26,7 @@ from rdrop.experiments.tasks.text_classification.data import load_labeled_texts
 from rdrop.experiments.tasks.translation.data import load_pairs
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
 from rdrop.experiments.tasks.translation.tiny import write_tiny_pairs
-from rdrop.experiments.training.evaluation import rescore
+from rdrop.experiments.training.evaluation import NOTES_ON_TRAINING, rescore
 from rdrop.experiments.training.trainer import train
 
 DIGITS_VIT = RECIPES["digits-vit"].tiny()
@@ -172,7 +172,9 @@ def test_another_search_is_used_and_leaves_the_loss(averaged: FinishedRun, monke
 
 
 def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
-    other = replace(averaged, result=averaged.result | {"notes": {"decoded by": "another version"}})
+    of_training = {name: note for name, note in averaged.notes.items() if name in NOTES_ON_TRAINING}
+    assert of_training  # they stay; the others are written again
+    other = replace(averaged, result=averaged.result | {"notes": of_training | {"decoded by": "another version"}})
     assert rescore(other)["notes"] == averaged.result["notes"]
     out, _ = shown([averaged.path], capsys)
     for name, note in averaged.result["notes"].items():
