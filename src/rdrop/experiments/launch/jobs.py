@@ -532,6 +532,7 @@ def train_supervised(run: Run, side_by_side: int, trackers: Sequence[str]) -> in
     warnings.showwarning = show_warning
     while True:
         status = _train_and_tell(run, side_by_side, trackers, tell)
+        parent.is_training = False  # before it is told: it may let this process end at once
         if status != 0:
             return status
         tell(finished=True)
@@ -571,16 +572,19 @@ class _Parent:
 
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._is_training = True
+        self.is_training = True
+        """Whether there is a run to be stopped when the parent is gone."""
+        self._is_gone = False
         threading.Thread(target=self._listen, name="life of the parent", daemon=True).start()
 
     def next_run(self, kind: type[Recipe]) -> Run | None:
         """Waits for the next run; None if there is none."""
-        self._is_training = False
         line = self._lines.get()
         if line is None:
             return None
-        self._is_training = True
+        self.is_training = True
+        if self._is_gone:  # since it sent that
+            return None
         told = json.loads(line)
         return Run(told["label"], kind.parse(told["recipe"]), Path(told["folder"]))
 
@@ -590,8 +594,9 @@ class _Parent:
             *whole, rest = (rest + some).split(b"\n")
             for line in whole:
                 self._lines.put(line)
+        self._is_gone = True
         self._lines.put(None)
-        if self._is_training:
+        if self.is_training:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(LAST_RESORT_SECONDS)
             os._exit(128 + signal.SIGTERM)
