@@ -43,10 +43,19 @@ def test_what_is_compiled_at_its_first_call_has_that_before_its_memory_is_measur
     assert len(calls) == 2 + QUICK.rounds
 
 
-def test_the_processors_clock_does_not_count_waiting():
-    """Half a second of sleep, of which a busy machine makes more; the few bytecodes around it are far below."""
-    found = measure({"a": lambda: lambda: time.sleep(0.5)}, Conditions(rounds=1, clock="processor"))
-    assert found["a"].seconds[0] < 0.25
+def test_the_processors_clock_is_that_of_all_threads_which_waiting_does_not_move(monkeypatch):
+    assert CLOCKS["processor"] is time.process_time
+    now = {"wall": 0.0, "processor": 0.0}
+    for clock in now:
+        monkeypatch.setitem(CLOCKS, clock, lambda clock=clock: now[clock])
+
+    def wait_and_compute():
+        now["wall"] += 5.0
+        now["processor"] += 1.0
+
+    for clock, seconds in (("wall", 5.0), ("processor", 1.0)):
+        found = measure({"a": lambda: wait_and_compute}, Conditions(rounds=2, clock=clock))
+        assert list(found["a"].seconds) == [seconds, seconds]
 
 
 @pytest.mark.parametrize("megabytes", [40, 100])

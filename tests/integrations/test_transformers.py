@@ -1,8 +1,6 @@
 """What a training step of the Trainer with R-Drop computes: gradients, logs, and when it is plain."""
 
-import gc
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,20 +40,6 @@ from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDr
 CLASSIFY = CASES["sequence classification"]
 TAG = CASES["token classification"]
 LLAMA = CASES["causal LM, Llama"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_modules_are_not_collected_again() -> Iterator[None]:
-    """The Trainer calls `gc.collect()` before it trains, which costs more than the training itself here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder(tmp_path: Any) -> str:
-    return str(tmp_path)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ or renamed, and before a folder is removed.
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -19,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from tests.kills import Watch, kill_and_resume, watch_calls
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -220,8 +220,8 @@ def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(tmp_path
 
 
 def assert_resumed(folder: Path, kill_at: list[str]) -> int:
-    command = [sys.executable, __file__, str(folder), *kill_at]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.integrations.test_transformers_durable", str(folder), *kill_at]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     killed = sorted(folder.glob("killed-*"))
     for run in killed:
@@ -242,27 +242,18 @@ MOMENTS = (
 
 
 class Updates(TrainerCallback):
-    def __init__(self, watch: Callable[[str], object]) -> None:
+    def __init__(self, watch: Watch) -> None:
         self.watch = watch
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.watch("update")
 
 
-def run_watched(folder: Path, watch: Callable[[str], object]) -> None:
-    for place, name in MOMENTS:
-        setattr(place, name, watched(name, getattr(place, name), watch))
+def run_watched(folder: Path, watch: Watch) -> None:
+    watch_calls(MOMENTS, watch)
     watched_trainer = trainer(folder)
     watched_trainer.add_callback(Updates(watch))
     watched_trainer.train()
-
-
-def watched(name: str, call: Callable[..., Any], watch: Callable[[str], object]) -> Callable[..., Any]:
-    def calling(*arguments: Any, **options: Any) -> Any:
-        watch(name)
-        return call(*arguments, **options)
-
-    return calling
 
 
 def resume(folder: Path) -> None:
@@ -271,40 +262,9 @@ def resume(folder: Path) -> None:
     trainer(folder).train(resume_from_checkpoint=True if found else None)
 
 
-def killer(at: int) -> Callable[[str], object]:
-    moments: list[str] = []
-
-    def watch(moment: str) -> None:
-        if len(moments) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        moments.append(moment)
-
-    return watch
-
-
-def fork(run: Callable[[], object]) -> int:
-    """Returns the exit status of `run` in a process of its own; minus the signal, if one ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def host(folder: Path, kill_at: list[str]) -> None:
     trainer(folder / "warm-up", max_steps=1).train()  # imports, once for all forks, what is imported late
-    report = os.memfd_create("moments")
-    assert fork(lambda: run_watched(folder / "whole", lambda moment: os.write(report, f"{moment}\n".encode()))) == 0
-    moments = os.pread(report, 10**6, 0).decode().split()
-    for at in range(len(moments)) if kill_at == ["all"] else [int(at) % len(moments) for at in kill_at]:
-        run = folder / f"killed-{at:04d}"
-        assert fork(lambda run=run, at=at: run_watched(run, killer(at))) == -signal.SIGKILL, at
-        assert fork(lambda run=run: resume(run)) == 0, (at, moments[at])
-        sys.stdout.write(f"{at} {moments[at]}\n")
+    kill_and_resume(folder, kill_at, run_watched, resume)
 
 
 if __name__ == "__main__":

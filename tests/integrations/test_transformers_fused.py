@@ -1,7 +1,5 @@
 """The ways in which a training step of the Trainer computes less, or with less memory: the gradient stays the same."""
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,20 +34,6 @@ from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer, T
 
 CLASSIFY = CASES["sequence classification"]
 LLAMA = CASES["causal LM, Llama"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_modules_are_not_collected_again() -> Iterator[None]:
-    """The Trainer calls `gc.collect()` before it trains, which costs more than the training itself here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder(tmp_path: Any) -> str:
-    return str(tmp_path)
 
 
 def trained(case: Case, folder: str, *, model: nn.Module | None = None, accumulation: int = 4, **method: Any) -> Any:

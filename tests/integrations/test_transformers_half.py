@@ -1,8 +1,6 @@
 """Models whose weights are bfloat16 or float16, as `from_pretrained` loads them from such a checkpoint."""
 
 import copy
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -126,17 +124,3 @@ def test_another_loss_is_still_refused(dtype: torch.dtype, fused: bool, folder: 
     case = replace(LLAMA, model=lambda: Scaled(llama_config()))
     with pytest.raises(ValueError, match="Scaled reports a loss of"):
         one_update(case, dtype, folder, fused=fused)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_modules_are_not_collected_again() -> Iterator[None]:
-    """The Trainer calls `gc.collect()` before it trains, which costs more than the training itself here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder(tmp_path: Any) -> str:
-    return str(tmp_path)

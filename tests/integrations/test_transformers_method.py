@@ -1,8 +1,6 @@
 """The arguments of R-Drop in the Trainer: the course of alpha, a search over them; losses that a model adds."""
 
-import gc
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -32,20 +30,6 @@ from rdrop.integrations.transformers import RDropTrainer
 CLASSIFY = CASES["sequence classification"]
 TAG = CASES["token classification"]
 LLAMA = CASES["causal LM, Llama"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_modules_are_not_collected_again() -> Iterator[None]:
-    """The Trainer calls `gc.collect()` before it trains, which costs more than the training itself here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder(tmp_path: Any) -> str:
-    return str(tmp_path)
 
 
 def logged(trainer: Any, name: str) -> list[float]:

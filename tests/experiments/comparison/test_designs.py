@@ -93,6 +93,17 @@ def test_an_arm_that_cannot_be_is_refused(text: str, message: str) -> None:
         plan_arms(DIGITS_VIT, [text], larger_batch=True)
 
 
+def test_an_arm_may_start_from_the_weights_of_another_run() -> None:
+    arms = plan_arms(DIGITS_VIT, ["alpha=0 init_from=runs/both", "init_from=runs/both"], larger_batch=False).arms
+    assert list(arms) == [
+        "baseline",
+        "baseline, started from both",
+        "R-Drop (alpha 1), started from both",
+        "R-Drop (alpha 1)",
+    ]
+    assert arms["R-Drop (alpha 1), started from both"] == DIGITS_VIT.replace(init_from="runs/both")
+
+
 def test_without_arms_there_are_the_baseline_the_recipe_and_the_larger_batch() -> None:
     found = plan_arms(DIGITS_VIT, larger_batch=True)
     assert list(found.arms) == ["baseline", SUBJECT, "baseline, twice the batch"]

@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.experiments import tiny_runs
 from tests.experiments.signals import send
 from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
+from tests.kills import Watch, kill_and_resume, watch_calls
 
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
@@ -110,58 +110,13 @@ def assert_resumed_exactly(folder: Path, killed: list[Path], moments: list[str])
 def host(folder: Path, kill_at: list[str]) -> None:
     trainer.load_task = TinyTask  # type: ignore[assignment]
     trainer.train(RECIPE, folder / "warm-up")  # imports, once for all forks, what is imported late
-    moments: list[str] = []
-    report = os.memfd_create("moments")
-    assert fork(lambda: run_watched(folder / "whole", lambda moment: os.write(report, f"{moment}\n".encode()))) == 0
-    moments = os.pread(report, 10**6, 0).decode().split()
-    chosen = range(len(moments)) if kill_at == ["all"] else [int(at) % len(moments) for at in kill_at]
-    for at in chosen:
-        run = folder / f"killed-{at:04d}"
-        assert fork(lambda run=run, at=at: run_watched(run, killer(at))) == -signal.SIGKILL  # type: ignore[misc]
-        assert fork(lambda run=run: trainer.train(RECIPE, run)) == 0  # type: ignore[misc]
-        sys.stdout.write(f"{moments[at]}\n")
+    kill_and_resume(folder, kill_at, run_watched, lambda run: trainer.train(RECIPE, run))
 
 
-def killer(at: int) -> Callable[[str], object]:
-    moments: list[str] = []
-
-    def watch(moment: str) -> None:
-        if len(moments) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        moments.append(moment)
-
-    return watch
-
-
-def run_watched(folder: Path, watch: Callable[[str], object]) -> None:
-    for module, name in MOMENTS:
-        setattr(module, name, watched(name, getattr(module, name), watch))
+def run_watched(folder: Path, watch: Watch) -> None:
+    watch_calls(MOMENTS, watch)
     TinyTask.on_event = staticmethod(watch)  # type: ignore[assignment]
     trainer.train(RECIPE, folder)
-
-
-def watched(name: str, function: Callable[..., Any], watch: Callable[[str], object]) -> Callable[..., Any]:
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        watch(name)
-        return function(*arguments, **keywords)
-
-    return call
-
-
-def fork(job: Callable[[], object]) -> int:
-    """Runs the job in a child; its exit status, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            job()
-            status = 0
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":

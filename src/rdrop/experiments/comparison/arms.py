@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
@@ -16,7 +17,8 @@ from rdrop.experiments.recipe.method import Method, times
 ARM_KEYS = (
     *("updates", "epochs", "warmup_updates", "warmup_share", "batch_size", "batch_tokens", "accumulation"),
     *("optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "label_smoothing"),
-    *("evaluate_every", "select_by", "patience", "average_last", "data.unlabeled", "data.unlabeled_batch"),
+    *("evaluate_every", "select_by", "patience", "average_last", "init_from"),
+    *("data.unlabeled", "data.unlabeled_batch"),
 )
 """The keys in which arms may differ, beside those of the method and the dropout rates of the model."""
 
@@ -123,6 +125,8 @@ def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]
             yield f"{str(value).removesuffix('.0')} {name}"
         case "select_by":
             yield "stopped at its best valid loss" if value == "loss" else "chosen by its valid score"
+        case "init_from":
+            yield "from new weights" if value is None else f"started from {Path(value).name}"
         case "schedule":
             yield f"{value} schedule"
         case "data.unlabeled":

@@ -326,7 +326,6 @@ class Child(NamedTuple):
     """A process that trains a run."""
 
     run: Run
-    place: int
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
     said: dict[str, Any]
@@ -388,7 +387,7 @@ class Processes:
             env={**os.environ, **self._places[place]},
             start_new_session=True,
         )
-        self._children[place] = Child(run, place, process, errors, {})
+        self._children[place] = Child(run, process, errors, {})
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     def wait(self) -> list[Outcome]:

@@ -107,10 +107,10 @@ class DurableCheckpoints(Trainer):
         if self.args.process_index == 0:
             try:
                 chosen = [choose()]
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:  # the others wait for the choice
                 chosen = [error]
         dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], CheckpointError):
+        if isinstance(chosen[0], Exception):
             raise chosen[0]
         return chosen[0]  # type: ignore[no-any-return]
 
