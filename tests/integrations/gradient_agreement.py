@@ -79,6 +79,17 @@ class PassScale(nn.Dropout):
         return x * (1 + pattern * (2 * index.to(x.dtype)).view(-1, *[1] * (x.dim() - 1)))
 
 
+class PassScaleOfRows(PassScale):
+    """The same for a packed row, whose passes follow each other along its positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) > 1:
+            return super().forward(x)
+        positions = x.shape[1]
+        by_pass = x[0].unflatten(0, (self.passes, -1)) if positions % self.passes == 0 else x
+        return super().forward(by_pass).reshape(x.shape)
+
+
 def with_pass_scale(model: nn.Module, passes: int = 2) -> nn.Module:
     model.stand_in = PassScale(passes)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == VOCABULARY]

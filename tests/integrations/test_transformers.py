@@ -682,11 +682,6 @@ def test_an_update_without_a_label_that_counts_changes_nothing(name: str, alpha:
     assert not any(gradient.any() for gradient in trained.gradients[1].values())
 
 
-def test_a_packed_batch_is_refused(folder: str) -> None:
-    batches = [{**batch, "cu_seq_lens_q": torch.tensor([0, 2, 5])} for batch in LLAMA.batches]
-    refuses(r"packed \(padding-free\).*use a collator that pads", build(LLAMA), folder, batches=batches)
-
-
 def test_several_gpus_in_one_process_are_refused(folder: str) -> None:
     args = arguments(folder)
     args._n_gpu = 2

@@ -384,7 +384,7 @@ def test_evaluation_and_plain_steps_keep_the_logits(folder: str) -> None:
     ).train()
     plain, evaluation, example, probe, fused, again = rows
     assert (plain, evaluation, again) == (10, 10, 10)
-    assert (example, probe, fused) == (2 * 5, 2, 1)
+    assert (example, probe, fused) == (5, 2, 1)
 
 
 # -------------------------------------------------------------------------------------- what is around the model

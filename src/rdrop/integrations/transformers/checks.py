@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from rdrop.alpha import alpha_at
 from rdrop.arguments import checked_alpha
@@ -30,11 +29,11 @@ def check_method(trainer: Any) -> None:
         )
 
 
-def check_compute_loss(trainer: type, mixin: type) -> None:
+def check_compute_loss(trainer: type, mixin: type, plain_trainer: type) -> None:
     """Refuses a class behind the mixin with a loss of its own, which would be replaced silently."""
     classes = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
     owner = next(cls for cls in classes if "compute_loss" in vars(cls))
-    if owner is not Trainer:
+    if owner is not plain_trainer:
         raise TypeError(
             f"{owner.__name__}.compute_loss computes a loss of its own, which R-Drop would replace. Put RDropMixin "
             "before a trainer without one, and override rdrop_targets to say what the model is trained with"
@@ -60,17 +59,6 @@ def check_trainer(trainer: Any) -> None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise ValueError("tensor, context and sequence parallelism are not supported: labels would be counted twice")
-
-
-def check_not_packed(model: nn.Module, inputs: Batch) -> None:
-    """Refuses a packed row: flash attention finds its sequences only if that row is the whole batch."""
-    flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    by_position = "position_ids" in inputs and "attention_mask" not in inputs
-    if "cu_seq_lens_q" in inputs or (flash and by_position):
-        raise ValueError(
-            "this batch is packed (padding-free), and repeated it would attend across its sequences; use a collator "
-            "that pads, e.g. DataCollatorForLanguageModeling or DataCollatorWithPadding"
-        )
 
 
 def check_label_smoothing(epsilon: float, model: Any, inputs: Batch, targets: Sequence[Target]) -> None:

@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
@@ -31,7 +32,6 @@ from rdrop.integrations.transformers.checks import (
     check_compute_loss,
     check_label_smoothing,
     check_method,
-    check_not_packed,
     check_trainer,
     why_not_fused,
 )
@@ -41,6 +41,14 @@ from rdrop.integrations.transformers.forward import (
     fullest_example,
     same_randomness,
     without_labels,
+)
+from rdrop.integrations.transformers.packed import (
+    by_pass,
+    cut_packed,
+    fullest_sequence,
+    is_packed,
+    repeat_packed,
+    require_separate_passes,
 )
 from rdrop.linear_loss import chunk_bytes
 from rdrop.passes import repeat_batch, rows_of
@@ -89,6 +97,9 @@ class RDropMixin(Trainer):
     # Our loss is a mean over the whole update already; releases before 5.20 need `training_step` below for that.
     loss_is_scaled_for_ga = True
 
+    _plain_trainer: ClassVar[type[Trainer]] = Trainer
+    """The class behind this one whose `compute_loss` is that of plain training; any other would be replaced."""
+
     def __init__(
         self,
         *args: Any,
@@ -106,7 +117,7 @@ class RDropMixin(Trainer):
         self.passes, self.every, self.micro_batches = passes, every, micro_batches
         self.fused, self.encoder_once = fused, encoder_once
         self._check_method()
-        check_compute_loss(type(self), RDropMixin)
+        check_compute_loss(type(self), RDropMixin, self._plain_trainer)
         super().__init__(*args, **kwargs)
         check_trainer(self)
         self._begin()
@@ -117,6 +128,10 @@ class RDropMixin(Trainer):
         Overridden, it replaces the loss inside the model for training, plain steps included; evaluation still reports
         the model's own.
         """
+        return self._targets_of_model(inputs)
+
+    def _targets_of_model(self, inputs: Batch) -> list[Target]:
+        """Returns what the model's own loss, or that of `_plain_trainer`, trains it with."""
         return targets_of(self._inner_model(), inputs)
 
     def auxiliary_loss(self, outputs: Any) -> Tensor | None:
@@ -184,7 +199,7 @@ class RDropMixin(Trainer):
         self._check_method()
         self._term_means = _TermMeans()
         self._checks_left = CHECKED_MICRO_BATCHES
-        self._is_looked_at = False
+        self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
@@ -240,6 +255,8 @@ class RDropMixin(Trainer):
     def _micro_batches_of(self, inputs: Batch) -> list[Batch]:
         if not self._is_cut():
             return [inputs]
+        if is_packed(self._inner_model(), inputs):
+            return cut_packed(inputs, self.micro_batches)
         size = len(self.rdrop_targets(inputs)[0].labels)
         rows = torch.arange(size).tensor_split(min(self.micro_batches, size))
         return [rows_of(inputs, int(some[0]), int(some[-1]) + 1, batch_size=size) for some in rows]
@@ -275,7 +292,7 @@ class RDropMixin(Trainer):
         if self._is_regularized():
             loss, outputs = self._regularized_step(model, inputs, targets, num_items_in_batch, return_outputs)
         else:
-            loss, outputs = self._plain_step(model, inputs, targets, num_items_in_batch)
+            loss, outputs = self._plain_step(model, inputs, targets, num_items_in_batch, return_outputs)
         return (loss, outputs) if return_outputs else loss
 
     # ------------------------------------------------------------------------- with R-Drop
@@ -283,17 +300,21 @@ class RDropMixin(Trainer):
     def _regularized_step(
         self, model: nn.Module, inputs: Batch, targets: list[Target], counts: Tensor, outputs_wanted: bool
     ) -> tuple[Tensor, Any]:
-        check_not_packed(self._inner_model(), inputs)
         if self._checks_left == CHECKED_MICRO_BATCHES:
             self._look_at(self.model_wrapped)
         alpha = alpha_at(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
         options = {"alpha": alpha, "label_smoothing": self._label_smoothing(inputs, targets)}
         num_items = [count[0] / self._processes() for count in counts]
         weighed = [target.weighed_by(count) for target, count in zip(targets, counts, strict=True)]
-        repeated = repeat_batch(inputs, self.passes, batch_size=len(targets[0].labels))
         if self._ways is None:
             self._ways = EncoderOnce(self._inner_model(), self.passes), Fused(self._inner_model())
         encoder_once, fused = self._ways
+        packed = is_packed(self._inner_model(), inputs)
+        if packed:
+            repeated = repeat_packed(inputs, self.passes)
+            self._look_at_packed(fused, repeated)
+        else:
+            repeated = repeat_batch(inputs, self.passes, batch_size=len(targets[0].labels))
         encodes_once = self._encodes_once(encoder_once, inputs, targets[0])
         is_fused = self._is_fused(fused, model, inputs, targets, outputs_wanted)
         forward = partial(model, **(without_labels(self._inner_model(), repeated) if is_fused else repeated))
@@ -301,11 +322,14 @@ class RDropMixin(Trainer):
             forward = partial(encoder_once.run, forward)
         if is_fused:
             (hidden, bias), outputs = fused.run(forward)
+            hidden = by_pass(hidden, self.passes) if packed else hidden
             self._check_hidden(hidden)
             with self.accelerator.autocast():
+                self._scored(targets[0], hidden, partial(F.linear, weight=fused.layer.weight, bias=bias))
                 terms = [weighed[0].linear_rdrop_loss(hidden, fused.layer, bias, num_items=num_items[0], **options)]
         else:
-            outputs = forward()
+            outputs = by_pass(forward(), self.passes) if packed else forward()
+            self._scored(targets[0], targets[0].logits(outputs), lambda logits: logits)
             terms = [
                 target.rdrop_loss(target.logits(outputs), num_items=count, **options)
                 for target, count in zip(weighed, num_items, strict=True)
@@ -317,6 +341,14 @@ class RDropMixin(Trainer):
         self._alpha_used = alpha
         auxiliary = self._auxiliary(outputs)
         return loss if auxiliary is None else loss + auxiliary, outputs
+
+    def _scored(self, target: Target, rows: Tensor, project: Callable[[Tensor], Tensor]) -> None:
+        """Hears of the logits `project(rows)` of all passes, `(passes*N, ...)`, for trainers that log more of them."""
+
+    def _look_at_packed(self, fused: Fused, repeated: Batch) -> None:
+        if not self._is_packing_seen:
+            require_separate_passes(self._unwrapped_model(), fused, without_labels(fused.inner, repeated), self.passes)
+            self._is_packing_seen = True
 
     def _look_at(self, model: nn.Module) -> None:
         """Looks, before the first regularized step, at the modules."""
@@ -374,12 +406,12 @@ class RDropMixin(Trainer):
         if self._checks_left == 0:
             return None
         model, inner = self._unwrapped_model(), self._inner_model()
-        example, its_target = fullest_example(inputs, target)
-        repeated = repeat_batch(example, self.passes, batch_size=len(its_target.labels))
+        fullest = fullest_sequence if is_packed(inner, inputs) else fullest_example
+        example, its_target = fullest(inputs, target)
         with same_randomness(self.args.device):
-            outputs = model(**repeated)
+            outputs = model(**example)
         logits = its_target.logits(outputs)
-        reason = fused.reason_seen(logits, lambda: model(**without_labels(inner, repeated)).logits)
+        reason = fused.reason_seen(logits, lambda: model(**without_labels(inner, example)).logits)
         if reason is None and its_target.count()[0] > 0:
             self._check_own_loss(outputs, [its_target])
         return reason
@@ -392,7 +424,9 @@ class RDropMixin(Trainer):
 
     # ------------------------------------------------------------------------- without
 
-    def _plain_step(self, model: nn.Module, inputs: Batch, targets: list[Target], counts: Tensor) -> tuple[Tensor, Any]:
+    def _plain_step(
+        self, model: nn.Module, inputs: Batch, targets: list[Target], counts: Tensor, outputs_wanted: bool
+    ) -> tuple[Tensor, Any]:
         """Runs one pass: the stock Trainer's loss where that is the mean over the whole update, else that mean."""
         label_smoothing = self._label_smoothing(inputs, targets)
         alone = self._accumulation == 1 and self._processes() == 1
