@@ -74,7 +74,9 @@ def add(figure: str, runs: Path, command: str) -> None:
         for arm in comparison.arms:
             for run in arm.runs:
                 rows = [{key: row[key] for key in keys if key in row} for row in run.metrics if row["kind"] == "valid"]
-                facts = {key: run.result[key] for key in ("digest", "recipe", "machine", "versions", "finished")}
+                facts = {
+                    key: run.result[key] for key in ("digest", "recipe", "machine", "versions", "finished", "test")
+                }
                 new.append(
                     {"figure": figure, "arm": arm.label, "seed": run.seed, "command": command, **facts, "rows": rows}
                 )
@@ -119,7 +121,7 @@ def draw(figure: str) -> str:
     """The SVG of a figure: each seed a thin line, the mean a thick one, an arm a color and a dash pattern."""
     records, panels = read(figure), FIGURES[figure]
     with matplotlib.rc_context(SETTINGS):
-        drawn = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
+        drawn = Figure(figsize=(max(4.6 * len(panels), 6.2), 3.2), layout="constrained")
         drawn.patch.set_facecolor(PAPER)
         for axes, panel in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, courses(records, panel))
@@ -154,9 +156,11 @@ def words(figure: str) -> str:
 def _shown(figure: str, records: Sequence[dict[str, Any]]) -> str:
     found = courses(records, FIGURES[figure][-1])
     if figure == "start":
-        lines = ["| arm | update at which each seed has begun |", "|---|---|"]
+        lines = ["| arm | update at which each seed has begun | test BLEU of each |", "|---|---|---|"]
         for arm, course in found.items():
-            lines.append(f"| {arm} | {', '.join('never' if step is None else str(step) for step in begun(course))} |")
+            steps = ", ".join("never" if step is None else str(step) for step in begun(course))
+            scores = ", ".join(f"{record['test']['bleu']:.1f}" for record in records if record["arm"] == arm)
+            lines.append(f"| {arm} | {steps} | {scores} |")
         return "\n".join(lines)
     baseline = found.pop("baseline")
     lowest = _lowest(courses(records, FIGURES[figure][0])["baseline"])
