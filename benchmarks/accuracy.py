@@ -47,7 +47,7 @@ ALPHA = 5.0
 class Case:
     family: str
     logits: Tensor  # (m*N, V), in the dtype under test
-    labels: Tensor  # (N,)
+    labels: Tensor  # (N,), or (N, V) probabilities
     label_smoothing: float
     weight: Tensor | None
 
@@ -136,11 +136,13 @@ def random_cases(count: int, seed: int, dtypes: tuple[torch.dtype, ...]) -> Iter
 def definition(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Task loss and divergence, `(N,)` each, as the paper writes them, from float64 logits; 0 at ignored positions."""
     n = len(case.labels)
-    valid = case.labels != -100
+    soft = case.labels.is_floating_point()
+    valid = torch.ones(n, dtype=torch.bool) if soft else case.labels != -100
     weight = None if case.weight is None else case.weight.double()
+    labels = torch.cat([case.labels.to(logits.dtype) if soft else case.labels] * (len(logits) // n))
     task = F.cross_entropy(
         logits,
-        case.labels.repeat(len(logits) // n),
+        labels,
         weight=weight,
         label_smoothing=case.label_smoothing,
         reduction="none",

@@ -1,8 +1,8 @@
 """The tables and plots of docs/speed.md and docs/accuracy.md from the committed records: `python -m benchmarks.pages`.
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
-records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, linear.jsonl and steps.jsonl of a
-CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and
+records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
+steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and
 accuracy-linear.json.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import accuracy
 
+from rdrop.bench.measure import SOFT_LABELS
 from rdrop.bench.plots import draw, svg
 from rdrop.bench.records import Record, comparisons, read
 from rdrop.bench.table import compare, layout_of, markdown_table, number
@@ -27,6 +28,10 @@ SPEED, ACCURACY = ROOT / "docs/speed.md", ROOT / "docs/accuracy.md"
 
 def cpu_records() -> list[Record]:
     return [r for name in ("rows", "linear", "steps") for r in read(RESULTS / f"{name}.jsonl")]
+
+
+def soft_records() -> list[Record]:
+    return read(RESULTS / "soft.jsonl")
 
 
 def gpu_records() -> list[Record]:
@@ -52,6 +57,7 @@ def speed_parts() -> dict[str, str]:
     found["dtypes"] = _dtypes(records)
     found["steps"] = _table_with_origin(_of(records, benchmark="steps"))
     found["figures"] = figures_table(records)
+    found["soft labels"] = _soft_labels(soft_records())
     found["gpu"] = _gpu(gpu_records())
     return found
 
@@ -100,6 +106,19 @@ def _dtypes(records: Sequence[Record]) -> str:
                     other = in_dtype[size, "float32"][form]
                     rows.append(f"| {line.words}, {size} | {1e3 * other.median:.1f} | {1e3 * line.median:.1f} |")
     return "\n".join(rows)
+
+
+def _soft_labels(records: Sequence[Record]) -> str:
+    """Milliseconds with class indices and with probabilities, and their ratio, of the same run."""
+    rows = ["| milliseconds | class indices | soft labels | ratio |", "|---|---|---|---|"]
+    found = _of(records, benchmark="rows")
+    for of_size in found:
+        lines = {line.form: line for line in compare(of_size)}
+        for form in ("ours", "ours_overwriting"):
+            indices, soft = lines[form], lines[f"{form}{SOFT_LABELS}"]
+            cells = f"{1e3 * indices.median:.1f} | {1e3 * soft.median:.1f} | {number(soft.median / indices.median)}"
+            rows.append(f"| {indices.words}, {of_size[0]['dtype']} | {cells} |")
+    return "\n".join(rows) + f"\n\n{_origin(found)}"
 
 
 def _gpu(records: list[Record]) -> str:

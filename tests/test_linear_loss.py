@@ -125,6 +125,22 @@ def test_exact_in_float64_for_any_number_of_position_dimensions(reduction, posit
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_soft_labels_are_no_worse_than_those_of_rdrop_loss(implementation, dtype, reduction):
+    for m, smoothing, class_weight in ((2, 0.0, None), (3, 0.1, torch.linspace(0.5, 2, 37))):
+        p = problem(4, 13, 37, m, positions=(2,), dtype=dtype)
+        p = replace(p, labels=torch.randn(4, 2, 37, generator=torch.Generator().manual_seed(1)).softmax(-1))
+        options = {"label_smoothing": smoothing, "class_weight": class_weight, "reduction": reduction}
+        exact = terms_and_gradients(unfused, p.to(torch.float64), 1.7, **options)
+        allowed = relative_errors(terms_and_gradients(unfused, p, 1.7, **options), exact)
+        for chunk in (3, None):
+            options |= {"implementation": implementation, "chunk_positions": chunk}
+            errors = relative_errors(terms_and_gradients(fused, p, 1.7, **options), exact)
+            for error, of_reference in zip(errors, allowed, strict=True):
+                assert error <= of_reference + (2e-6 if dtype == torch.float32 else 4e-3), (m, chunk, errors, allowed)
+
+
 def test_gradcheck_in_float64():
     p = problem(3, 4, 6, 3, dtype=torch.float64).leaves()
 
@@ -510,7 +526,10 @@ def changed(**tensors) -> Problem:
         (changed(labels=torch.zeros(5)), {}, "labels (5,) of torch.float32 cannot be class indices"),
         (changed(labels=torch.tensor([0, 1, 2, 37, 0])), {}, "label 37 at example 3 is outside [0, 37)"),
         (changed(labels=torch.tensor([NAN, 1, 2, 3, 0])), {}, "labels (5,) of torch.float32 cannot be class indices"),
-        (changed(labels=torch.ones(5, 37)), {}, "hidden (10, 13) and labels (5, 37): expected (m*N, ..., D) and (N"),
+        (changed(labels=torch.ones(5, 37)), {}, "labels at example 0 add up to 37, and probabilities to 1"),
+        (changed(labels=torch.ones(5, 37).long()), {}, "labels (5, 37) of torch.int64 have as many dimensions as the"),
+        (changed(labels=torch.ones(5, 37).requires_grad_()), {}, "labels requires a gradient"),
+        (changed(labels=torch.ones(5, 36)), {}, "expected (m*N, ..., D) and (N, ...), or of 37 probabilities"),
         (changed(weight=torch.ones(1, 13), bias=None), {}, "weight (1, 13) for 1 class: a softmax needs two"),
     ],
 )

@@ -180,6 +180,24 @@ def test_soft_labels_are_those_of_cross_entropy():
     torch.testing.assert_close(terms.task_loss, expected)
 
 
+@pytest.mark.parametrize("task_passes", [None, (0,), (0, 2), ()])
+@pytest.mark.parametrize("positions", [(), (2, 3)])
+def test_soft_labels_of_the_kernel_are_those_of_the_reference(task_passes, positions):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    logits = random_logits(9, *positions, 4, dtype=torch.float32)
+    labels = random_logits(3, *positions, 4, seed=1, dtype=torch.float32).softmax(-1)
+    for reduction in ("mean", "none"):
+        options = {"alpha": 1.0, "label_smoothing": 0.1, "task_passes": task_passes, "reduction": reduction}
+
+        def loss(z: Tensor, implementation: str, options=options) -> Tensor:
+            return rdrop_loss(z, labels, implementation=implementation, **options).loss
+
+        torch.testing.assert_close(loss(logits, "cpu"), loss(logits, "reference"))
+        found, expected = (gradient_of(lambda z, i=i: loss(z, i).sum(), logits) for i in ("cpu", "reference"))
+        torch.testing.assert_close(found, expected)
+
+
 def test_any_callable_is_a_divergence_or_a_task_loss():
     logits, labels = random_logits(6, 4), torch.tensor([0, 1, 2])
 

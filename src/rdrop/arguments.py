@@ -93,15 +93,18 @@ def check_classes_last(logits: Tensor) -> None:
         )
 
 
-def check_labels(task_loss: TaskLoss, labels: Tensor, valid: Tensor, classes: int) -> None:
+def check_labels(
+    task_loss: TaskLoss, labels: Tensor, valid: Tensor, classes: int, *, read_by_kernel: bool = False
+) -> None:
     """Refuses labels `(N, ...)` or `(N, ..., K)` that are not what `task_loss` learns from; a callable takes any.
 
     Values are checked on CPU. An accelerator is not waited for: there wrong ones give a wrong or infinite loss.
+    Probabilities that are `read_by_kernel` are not read here: of wrong ones it makes NaN.
     """
     if task_loss is cross_entropy and labels.dim() == valid.dim():
         check_class_labels(labels, valid, classes)
     elif task_loss is cross_entropy:
-        _check_probabilities(labels)
+        check_probabilities(labels, read=not read_by_kernel)
     elif task_loss is binary_cross_entropy and values_may_be_read(labels):
         rule = "must be in [0, 1]: 1 for yes, 0 for no. Where some are not known, pass a task_loss that leaves them out"
         _refuse(~((labels >= 0) & (labels <= 1)), labels, valid.dim(), rule)
@@ -125,14 +128,15 @@ def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
             _refuse(outside, labels, valid.dim(), rule)
 
 
-def _check_probabilities(labels: Tensor) -> None:
+def check_probabilities(labels: Tensor, *, read: bool) -> None:
+    """Refuses labels `(N, ..., V)` that are no floating tensor and, where they are to be `read`, no distributions."""
     instead = "for zeros and ones pass task_loss=binary_cross_entropy, divergence=bernoulli_kl"
     if not labels.is_floating_point():
         raise ValueError(
             f"labels {tuple(labels.shape)} of {labels.dtype} have as many dimensions as the logits: class indices "
             f"have one fewer, probabilities are floating point; {instead}"
         )
-    if values_may_be_read(labels):
+    if read and values_may_be_read(labels):
         _refuse(~((labels >= 0) & (labels <= 1)), labels, labels.dim() - 1, f"is no probability; {instead}")
         total = labels.sum(-1, dtype=torch.float64)
         wrong = ((total - 1).abs() > SUM_TOLERANCE).nonzero()

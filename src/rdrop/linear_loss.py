@@ -21,6 +21,7 @@ from .arguments import (
     check_class_labels,
     check_classes,
     check_options,
+    check_probabilities,
     check_rows,
     checked_alpha,
     divide,
@@ -89,7 +90,8 @@ def linear_rdrop_loss(
         hidden: `(m*N, ..., D)`, what the output layer gets for `repeat_batch(x, m)`: all of pass 1, then all of pass 2.
             The number of passes m >= 2 is the ratio of the first dimensions of `hidden` and `labels`.
         weight: `(V, D)`, as `torch.nn.Linear` has it; an embedding's weight where the two are tied.
-        labels: `(N, ...)` class indices of the batch as it was before repeating.
+        labels: of the batch as it was before repeating: `(N, ...)` class indices, or `(N, ..., V)` probabilities, which
+            are read a chunk at a time.
         bias: `(V,)`. May hold -inf: a class masked in every pass.
         alpha, label_smoothing, ignore_index, num_items: as in `rdrop_loss`. Ignored positions are not projected.
         class_weight: `(V,)`, `weight` of `rdrop_loss`.
@@ -124,17 +126,22 @@ def linear_rdrop_loss(
     if chunk_positions is not None and chunk_positions < 1:
         raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
-    valid = labels != ignore_index
+    indices = labels.dim() < hidden.dim()
+    places = labels.shape if indices else labels.shape[:-1]
+    valid = labels != ignore_index if indices else labels.new_ones(places, dtype=torch.bool)
     check_classes(cross_entropy, symmetric_kl, "weight", weight, weight.shape[0])
-    check_class_labels(labels, valid, weight.shape[0])
+    if indices:
+        check_class_labels(labels, valid, weight.shape[0])
+    else:
+        check_probabilities(labels, read=False)
     dtype = _products_dtype(hidden, weight)
     kernel = kernel_for(implementation, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes) or "reference"
 
-    rows = hidden.reshape(passes, labels.numel(), hidden.shape[-1])
-    targets = labels.long().masked_fill(~valid, IGNORED).flatten()
+    rows = hidden.reshape(passes, valid.numel(), hidden.shape[-1])
+    targets = labels.long().masked_fill(~valid, IGNORED).flatten() if indices else labels.flatten(0, -2)
     chunk = chunk_positions or _default_chunk(passes * weight.shape[0], dtype, hidden.device.type)
     problem = (rows, weight, bias, targets, class_weight, label_smoothing, kernel, dtype, chunk)
-    task_divisor, divisor = divisors(reduction, num_items, labels, valid, class_weight)
+    task_divisor, divisor = divisors(reduction, num_items, labels, valid, class_weight if indices else None)
     wanted = [
         tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, weight, bias)
     ]
@@ -142,13 +149,15 @@ def linear_rdrop_loss(
     if reduction == "none" or not any(wanted):
         tasks, divergences = linear_forward(*problem)
     else:
-        ones = torch.ones(targets.shape, dtype=_terms_dtype(dtype), device=targets.device)
+        ones = torch.ones(len(targets), dtype=_terms_dtype(dtype), device=targets.device)
         scales = divide(ones, task_divisor), alpha / 2 * divide(ones, divisor)
         loss, tasks, divergences, *_ = linear_forward_backward(*problem, *scales, *wanted)
 
-    tasks, divergences = tasks.view(labels.shape), divergences.view(labels.shape)
+    tasks, divergences = tasks.view(places), divergences.view(places)
     if values_may_be_read(tasks) and not are_finite(tasks, divergences, reduction):
-        logits_at = partial(_checked_logits, hidden, weight, bias, labels, dtype)
+        if not indices:
+            check_probabilities(labels, read=True)
+        logits_at = partial(_checked_logits, rows.unflatten(1, places), weight, bias, labels, indices, dtype)
         raise ValueError(not_finite(tasks, divergences, logits_at))
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
@@ -168,7 +177,7 @@ def chunk_bytes(device: str) -> int:
 #
 #     hidden         (m, P, D)
 #     weight, bias   (V, D); (V,) or None
-#     labels         (P,) int64, IGNORED where the position counts for nothing
+#     labels         (P,) int64, IGNORED where the position counts for nothing; or (P, V) probabilities
 #     class_weight, label_smoothing, implementation    as in the package's docstring, and "reference"
 #     dtype          of the matrix products, the logits and their gradient
 #     chunk          positions projected at a time
@@ -177,7 +186,7 @@ def chunk_bytes(device: str) -> int:
 class _Chunk(NamedTuple):
     positions: Tensor  # (C,) which
     hidden: Tensor  # (m*C, D), a copy of theirs
-    labels: Tensor  # (C, 1)
+    labels: Tensor  # (C, 1), or (C, 1, V)
     logits: Tensor  # (m*C, 1, V)
 
 
@@ -268,7 +277,10 @@ def _chunks(
     passes, _, features = hidden.shape
     matrix = weight.to(dtype).t()
     shift = None if bias is None else bias.to(dtype)
-    (valid,) = (labels != IGNORED).nonzero(as_tuple=True)
+    if labels.is_floating_point():
+        valid = torch.arange(len(labels), device=labels.device)
+    else:
+        (valid,) = (labels != IGNORED).nonzero(as_tuple=True)
     memory = hidden.new_empty((min(size, len(valid)) * passes, weight.shape[0]), dtype=dtype)
     for start in range(0, len(valid), size):
         positions = valid[start : start + size]
@@ -278,7 +290,9 @@ def _chunks(
             torch.mm(rows, matrix, out=logits)
         else:
             torch.addmm(shift, rows, matrix, out=logits)
-        yield _Chunk(positions, rows, labels[positions, None], logits[:, None])
+        # All probabilities count: a slice of them copies nothing.
+        some = labels[start : start + size] if labels.is_floating_point() else labels[positions]
+        yield _Chunk(positions, rows, some[:, None], logits[:, None])
 
 
 def _forward(part: _Chunk, weight: Tensor | None, label_smoothing: float, passes: int, name: str) -> list[Tensor]:
@@ -322,7 +336,7 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _zero_terms(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    zeros = labels.new_zeros(labels.shape, dtype=_terms_dtype(dtype))
+    zeros = labels.new_zeros(len(labels), dtype=_terms_dtype(dtype))
     return zeros, zeros.clone()
 
 
@@ -367,7 +381,7 @@ def _keep_problem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _compute_again(ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("linear_rdrop_loss", _INSTEAD)
     labels = ctx.saved_tensors[3]
-    nothing = labels.new_zeros(labels.shape, dtype=_terms_dtype(ctx.dtype))
+    nothing = labels.new_zeros(len(labels), dtype=_terms_dtype(ctx.dtype))
     *_, of_hidden, of_weight, of_bias = linear_forward_backward(
         *ctx.saved_tensors,
         ctx.label_smoothing,
@@ -450,11 +464,16 @@ def _check_shapes(
             raise ValueError(
                 f"{name} {tuple(vector.shape)} and weight {tuple(weight.shape)}: expected (V,) and (V, D), with one V"
             )
-    if class_weight is not None and class_weight.requires_grad:
-        raise ValueError("class_weight requires a gradient, which linear_rdrop_loss does not compute: detach it")
+    for name, tensor in (("class_weight", class_weight), ("labels", labels)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which linear_rdrop_loss does not compute: detach it")
     shapes = f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}"
-    if labels.dim() != hidden.dim() - 1 or hidden.shape[1:-1] != labels.shape[1:]:
-        raise ValueError(f"{shapes}: expected (m*N, ..., D) and (N, ...), equal between the first and the last")
+    inner = hidden.shape[1:-1]
+    if labels.dim() == 0 or labels.shape[1:] not in (inner, (*inner, weight.shape[0])):
+        raise ValueError(
+            f"{shapes}: expected (m*N, ..., D) and (N, ...), or of {weight.shape[0]} probabilities (N, ..., V), equal "
+            "between the first and the last"
+        )
     call = "linear_rdrop_loss(model.body(repeat_batch(x)), weight, labels, ...)"
     return number_of_passes("hidden", hidden, labels, call)
 
@@ -483,21 +502,20 @@ def _default_chunk(logits_per_position: int, dtype: torch.dtype, device: str) ->
 
 
 def _checked_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, row: Any
+    passes: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, indices: bool, dtype: torch.dtype, row: Any
 ) -> Tensor:
     """Returns the logits of one position, `(m, V)`, or raises a ValueError where they are why its loss is infinite."""
-    by_pass = hidden.detach().reshape(-1, *labels.shape, hidden.shape[-1])
-    rows = by_pass[:, *row].to(dtype)  # (m, D)
+    rows = passes.detach()[:, *row].to(dtype)  # (m, D)
     if not rows.isfinite().all():
         raise ValueError(
             f"hidden at example {place(row)} holds a NaN or an infinity: the model or its input already does"
         )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(passes.device.type, enabled=False):
         logits = F.linear(rows, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
     check_rows(
         logits,
         torch.tensor(True),
-        labels[tuple(row)].long(),
+        labels[tuple(row)].long() if indices else None,
         name="the logit of hidden",
         row=row,
         nan="weight or bias holds one, or infinities that meet",

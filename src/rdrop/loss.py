@@ -145,15 +145,17 @@ def rdrop_loss(
     _check_divergence(task_loss, divergence)
     check_classes(task_loss if task_passes else None, divergence, "logits", logits, logits.shape[-1])
     if not task_passes:  # labels only say which positions count: class 0 is as good as any
-        labels, weight = torch.zeros_like(labels, dtype=torch.long), None
+        labels, weight = torch.zeros_like(valid, dtype=torch.long), None
         of_labels = _with_options(cross_entropy, 0.0, None)
+        indices = True
     else:
-        check_labels(task_loss, labels, valid, logits.shape[-1])
         _check_weight(weight, classes=logits.shape[-1])
     if overwrite_logits:
         _check_overwritable(logits)
-    why_not = _why_no_kernel(of_labels, divergence, indices=indices)
+    why_not = _why_no_kernel(of_labels, divergence, labels)
     kernel = kernel_for(implementation, logits, len(passes), why_not)
+    if task_passes:
+        check_labels(task_loss, labels, valid, logits.shape[-1], read_by_kernel=kernel is not None)
 
     task_divisor, divisor = divisors(reduction, num_items, labels, valid, weight if indices else None)
     losses = None
@@ -165,7 +167,7 @@ def rdrop_loss(
         from . import kernels
 
         options = {**of_labels.keywords, "implementation": kernel}
-        targets = labels.masked_fill(~valid, kernels.IGNORED)
+        targets = labels.masked_fill(~valid, kernels.IGNORED) if indices else labels
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
         elif overwrite_logits and _gradient_wanted(logits):
@@ -178,6 +180,8 @@ def rdrop_loss(
             tasks, divergences = kernels.row_terms(logits, targets, passes=len(passes), **options)
             divergences = divergences if alpha > 0 else divergences.detach()
     if values_may_be_read(logits) and not are_finite(tasks, divergences, reduction):
+        if task_passes:
+            check_labels(task_loss, labels, valid, logits.shape[-1])
         check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
         raise ValueError(not_finite(tasks, divergences, lambda row: passes[:, *row]))
 
@@ -287,12 +291,12 @@ def _one_value_per_position(values: Tensor, expected: torch.Size, argument: str,
     return values
 
 
-def _why_no_kernel(task_loss: partial[Tensor], divergence: Divergence, *, indices: bool) -> str | None:
-    if task_loss.func is not cross_entropy or divergence is not symmetric_kl or not indices:
-        return "it computes cross_entropy of class indices with symmetric_kl, nothing else"
+def _why_no_kernel(task_loss: partial[Tensor], divergence: Divergence, labels: Tensor) -> str | None:
+    if task_loss.func is not cross_entropy or divergence is not symmetric_kl:
+        return "it computes cross_entropy with symmetric_kl, nothing else"
     weight = task_loss.keywords["weight"]
-    if weight is not None and weight.requires_grad:
-        return "it has no gradient in the class weights"
+    if labels.requires_grad or (weight is not None and weight.requires_grad):
+        return "it has no gradient in the class weights or in the labels"
     return None
 
 

@@ -220,23 +220,24 @@ def cross_entropy(
 ) -> Tensor:
     """Computes `F.cross_entropy(..., reduction="none")`, classes last: `(M, ..., V)` and `(M, ...)` to `(M, ...)`.
 
-    Labels are class indices `(M, ...)`, or probabilities `(M, ..., V)`. For indices it is written with logsumexp:
-    on CPU the running sum inside `F.cross_entropy` puts its gradient off by 2e-5 at V = 250,000.
+    Labels are class indices `(M, ...)`, or probabilities `(M, ..., V)`. It is written with logsumexp: on CPU the
+    running sum inside `F.cross_entropy` puts its gradient off by 2e-5 at V = 250,000. And a class at -inf adds nothing
+    where its probability or its weight is 0.
     """
-    if labels.dim() == logits.dim():
-        rows, targets = logits.flatten(0, -2), labels.flatten(0, -2).to(logits.dtype)
-        values = F.cross_entropy(rows, targets, weight=weight, label_smoothing=label_smoothing, reduction="none")
-        return values.view(logits.shape[:-1])
     logits = logits - logits.detach().amax(-1, keepdim=True)  # for the gradient, whose rounding grows with the logits
     log_normalizer = logits.logsumexp(-1)
+    weight = None if weight is None else weight.to(logits.dtype)
+    if labels.dim() == logits.dim():
+        target = (1 - label_smoothing) * labels.to(logits.dtype) + label_smoothing / logits.shape[-1]
+        target = target if weight is None else target * weight
+        return log_normalizer * target.sum(-1) - (target * logits.masked_fill(target == 0, 0.0)).sum(-1)
     values = log_normalizer - logits.gather(-1, labels[..., None]).squeeze(-1)
     if weight is not None:
-        weight = weight.to(logits.dtype)
         values = values * weight[labels]
     if label_smoothing:
         uniform = log_normalizer - logits.mean(-1)
         if weight is not None:
-            uniform = log_normalizer * weight.mean() - (logits * weight).mean(-1)
+            uniform = log_normalizer * weight.mean() - (logits.masked_fill(weight == 0, 0.0) * weight).mean(-1)
         values = (1 - label_smoothing) * values + label_smoothing * uniform
     return values
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from benchmarks import pages
 
-RECORDS, PARTS = pages.cpu_records(), pages.parts()
+RECORDS, PARTS = pages.cpu_records() + pages.soft_records(), pages.parts()
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, found in PARTS.items() for name in found])
@@ -38,6 +38,14 @@ def test_a_committed_record_names_machine_date_versions_and_command(record):
 def test_a_page_without_a_part_is_refused():
     with pytest.raises(ValueError, match="must have one part <!-- gpu -->"):
         pages.page_with("nothing", {"gpu": "text"})
+
+
+def test_soft_labels_cost_at_most_twice_as_much_as_class_indices():
+    seconds = {(r["form"], r["dtype"]): r["median"] for r in pages.soft_records()}
+    soft = [key for key in seconds if key[0].endswith("_soft_labels")]
+    assert len(soft) == 4
+    for form, dtype in soft:
+        assert seconds[form, dtype] <= 2 * seconds[form.removesuffix("_soft_labels"), dtype]
 
 
 def test_figures_are_compared_with_what_they_name():

@@ -43,7 +43,8 @@ def test_everything_is_measured_in_one_run(measured):
         ("steps", "translation"),
         ("steps", "classification"),
     ]
-    elsewhere = {"ours_reference", *peers.FROM_LOGITS, *peers.FROM_HIDDEN}  # where it is asked for; on a GPU
+    named = {"ours_reference", "ours_soft_labels", "ours_overwriting_soft_labels"}  # where they are asked for
+    elsewhere = named | {*peers.FROM_LOGITS, *peers.FROM_HIDDEN}  # on a GPU
     for benchmark, records in zip(("rows", "linear", "steps"), found, strict=False):
         forms = {form for form in LAYOUTS[benchmark].words if not form.endswith("_compiled")} - elsewhere
         assert {r["form"] for r in records} == forms

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,10 @@ def kernel(request):
     return request.param
 
 
-def random_case(n=6, classes=40, m=2, *, smoothing=0.0, weighted=False, dtype=torch.float32, seed=0) -> Case:
+def random_case(
+    n=6, classes=40, m=2, *, smoothing=0.0, weighted=False, dtype=torch.float32, seed=0, soft=False
+) -> Case:
+    """With `soft`, labels are probabilities: of two classes each, as mixup makes them, and of all for the last."""
     g = torch.Generator().manual_seed(seed)
     rows = 3 * torch.randn(n, classes, generator=g)
     logits = (rows + 0.5 * torch.randn(m, n, classes, generator=g)).flatten(0, 1).to(dtype)
@@ -45,12 +49,20 @@ def random_case(n=6, classes=40, m=2, *, smoothing=0.0, weighted=False, dtype=to
     if n > 2:
         labels[1] = IGNORED
     weight = torch.rand(classes, generator=g) + 0.1 if weighted else None
+    if soft:
+        labels = mixed(labels.clamp_min(0), classes)
+        labels[-1] = torch.randn(classes, generator=g).softmax(-1)
     return Case("ordinary", logits, labels, smoothing, weight)
+
+
+def mixed(labels: Tensor, classes: int) -> Tensor:
+    one_hot = torch.nn.functional.one_hot(labels, classes).float()
+    return 0.7 * one_hot + 0.3 * one_hot.roll(1, 0)
 
 
 def loss_of(case: Case, logits: Tensor, **options):
     options = {"label_smoothing": case.label_smoothing, "weight": case.weight} | options
-    return rdrop_loss(logits, case.labels, **{"alpha": 5.0} | options)
+    return rdrop_loss(logits, **{"labels": case.labels, "alpha": 5.0} | options)
 
 
 def terms_and_gradient(case: Case, **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +115,59 @@ def test_error_is_the_references_for_vocabularies(kernel, classes, dtype):
         assert_no_worse_than_the_reference(case, kernel)
 
 
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)  # the others: tests/kernels/test_triton.py
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("classes", [2, 3, 16, 33, 257, 4099])
+def test_soft_labels_are_as_exact_as_class_indices(kernel, classes, dtype):
+    for m, (smoothing, weighted) in itertools.product((2, 3), ((0.0, False), (0.1, False), (0.0, True), (0.1, True))):
+        case = random_case(4, classes, m, smoothing=smoothing, weighted=weighted, dtype=dtype, seed=classes, soft=True)
+        assert_no_worse_than_the_reference(case, kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.1, "weighted": True}], ids=["plain", "smoothed and weighted"])
+def test_probabilities_of_one_class_are_its_index(kernel, dtype, options):
+    case = random_case(5, 37, 3, dtype=dtype, **options)
+    case = replace(case, labels=case.labels.clamp_min(0))
+    soft = replace(case, labels=torch.nn.functional.one_hot(case.labels, 37).to(dtype))
+    options = {"implementation": kernel}
+    for found, expected in zip(terms_and_gradient(soft, **options), terms_and_gradient(case, **options), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 60.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_soft_labels_agree_with_float64_on_every_path(kernel, offset, masked):
+    case = random_case(4, 40, 2, soft=True)
+    logits, labels = case.logits.unflatten(0, (2, 4)).clone(), case.labels.clone()
+    logits[1] += offset if offset != 60 else 60 * torch.randn(40, generator=torch.Generator().manual_seed(3))
+    if masked:  # classes of probability 0 add nothing
+        logits[..., ::3] = -math.inf
+        labels[:, ::3] = 0.0
+        labels[:, 1] += 1 - labels.sum(-1)
+    case = replace(case, logits=logits.flatten(0, 1), labels=labels)
+    finite = replace(case, logits=logits.flatten(0, 1).clamp_min(-1e9))  # F.cross_entropy makes NaN of 0 * -inf
+    task, divergence, gradient = in_float64(finite if masked else case)
+    assert max(errors_of(terms_and_gradient(case, implementation=kernel), (task, divergence, gradient))) < 2e-6
+
+
+def test_probability_of_a_masked_class_is_explained(kernel):
+    case = random_case(4, 40, soft=True)
+    logits = case.logits.masked_fill(torch.arange(40) == 3, -math.inf)
+    with pytest.raises(ValueError, match=r"task loss is inf at example 3, .*soft labels give probability to a class"):
+        loss_of(case, logits, implementation=kernel)
+
+
+@pytest.mark.parametrize("row", [[2.0, 0.0, 0.0], [-0.5, 1.0, 0.5], [math.nan, 0.5, 0.5], [0.9, 0.0, 0.0]])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_rows_that_are_no_probabilities_are_named(kernel, row, overwrite):
+    labels, logits = torch.tensor([[0.2, 0.3, 0.5], row]), torch.randn(4, 3, requires_grad=True) * 1
+    with pytest.raises(ValueError, match=r"labels? .*at example 1.*probabilit"):
+        rdrop_loss(logits, labels, alpha=1.0, implementation=kernel, overwrite_logits=overwrite)
+    with pytest.raises(ValueError, match=r"labels \(2, 3\) of torch.int64 have as many dimensions as the logits"):
+        rdrop_loss(logits, labels.long(), alpha=1.0, implementation=kernel)
+
+
 @pytest.mark.parametrize("instructions", cpu.INSTRUCTIONS)
 def test_every_instruction_set_is_accurate(instructions, monkeypatch):
     if reason := kernels.available()["cpu"]:
@@ -114,6 +179,9 @@ def test_every_instruction_set_is_accurate(instructions, monkeypatch):
         assert_accurate(family, dtype, errors)
     for classes in (2, 3, 15, 17, 1000):
         assert_no_worse_than_the_reference(random_case(4, classes, 3, smoothing=0.1, weighted=True), "cpu")
+        for dtype in cpu.DTYPES:
+            soft = random_case(4, classes, smoothing=0.1, weighted=True, dtype=dtype, soft=True)
+            assert_no_worse_than_the_reference(soft, "cpu")
 
 
 def test_an_instruction_set_the_processor_lacks_is_refused(monkeypatch):
@@ -485,6 +553,8 @@ def test_operators_pass_torchs_own_check(kernel):
     statistics = operators.rows_forward(*arguments)[2]
     opcheck(operators.rows_backward, (*arguments, statistics, ones, ones))
     opcheck(operators.rows_forward_backward_, (*arguments, ones, ones))
+    soft = (arguments[0].requires_grad_(), torch.full((2, 3, 9), 1 / 9), *arguments[2:])
+    opcheck(operators.rows_forward, soft)
 
 
 def test_operators_of_meta_tensors_have_shapes_and_compute_nothing(kernel):
@@ -565,6 +635,7 @@ def test_autocast_changes_nothing(kernel):
         ({"implementation": "gpu"}, r"implementation \(='gpu'\) must be 'auto', 'reference', 'cpu' or 'triton'"),
         ({"implementation": "cpu", "divergence": lambda z: z.var(0).sum(-1)}, "nothing else"),
         ({"implementation": "cpu", "weight": torch.ones(40, requires_grad=True)}, "no gradient in the class weights"),
+        ({"implementation": "cpu", "labels": torch.full((6, 40), 1 / 40, requires_grad=True)}, "or in the labels"),
     ],
 )
 def test_asking_for_what_cannot_run_says_why(options, message):
@@ -611,6 +682,25 @@ def test_without_the_library_the_reference_runs_and_one_line_says_so(monkeypatch
         assert "rows.so was not built" in caplog.text
         with pytest.raises(ValueError, match=r"implementation='cpu' cannot compute this loss: rows.so was not built"):
             loss_of(case, case.logits, implementation="cpu")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_a_library_of_another_version_is_not_called_and_the_log_says_how_to_get_this_one(monkeypatch, caplog):
+    if reason := kernels.available()["cpu"]:
+        pytest.skip(reason)
+    version = cpu._VERSION
+    monkeypatch.setattr(cpu, "_VERSION", version + 1)
+    caches = (cpu.why_not, operators._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        case = random_case(soft=True)
+        with caplog.at_level(logging.WARNING, logger="rdrop"):
+            value = loss_of(case, case.logits)
+        assert value == loss_of(case, case.logits, implementation="reference")
+        assert f"rows.so has version {version}, this code needs {version + 1}: install again" in caplog.text
     finally:
         for cache in caches:
             cache.cache_clear()

@@ -35,6 +35,14 @@ def test_error_is_the_references_for_even_and_ragged_rows(small_blocks, classes,
         assert_no_worse_than_the_reference(case, "triton")
 
 
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize("classes", [32, 101])
+def test_soft_labels_are_as_exact_as_class_indices(small_blocks, classes, dtype):
+    for m, (smoothing, weighted) in ((2, (0.0, False)), (3, (0.1, True))):
+        case = random_case(3, classes, m, smoothing=smoothing, weighted=weighted, dtype=dtype, seed=classes, soft=True)
+        assert_no_worse_than_the_reference(case, "triton")
+
+
 def test_error_is_the_references_for_a_vocabulary_and_for_many_passes():
     assert_no_worse_than_the_reference(random_case(1, 50_265, smoothing=0.1, dtype=torch.bfloat16), "triton")
     assert_no_worse_than_the_reference(random_case(1, 3000, 5, smoothing=0.1, weighted=True), "triton")

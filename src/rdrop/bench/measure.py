@@ -32,6 +32,9 @@ COMPILED = "_compiled"
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
+SOFT_LABELS = "_soft_labels"
+"""How the names of the forms end whose labels are probabilities."""
+
 REFERENCE = "ours_reference"
 """A form that is measured when it is named only: it is made to be exact and read, and takes most of the time."""
 
@@ -52,7 +55,8 @@ class Conditions:
     Args:
         clock: "wall", or "processor": the time all threads of this process were on a core, which other processes hardly
             change. A GPU is timed by its own events.
-        forms: which of a benchmark's forms, besides those it compares with; empty: all but the slow reference.
+        forms: which of a benchmark's forms, besides those it compares with; empty: all but the slow reference and
+            those of soft labels.
         compiled: whether those that go through `torch.compile` are among all.
         command: what the records name as their origin.
         say: is told what is being measured.
@@ -93,7 +97,8 @@ class Conditions:
         if self.forms:
             wanted = {*self.forms, *compared_with}
         else:
-            wanted = {name for name in table if self.compiled or not name.endswith(COMPILED)} - {REFERENCE}
+            left_out = SOFT_LABELS if self.compiled else (SOFT_LABELS, COMPILED)
+            wanted = {name for name in table if not name.endswith(left_out)} - {REFERENCE}
         return {name: form for name, form in table.items() if name in wanted}
 
     @contextmanager

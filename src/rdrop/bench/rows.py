@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rdrop import kernels, rdrop_loss
 from rdrop.bench import peers
-from rdrop.bench.measure import DTYPES, Call, Conditions, Prepare, measure, record
+from rdrop.bench.measure import DTYPES, SOFT_LABELS, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
 from rdrop.terms import IGNORE_INDEX
 
@@ -26,7 +26,7 @@ COMPARED_WITH = ("cross_entropy",)
 ALPHA, SMOOTHING = 5.0, 0.1
 
 Form = Callable[[Tensor, Tensor], Tensor]
-"""`(2N, V)` logits of two passes and `(N,)` labels to the loss."""
+"""`(2N, V)` logits of two passes and `(N,)` labels, or `(N, V)` probabilities, to the loss."""
 
 
 # ---------------------------------------------------------------------------------------------- the forms
@@ -103,6 +103,7 @@ def forms(conditions: Conditions) -> dict[str, Form]:
         "ours_overwriting": partial(ours, implementation=kernel, overwrite_logits=True),
         "ours_cross_entropy": partial(ours_cross_entropy, implementation=kernel),
     }
+    table |= {f"{name}{SOFT_LABELS}": table[name] for name in ("ours", "ours_overwriting")}
     if conditions.device == "cuda":
         table |= peers.from_logits(SMOOTHING)
     return conditions.chosen(table, COMPARED_WITH)
@@ -126,8 +127,11 @@ class _Model(torch.autograd.Function):
 def measure_rows(pairs: int, classes: int, conditions: Conditions) -> list[Record]:
     """Returns one record for each form, and one of a copy of the logits, the yardstick of bandwidth."""
     logits, labels = problem(pairs, classes, conditions)
+    chosen = forms(conditions)
+    mixed = _mixed(labels, classes) if any(name.endswith(SOFT_LABELS) for name in chosen) else labels
     calls: dict[str, Prepare] = {
-        name: partial(_prepare, form, logits, labels) for name, form in forms(conditions).items()
+        name: partial(_prepare, form, logits, mixed if name.endswith(SOFT_LABELS) else labels)
+        for name, form in chosen.items()
     }
     copy = logits.clone()
     calls["copy"] = lambda: partial(copy.copy_, logits)
@@ -164,6 +168,12 @@ def problem(pairs: int, classes: int, conditions: Conditions) -> tuple[Tensor, T
     labels = torch.randint(0, classes, (pairs,), generator=g, device=device)
     labels[::10] = IGNORE_INDEX
     return logits, labels
+
+
+def _mixed(labels: Tensor, classes: int) -> Tensor:
+    """Returns probabilities `(N, V)` as mixup makes them: those of two examples. All count."""
+    one_hot = F.one_hot(labels.clamp_min(0), classes).float()
+    return 0.7 * one_hot + 0.3 * one_hot.flip(0)
 
 
 def _prepare(form: Form, logits: Tensor, labels: Tensor) -> Call:

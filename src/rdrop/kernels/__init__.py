@@ -7,7 +7,9 @@ THE CONTRACT. A *position* is one label and its rows of V logits in m passes. Ar
     logits (m*N, T, V)        all of pass 1, then all of pass 2, ...; any strides in the first two dimensions, the
                               classes of a row contiguous; a dtype the implementation has
     labels (N, T) int64       IGNORED (-1): both terms are 0, the rows are never read, their gradient is 0. Any other
-                              label outside [0, V) makes the task loss NaN.
+                              label outside [0, V) makes the task loss NaN. Or
+    labels (N, T, V) floating probabilities of the classes, computed in float32. One outside [0, 1], or a row that does
+                              not add up to 1, makes the task loss NaN.
     weight (V,) or None       class weights, as in F.cross_entropy
     label_smoothing float     as in F.cross_entropy
     passes int                m; with 1 the task loss is the plain cross-entropy and the divergence 0

@@ -18,14 +18,15 @@ LIBRARY = Path(__file__).with_name("rows.so")
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_PASSES = 32
 INSTRUCTIONS = ("plain", "avx2", "avx512")
-_VERSION = 1
+_VERSION = 2
 
 
 class _Rows(ctypes.Structure):
     """Mirrors `RdropRows` in rows.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "labels", "weight", "statistics")),
+        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "labels", "probabilities")),
+        *((name, ctypes.c_void_p) for name in ("weight", "statistics")),
         *((name, ctypes.c_void_p) for name in ("task", "divergence", "grad_task", "grad_divergence")),
         *((name, ctypes.c_int64) for name in ("positions", "inner", "classes")),
         *((name, ctypes.c_int64) for name in ("logits_outer_stride", "logits_inner_stride")),
@@ -107,10 +108,9 @@ def launch(
     outer, inner, _ = logits.stride()
     rows = _Rows(
         logits=logits.data_ptr(),
-        labels=pointer(labels, torch.int64),
         weight=None if weight is None else pointer(weight),
         statistics=pointer(statistics, torch.float64),
-        positions=labels.numel(),
+        positions=labels.shape[0] * labels.shape[1],
         inner=logits.shape[1],
         classes=logits.shape[2],
         logits_outer_stride=outer,
@@ -123,6 +123,10 @@ def launch(
         threads=torch.get_num_threads(),
         instructions=INSTRUCTIONS.index(instructions()),
     )
+    if labels.is_floating_point():
+        rows.probabilities = pointer(labels)
+    else:
+        rows.labels = pointer(labels, torch.int64)
     if terms is not None:
         rows.task, rows.divergence = map(pointer, terms)
     if gradient is not None and upstream is not None:

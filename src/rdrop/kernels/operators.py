@@ -114,11 +114,12 @@ def rows_forward_backward_(
 
 
 def _terms_like(labels: Tensor) -> tuple[Tensor, Tensor]:
-    return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.float32)
+    term = labels.new_empty(labels.shape[:2], dtype=torch.float32)
+    return term, torch.empty_like(term)
 
 
 def _statistics_like(labels: Tensor, passes: int) -> Tensor:
-    return labels.new_empty((*labels.shape, 1 + 4 * passes), dtype=torch.float64)
+    return labels.new_empty((*labels.shape[:2], 1 + 4 * passes), dtype=torch.float64)
 
 
 @rows_forward.register_fake
@@ -147,7 +148,7 @@ def _rows_gradient(
 ) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("symmetric_kl")
     logits, labels, weight, statistics = ctx.saved_tensors
-    nothing = labels.new_zeros(labels.shape, dtype=torch.float32)
+    nothing = labels.new_zeros(labels.shape[:2], dtype=torch.float32)
     gradient = rows_backward(
         logits,
         labels,
@@ -169,19 +170,28 @@ rows_forward.register_autograd(_rows_gradient, setup_context=_keep_for_backward)
 def row_terms(
     logits: Tensor, labels: Tensor, *, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns task loss and divergence per position, `(N, ...)`, of `(m*N, ..., V)` logits; labels may be IGNORED."""
+    """Returns task loss and divergence per position, `(N, ...)`, of `(m*N, ..., V)` logits.
+
+    Labels are class indices or IGNORED, `(N, ...)`, or probabilities, `(N, ..., V)`.
+    """
     rows = _as_rows(logits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     task, divergence, _ = rows_forward(
-        rows, _as_rows(labels[..., None])[..., 0], weight, label_smoothing, passes, implementation
+        rows, _labels_as_rows(labels, logits), weight, label_smoothing, passes, implementation
     )
-    return task.view(labels.shape), divergence.view(labels.shape)
+    places = labels.shape[:1] + logits.shape[1:-1]
+    return task.view(places), divergence.view(places)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
     """Returns `(n, ..., V)` as `(n, T, V)`: a view, where strides allow."""
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)
+
+
+def _labels_as_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """Returns labels `(N, ...)` as `(N, T)`, and `(N, ..., V)` as `(N, T, V)`."""
+    return _as_rows(labels) if labels.dim() == logits.dim() else _as_rows(labels[..., None])[..., 0]
 
 
 def overwriting_loss(
@@ -226,15 +236,15 @@ class _OverwritingLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         task, divergence = rows_forward_backward_(
             _as_rows(logits),
-            _as_rows(labels[..., None])[..., 0],
+            _labels_as_rows(labels, logits),
             weight,
             label_smoothing,
             passes,
             implementation,
-            _as_rows(grad_task[..., None])[..., 0],
-            _as_rows(grad_divergence[..., None])[..., 0],
+            _labels_as_rows(grad_task, logits),
+            _labels_as_rows(grad_divergence, logits),
         )
-        task, divergence = task.view(labels.shape), divergence.view(labels.shape)
+        task, divergence = task.view(grad_task.shape), divergence.view(grad_task.shape)
         ctx.mark_dirty(logits)
         ctx.mark_non_differentiable(task, divergence)
         ctx.set_materialize_grads(False)

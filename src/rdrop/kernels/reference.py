@@ -46,7 +46,7 @@ def _as_passes(logits: Tensor, passes: int) -> Tensor:
 
 
 def _mean_cross_entropy(rows: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-    repeated = labels.expand(rows.shape[:-1])
+    repeated = labels.expand(len(rows), *labels.shape)
     return cross_entropy(rows, repeated, label_smoothing=label_smoothing, weight=weight).mean(0)
 
 
@@ -56,8 +56,11 @@ def _cross_entropy_gradient(rows: Tensor, labels: Tensor, weight: Tensor | None,
     probabilities /= probabilities.sum(-1, keepdim=True)
     classes = rows.shape[-1]
     weight = rows.new_ones(classes) if weight is None else weight.to(rows.dtype)
-    at_label = (1 - label_smoothing) * weight[labels]
     uniform = label_smoothing / classes * weight
+    if labels.is_floating_point():
+        target = torch.addcmul(uniform, labels.to(rows.dtype), weight, value=1 - label_smoothing)
+        return probabilities.mul_(target.sum(-1, keepdim=True)).sub_(target)
+    at_label = (1 - label_smoothing) * weight[labels]
     gradient = probabilities.mul_((at_label + uniform.sum())[..., None]).sub_(uniform)
     at_label = at_label.expand(rows.shape[:-1])
     return gradient.scatter_add_(-1, labels.expand(rows.shape[:-1])[..., None], -at_label[..., None])

@@ -29,6 +29,7 @@ struct RdropRows {
   const void* logits;          // (passes * positions / inner, inner, classes)
   void* gradient;              // the same shape; may be the logits themselves
   const int64_t* labels;       // (positions,); -1: ignored, the rows are never read
+  const float* probabilities;  // (positions, classes): of the classes, instead of labels; else null
   const float* weight;         // (classes,) or null
   double* statistics;          // (positions, 1 + 4 * passes)
   float* task;                 // (positions,)
@@ -51,6 +52,7 @@ struct bfloat16 {
 
 constexpr int kMaxPasses = 32;  // MAX_PASSES in cpu.py
 constexpr int64_t kIgnored = -1;
+constexpr double kSumTolerance = 0.01;  // SUM_TOLERANCE in terms.py
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kTwo64 = 0x1p64;
 
@@ -161,7 +163,7 @@ void compute_all(const RdropRows& rows, double total_weight) {
 
 extern "C" {
 
-__attribute__((visibility("default"))) int rdrop_rows_version() { return 1; }
+__attribute__((visibility("default"))) int rdrop_rows_version() { return 2; }
 
 // The best instruction set of this processor: 0 plain, 1 AVX2, 2 AVX-512.
 __attribute__((visibility("default"))) int rdrop_rows_instructions() {

@@ -24,6 +24,7 @@ IGNORED = tl.constexpr(-1)
 INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+SUM_TOLERANCE = tl.constexpr(0.01)  # of terms.py
 MAX_RISE = tl.constexpr(16.0)  # of d_a: where exp(z_1 - base) underflows, at -87, p_a is then below 1e-30
 
 
@@ -32,6 +33,7 @@ def rows(
     logits,
     gradient,
     labels,
+    probabilities,
     weight,
     total_weight,
     statistics,
@@ -51,12 +53,15 @@ def rows(
     M: tl.constexpr,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
     FAR_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Computes forward, backward or both, for position `program_id(0)`. `gradient` may be the logits themselves.
+
+    The cross-entropy is of a target t over the classes: w ((1 - eps) q + eps / V), where q is 1 at the label or a row
+    of `probabilities`. DENSE is whether t is anything but at the label. Its loss is sum t (log Z_a - z_a).
 
     Strides in elements, from one example, place and pass to the next. `statistics` are 1 + 4 M numbers a position:
     1 if far, and for each pass base, scale, mean F_a and growth X_a (near only), with p_a = scale * exp(z_a - base).
@@ -67,7 +72,12 @@ def rows(
     row = logits + example * outer_stride + place * inner_stride
     out = gradient + example * gradient_outer_stride + place * gradient_inner_stride
     statistics += n * (1 + 4 * M)
-    label = tl.load(labels + n)
+    if probabilities is not None:
+        probabilities += n * classes
+        label, label_weight = _likeliest_and_total(probabilities, weight, classes, BLOCK, GROUP)
+    else:
+        label = tl.load(labels + n)
+        label_weight = 1.0
 
     if (label < 0) | (label >= classes):
         value = tl.where(label == IGNORED, 0.0, NAN)
@@ -80,27 +90,30 @@ def rows(
         if BACKWARD:
             _fill(out, gradient_pass_stride, classes, value, M, BLOCK)
     else:
-        label_weight = 1.0
         all_weight = classes.to(tl.float32)
         if weight is not None:
-            label_weight = tl.load(weight + label)
             all_weight = tl.load(total_weight)
+            if probabilities is None:
+                label_weight = tl.load(weight + label)
+        scale = 1 - label_smoothing
+        uniform = label_smoothing / classes
+        mass = scale * label_weight + uniform * all_weight
+        target = (label, scale * label_weight, mass, probabilities, weight, scale, uniform)
         finite = n >= 0
         if FORWARD:
             near, value, below_label = _near_forward(
-                row, pass_stride, label, weight, classes, statistics, M, SMOOTH, BLOCK, GROUP
+                row, pass_stride, target, classes, statistics, M, DENSE, BLOCK, GROUP
             )
             if not near:
                 value = _far_forward(row, pass_stride, classes, statistics, M, FAR_BLOCK)
             tl.debug_barrier()  # every thread sees the statistics in memory
             loss = 0.0
             for a in tl.static_range(M):
-                base, scale, _, _ = _pass(statistics, a)
+                base, p_scale, _, _ = _pass(statistics, a)
                 at_label = tl.load(row + a * pass_stride + label).to(tl.float32) - base
-                log_normalizer = -tl.log(scale) - at_label  # of z_a - z_a[label]
-                loss += (1 - label_smoothing) * label_weight * log_normalizer
-                if SMOOTH:
-                    loss += label_smoothing / classes * (all_weight * log_normalizer - below_label[a])
+                loss += mass * (-tl.log(p_scale) - at_label)  # the logarithm of the sum of exp(z_a - z_a[label])
+                if DENSE:
+                    loss -= below_label[a]
             loss = loss / M
             tl.store(task + n, loss)
             tl.store(divergence + n, value)
@@ -109,20 +122,18 @@ def rows(
                 tl.debug_barrier()  # every thread has read its logits before the first is overwritten
         if BACKWARD:
             if finite:
-                scale_task = tl.load(grad_task + n) / M
-                uniform = scale_task * label_smoothing / classes
-                at_label = scale_task * (1 - label_smoothing) * label_weight
-                softmax = at_label + uniform * all_weight
+                task_scale = tl.load(grad_task + n) / M
+                softmax = task_scale * mass
                 pull = 0.0
                 if M > 1:
                     pull = tl.load(grad_divergence + n) / (M - 1)
-                target = (out, gradient_pass_stride, label, at_label, weight, uniform)
+                store = (out, gradient_pass_stride, task_scale, target)
                 if pull == 0:
-                    _plain_gradient(row, pass_stride, classes, statistics, softmax, target, M, SMOOTH, BLOCK)
+                    _plain_gradient(row, pass_stride, classes, statistics, softmax, store, M, DENSE, BLOCK)
                 elif tl.load(statistics) == 0:
-                    _near_gradient(row, pass_stride, classes, statistics, softmax, pull, target, M, SMOOTH, BLOCK)
+                    _near_gradient(row, pass_stride, classes, statistics, softmax, pull, store, M, DENSE, BLOCK)
                 else:
-                    _far_gradient(row, pass_stride, classes, statistics, softmax, pull, target, M, SMOOTH, FAR_BLOCK)
+                    _far_gradient(row, pass_stride, classes, statistics, softmax, pull, store, M, DENSE, FAR_BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -136,16 +147,53 @@ def _block(row, start, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store(target, a: tl.constexpr, gradient, start, classes, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds what does not depend on the logits, the label's entry included, then rounds once."""
-    out, pass_stride, label, at_label, weight, uniform = target
-    c = start + tl.arange(0, BLOCK)
-    if SMOOTH:
+def _likeliest_and_total(probabilities, weight, classes, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Returns the likeliest class q and the sum of w q, NaN where q is no distribution."""
+    likeliest = tl.full((), 0, tl.int64)
+    highest = tl.full((), -1.0, tl.float32)
+    lowest = tl.full((), 0.0, tl.float32)
+    total = tl.zeros((BLOCK // GROUP,), tl.float32)
+    weighted = total
+    for start in range(0, classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        q = tl.load(probabilities + c, mask=c < classes, other=0.0).to(tl.float32)
+        top = tl.max(q, 0)
+        if top > highest:
+            likeliest = (start + tl.argmax(q, 0)).to(tl.int64)
+            highest = top
+        lowest = tl.minimum(lowest, tl.min(q, 0))
+        total += _grouped_sum(q, GROUP)
         if weight is not None:
-            gradient -= uniform * tl.load(weight + c, mask=c < classes, other=0.0)
-        else:
-            gradient -= uniform
-    gradient = tl.where(c == label, gradient - at_label, gradient)
+            weighted += _grouped_sum(q * tl.load(weight + c, mask=c < classes, other=0.0), GROUP)
+    sums_to = tl.sum(total, 0)
+    sound = (lowest >= 0) & (highest <= 1) & (tl.abs(sums_to - 1) <= SUM_TOLERANCE)
+    if weight is not None:
+        sums_to = tl.sum(weighted, 0)
+    return likeliest, tl.where(sound, sums_to, NAN)
+
+
+@triton.jit
+def _share(target, c, classes):
+    """Returns t at the classes c, but for what a label has beside it."""
+    _, _, _, probabilities, weight, scale, uniform = target
+    share = tl.zeros(c.shape, tl.float32) + uniform
+    if probabilities is not None:
+        share += scale * tl.load(probabilities + c, mask=c < classes, other=0.0).to(tl.float32)
+    if weight is not None:
+        share *= tl.load(weight + c, mask=c < classes, other=0.0)
+    return share
+
+
+@triton.jit
+def _store(store, a: tl.constexpr, gradient, start, classes, DENSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds what does not depend on the logits, the label's entry included, then rounds once."""
+    out, pass_stride, task_scale, target = store
+    label, at_label, _, probabilities, _, _, _ = target
+    c = start + tl.arange(0, BLOCK)
+    if DENSE:
+        gradient -= task_scale * _share(target, c, classes)
+    if probabilities is None:
+        gradient = tl.where(c == label, gradient - task_scale * at_label, gradient)
     tl.store(out + a * pass_stride + c, gradient.to(out.dtype.element_ty), mask=c < classes)
 
 
@@ -229,23 +277,23 @@ class _Sums(NamedTuple):
     x: tl.tensor  # x_a,
     xf: tl.tensor  # x_a f_a,
     size: tl.tensor  # and of the absolute values that the last came from
-    below: tl.tensor  # sum of w (z_a - z_a[label])
+    below: tl.tensor  # sum of t (z_a - z_a[label])
 
 
 @triton.jit
 def _near_forward(
     row,
     pass_stride,
-    label,
-    weight,
+    target,
     classes,
     statistics,
     M: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Whether this path keeps its digits here, the divergence, and for each pass the sum of w (z_a - z_a[label])."""
+    """Whether this path keeps its digits here, the divergence, and for each pass the sum of t (z_a - z_a[label])."""
+    label = target[0]
     EXACT: tl.constexpr = row.dtype.element_ty == tl.float32  # differences of 16-bit logits are exact as they come
     base = tl.full((), LOWEST, tl.float32)
     zero = base * 0
@@ -274,16 +322,16 @@ def _near_forward(
             d_mean += d / M
             zs = zs + (z,)
             ds = ds + (d,)
+        if DENSE:
+            c = start + tl.arange(0, BLOCK)
+            share = tl.where(c < classes, _share(target, c, classes), 0.0)
         updated = ()
         for a in tl.static_range(M):
             s = sums[a]
             below = s.below
-            if SMOOTH:
-                c = start + tl.arange(0, BLOCK)
+            if DENSE:
                 below_label = zs[a] - tl.load(row + a * pass_stride + label).to(tl.float32)
-                if weight is not None:
-                    below_label *= tl.load(weight + c, mask=c < classes, other=0.0)
-                below += _grouped_sum(tl.where(c < classes, below_label, 0.0), GROUP)
+                below += _grouped_sum(tl.where(share == 0, 0.0, share * below_label), GROUP)
             if a == 0:
                 updated = updated + (_Sums(s.at, s.rise, s.d, s.x, s.xf, s.size, below),)
             else:
@@ -381,9 +429,9 @@ def _near_gradient(
     statistics,
     softmax,
     pull,
-    target,
+    store,
     M: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     EXACT: tl.constexpr = row.dtype.element_ty == tl.float32
@@ -404,12 +452,12 @@ def _near_gradient(
             vs = vs + (v,)
             d_mean += d / M
             v_mean += v / M
-        _store(target, 0, p * (softmax - pull * (d_mean + mean + v_mean)), start, classes, SMOOTH, BLOCK)
+        _store(store, 0, p * (softmax - pull * (d_mean + mean + v_mean)), start, classes, DENSE, BLOCK)
         for a in tl.static_range(1, M):
             _, _, mean_a, _ = _pass(statistics, a)
             along = softmax + pull * (ds[a] - d_mean - mean_a)
             gradient = p * (along + (vs[a] * along + pull * (vs[a] - v_mean)))
-            _store(target, a, gradient, start, classes, SMOOTH, BLOCK)
+            _store(store, a, gradient, start, classes, DENSE, BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------- far
@@ -477,9 +525,9 @@ def _far_gradient(
     statistics,
     softmax,
     pull,
-    target,
+    store,
     M: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     for start in range(0, classes, BLOCK):
@@ -492,7 +540,7 @@ def _far_gradient(
         for a in tl.static_range(M):
             mean = tl.load(statistics + 3 + 4 * a)
             gradient = ps[a] * softmax + pull * (ps[a] * (fs[a] - mean) + (ps[a] - p_mean))
-            _store(target, a, gradient.to(tl.float32), start, classes, SMOOTH, BLOCK)
+            _store(store, a, gradient.to(tl.float32), start, classes, DENSE, BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------- the task loss alone
@@ -500,10 +548,10 @@ def _far_gradient(
 
 @triton.jit
 def _plain_gradient(
-    row, pass_stride, classes, statistics, softmax, target, M: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
+    row, pass_stride, classes, statistics, softmax, store, M: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr
 ):
     for a in tl.static_range(M):
         base, scale, _, _ = _pass(statistics, a)
         for start in range(0, classes, BLOCK):
             z = _block(row + a * pass_stride, start, classes, BLOCK)
-            _store(target, a, tl.exp(z - base) * (scale * softmax), start, classes, SMOOTH, BLOCK)
+            _store(store, a, tl.exp(z - base) * (scale * softmax), start, classes, DENSE, BLOCK)

@@ -18,10 +18,13 @@
 //
 // FAR (float64, m exp a class, several times slower). For logits far apart, or where class k is an outlier. Here t_a = z_a - max z_a and f_a = t_a - mean_b t_b; the divergence is sum_a E_{p_a}[f_a] / (m - 1).
 //
+// The cross-entropy is of a target t over the classes: w ((1 - eps) q + eps / V), where q is 1 at the label y or a row of
+// probabilities. Its loss is sum t (log Z_a - z_a).
+//
 // Gradient of `grad_task * task + grad_divergence * divergence` in both: with A = grad_task / m and
 // B = grad_divergence / (m - 1), for pass a,
-//     A (k p_a - (1 - eps) w_y [class = y] - eps / V w) + B (p_a (f_a - F_a) + p_a - mean_b p_b)
-// where k = (1 - eps) w_y + eps / V sum w. With one pass all this is the cross-entropy alone.
+//     A (p_a sum t - t) + B (p_a (f_a - F_a) + p_a - mean_b p_b)
+// With one pass all this is the cross-entropy alone.
 
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
@@ -29,6 +32,7 @@ typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 typedef double Double __attribute__((vector_size(4 * LANES)));  // LANES / 2 elements: a register's width, like the rest
 typedef int64_t Long __attribute__((vector_size(4 * LANES)));
 typedef float HalfFloat __attribute__((vector_size(2 * LANES)));
+typedef int32_t HalfInt __attribute__((vector_size(2 * LANES)));
 
 INLINE Float broadcast(float value) { return value - Float{}; }
 INLINE Double broadcast(double value) { return value - Double{}; }
@@ -119,15 +123,18 @@ INLINE Float classes_of(S, const T* row, int64_t start, int64_t classes, T fill)
   return load<S::kIndex>(group);
 }
 
-// The same of the class weights, which are float32 whatever the logits; beyond the last, 0.
+// The same of numbers of the classes that are float32 whatever the logits; beyond the last, 0.
 template <class T, class S>
-INLINE Float weights_of(S slice, const float* weight, int64_t start, int64_t classes) {
-  if (kVectors<T> == 1) return classes_of(slice, weight, start, classes, 0.0f);
-  Float x{};
-  for (int lane = 0; lane < LANES; ++lane) {
-    const int64_t i = start + kVectors<T> * lane + S::kIndex;
-    if (!S::kPart || i < classes) x[lane] = weight[i];
-  }
+INLINE Float numbers_of(S slice, const float* row, int64_t start, int64_t classes) {
+  if (kVectors<T> == 1) return classes_of(slice, row, start, classes, 0.0f);
+  float group[2 * LANES]{};
+  memcpy(group, row + start, (S::kPart ? classes - start : 2 * LANES) * sizeof(float));
+  Long pairs[2];  // of an even and an odd class, 32 bits each
+  memcpy(pairs, group, sizeof pairs);
+  HalfInt halves[2];
+  for (int half = 0; half < 2; ++half) halves[half] = __builtin_convertvector(pairs[half] >> (32 * S::kIndex), HalfInt);
+  Float x;
+  memcpy(&x, halves, sizeof x);
   return x;
 }
 
@@ -216,27 +223,50 @@ INLINE Double exp(Double x) {
 
 // ---------------------------------------------------------------------------------------------- one position
 
+// What t is at the classes, but for the label's own: 0, eps / V, or different at each.
+enum Shares { kNone, kUniform, kPerClass };
+
+// t = w (scale q + uniform), and `at_label` more at the label: of probabilities q scale is 1 - eps, of a label 0.
+struct Target {
+  const float* weight;         // of the classes, or null
+  const float* probabilities;  // q, or null
+  int64_t label;
+  double scale, uniform, at_label, mass;  // the mass is sum t
+
+  INLINE Shares shares() const { return probabilities || (weight && uniform) ? kPerClass : uniform ? kUniform : kNone; }
+
+  INLINE double share(int64_t i) const {
+    return (weight ? weight[i] : 1.0) * ((probabilities ? scale * probabilities[i] : 0.0) + uniform);
+  }
+
+  template <class T, class S>
+  INLINE Float share(S slice, int64_t i, int64_t classes) const {
+    Float share = broadcast(float(uniform));
+    if (probabilities) share += float(scale) * numbers_of<T>(slice, probabilities, i, classes);
+    if (weight) share *= numbers_of<T>(slice, weight, i, classes);
+    return share;
+  }
+};
+
 // The rows of one position, `passes` of them; M is their number where it is known at compile time, else 0.
 template <int M, class T>
 struct Position {
   static constexpr int kCapacity = M ? M : kMaxPasses;
   const T* row[kCapacity];
-  const float* weight;  // of the classes, or null
-  int64_t classes, label;
+  int64_t classes;
   int runtime_passes;
+  Target target;
 
   INLINE int passes() const { return M ? M : runtime_passes; }
 
   INLINE Position<0, T> of_any_number() const {
-    Position<0, T> position{{}, weight, classes, label, runtime_passes};
+    Position<0, T> position{{}, classes, runtime_passes, target};
     for (int a = 0; a < passes(); ++a) position.row[a] = row[a];
     return position;
   }
 };
 
 enum Path { kDirect, kCompensated, kFar };
-
-enum Smoothing { kNone, kUniform, kWeighted };
 
 // z_a[k] - z_1[k] = high + low exactly.
 struct Offset {
@@ -334,18 +364,19 @@ struct Values {
   double task, divergence;
 };
 
-// Mean over the passes of the cross-entropy, from the log-normalizers and sum_classes w (z_a - base_a).
+// Mean over the passes of the cross-entropy, from the log-normalizers and sum_classes t (z_a - base_a) but for the
+// label's own, where t is uniform without it.
 template <int M, class T>
-INLINE double task_loss(const Position<M, T>& position, const Statistics& s, const double* below_base, double smoothing,
-                        double total_weight) {
+INLINE double task_loss(const Position<M, T>& position, const Statistics& s, const double* below_base) {
+  const Target& target = position.target;
   const int m = position.passes();
-  const double label_weight = position.weight ? position.weight[position.label] : 1.0;
   double total = 0;
   for (int a = 0; a < m; ++a) {
     const double log_normalizer = -std::log(s.pass[a].scale * kTwo64);  // less base_a
-    const double at_label = to_float(position.row[a][position.label]) - s.pass[a].base;
-    total += (1 - smoothing) * label_weight * (log_normalizer - at_label);
-    if (smoothing) total += smoothing / position.classes * (total_weight * log_normalizer - below_base[a]);
+    total += target.mass * log_normalizer;
+    if (target.shares() != kNone) total -= (target.shares() == kUniform ? target.uniform : 1) * below_base[a];
+    if (!target.probabilities)
+      total -= target.at_label * (to_float(position.row[a][target.label]) - s.pass[a].base);
   }
   return total / m;
 }
@@ -354,9 +385,8 @@ INLINE double task_loss(const Position<M, T>& position, const Statistics& s, con
 constexpr int64_t kBlock = 32 * LANES;
 
 // False where this path would lose digits.
-template <Path kPath, Smoothing kSmoothing, int M, class T>
-bool near_forward(const Position<M, T>& position, const Range<M, T>& range, double smoothing, double total_weight,
-                  Statistics& s, Values& values) {
+template <Path kPath, Shares kShares, int M, class T>
+bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Statistics& s, Values& values) {
   constexpr int kCapacity = Position<M, T>::kCapacity;
   const int m = position.passes();
   const int64_t classes = position.classes;
@@ -373,11 +403,12 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, doub
       const Float below = first - range.base[0];
       const Float p = exp_times_2_64(below);
       p_sum += p;
-      Float w = broadcast(1.0f);
-      if (kSmoothing == kWeighted) w = weights_of<T>(slice, position.weight, i, classes);
-      if (kSmoothing != kNone) {  // classes beyond the last add 0 to this sum
-        const Float term = kPart ? classes_of(slice, position.row[0], i, classes, range.top) - range.base[0] : below;
-        below_base[0] += kSmoothing == kWeighted ? w * term : term;
+      Float share{};
+      if (kShares == kPerClass) share = position.target.template share<T>(slice, i, classes);
+      if (kShares != kNone) {  // classes beyond the last add 0 to this sum
+        Float term = kPart ? classes_of(slice, position.row[0], i, classes, range.top) - range.base[0] : below;
+        if (kShares == kPerClass && kPath != kDirect) term = share == 0 ? Float{} : term;  // it may be -inf
+        below_base[0] += kShares == kPerClass ? share * term : term;
       }
       Float d[kCapacity], d_mean{};
       for (int a = 1; a < m; ++a) {
@@ -391,12 +422,12 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, doub
         d_sum[a] += p * d[a];
         x_sum[a] += px;
         xf_sum[a] += px * (M == 2 ? d[a] : d[a] - d_mean);  // of two passes f is d / 2
-        if (kSmoothing != kNone) below_base[a] += kSmoothing == kWeighted ? w * d[a] : d[a];
+        if (kShares != kNone) below_base[a] += kShares == kPerClass ? share * d[a] : d[a];
       }
     });
     p_total += widen(p_sum);
     for (int a = 0; a < m; ++a) {
-      if (kSmoothing != kNone) below_base_total[a] += widen(below_base[a]);
+      if (kShares != kNone) below_base_total[a] += widen(below_base[a]);
       if (a == 0) continue;
       d_total[a] += widen(d_sum[a]);
       x_total[a] += widen(x_sum[a]);
@@ -429,16 +460,17 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, doub
   if (kPath == kDirect && sizeof(T) == 4 && largest_offset * largest_offset * beside_anchor > 32 * total / (m - 1))
     return false;
   values.divergence = total < 0 || m == 1 ? 0 : total / (m - 1);
-  values.task = task_loss(position, s, below_base, smoothing, total_weight);
+  values.task = task_loss(position, s, below_base);
   return true;
 }
 
 template <Path kPath, int M, class T>
-INLINE bool try_near(const Position<M, T>& position, const Range<M, T>& range, double smoothing, double total_weight,
-                     Statistics& s, Values& values) {
-  if (!smoothing) return near_forward<kPath, kNone>(position, range, smoothing, total_weight, s, values);
-  if (!position.weight) return near_forward<kPath, kUniform>(position, range, smoothing, total_weight, s, values);
-  return near_forward<kPath, kWeighted>(position, range, smoothing, total_weight, s, values);
+INLINE bool try_near(const Position<M, T>& position, const Range<M, T>& range, Statistics& s, Values& values) {
+  switch (position.target.shares()) {
+    case kNone: return near_forward<kPath, kNone>(position, range, s, values);
+    case kUniform: return near_forward<kPath, kUniform>(position, range, s, values);
+    default: return near_forward<kPath, kPerClass>(position, range, s, values);
+  }
 }
 
 // In float64, LANES / 2 classes: f_a = t_a - mean_b t_b with t_a = z_a - base_a, and p_a unnormalized.
@@ -460,16 +492,19 @@ INLINE void far_terms(S slice, const Position<0, T>& position, const Statistics&
 }
 
 template <class T>
-void far_forward(const Position<0, T>& position, double smoothing, double total_weight, Statistics& s, Values& values) {
+void far_forward(const Position<0, T>& position, Statistics& s, Values& values) {
   const int m = position.passes();
   const int64_t classes = position.classes;
+  const Target& target = position.target;
   double below_base[kMaxPasses]{};
   for (int a = 0; a < m; ++a) {
     float top = -kInfinity;
     for (int64_t i = 0; i < classes; ++i) top = to_float(position.row[a][i]) > top ? to_float(position.row[a][i]) : top;
     s.pass[a] = {top, 0, 0, 0};
-    for (int64_t i = 0; smoothing && i < classes; ++i)
-      below_base[a] += (position.weight ? position.weight[i] : 1.0) * (to_float(position.row[a][i]) - double(top));
+    for (int64_t i = 0; target.shares() != kNone && i < classes; ++i) {
+      const double share = target.shares() == kUniform ? 1 : target.share(i);
+      if (share != 0) below_base[a] += share * (to_float(position.row[a][i]) - double(top));
+    }
   }
   Wide p_sum[kMaxPasses], pf_sum[kMaxPasses];
   visit_classes<T>(0, classes, [&](auto slice, int64_t i) INLINE_LAMBDA {
@@ -491,18 +526,18 @@ void far_forward(const Position<0, T>& position, double smoothing, double total_
   }
   s.path = kFar;
   values.divergence = total < 0 || m == 1 ? 0 : total / (m - 1);
-  values.task = task_loss(position, s, below_base, smoothing, total_weight);
+  values.task = task_loss(position, s, below_base);
 }
 
 template <int M, class T>
-INLINE Values forward(const Position<M, T>& position, double smoothing, double total_weight, Statistics& s) {
+INLINE Values forward(const Position<M, T>& position, Statistics& s) {
   Values values;
   const Range<M, T> range = range_of(position);
   if constexpr (M == 2) {  // the common case alone pays for code of its own
-    if (range.path == kDirect && try_near<kDirect>(position, range, smoothing, total_weight, s, values)) return values;
+    if (range.path == kDirect && try_near<kDirect>(position, range, s, values)) return values;
   }
-  if (range.path != kFar && try_near<kCompensated>(position, range, smoothing, total_weight, s, values)) return values;
-  far_forward(position.of_any_number(), smoothing, total_weight, s, values);
+  if (range.path != kFar && try_near<kCompensated>(position, range, s, values)) return values;
+  far_forward(position.of_any_number(), s, values);
   return values;
 }
 
@@ -510,23 +545,12 @@ INLINE Values forward(const Position<M, T>& position, double smoothing, double t
 
 // The coefficients of one position's gradient; see the head of this file.
 struct Coefficients {
-  double softmax;     // A k
-  double uniform;     // A eps / V
-  double label;       // A (1 - eps) w_y
+  double task;        // A
+  double softmax;     // A sum t
   double divergence;  // B
 };
 
-template <int M, class T>
-INLINE Coefficients coefficients_of(const Position<M, T>& position, double grad_task, double grad_divergence,
-                                    double smoothing, double total_weight) {
-  const double a = grad_task / position.passes(), b = position.passes() > 1 ? grad_divergence / (position.passes() - 1) : 0;
-  const double label_weight = position.weight ? position.weight[position.label] : 1.0;
-  const double uniform = smoothing / position.classes;
-  return {a * ((1 - smoothing) * label_weight + uniform * total_weight), a * uniform,
-          a * (1 - smoothing) * label_weight, b};
-}
-
-// Each of these gives the gradient of one vector of classes in every pass, but for the label's own term and the uniform one.
+// Each of these gives the gradient of one vector of classes in every pass, but for the target's own.
 
 // Of the cross-entropy alone.
 template <int M, class T>
@@ -623,26 +647,27 @@ void write_gradient(const Position<M, T>& position, const Statistics& s, const C
   const Gradient gradient_of(position, s, c);
   const int m = position.passes();
   const int64_t classes = position.classes, whole = classes - classes % kGroup<T>;
-  const float uniform = c.uniform;
-  const bool weighted = position.weight && c.uniform;
+  const Target& target = position.target;
+  const bool per_class = target.shares() == kPerClass;
+  const float task = c.task, uniform = c.task * target.uniform;
   Float gradient[kCapacity][kVectors<T>];
   auto visit = [&](auto slice, int64_t i) INLINE_LAMBDA {
     Float of_pass[kCapacity], share = broadcast(uniform);
-    if (weighted) share = uniform * weights_of<T>(slice, position.weight, i, classes);
+    if (per_class) share = task * target.share<T>(slice, i, classes);
     gradient_of(slice, position, i, of_pass);
     for (int a = 0; a < m; ++a) gradient[a][slice.kIndex] = of_pass[a] - share;
   };
   T at_label[kCapacity];
-  const int64_t label_group = position.label - position.label % kGroup<T>;
+  const int64_t label_group = target.label - target.label % kGroup<T>;
   if (label_group < whole)
     visit_group<Slice<false, 0>, T>(label_group, visit);
   else
     visit_group<Slice<true, 0>, T>(label_group, visit);
   for (int a = 0; a < m; ++a) {  // in float32: one rounding, not two
-    for (Float& vector : gradient[a]) vector -= float(c.label);
+    for (Float& vector : gradient[a]) vector -= float(c.task * target.at_label);
     T group[kGroup<T>];
     store(group, gradient[a]);
-    at_label[a] = group[position.label - label_group];
+    at_label[a] = group[target.label - label_group];
   }
   for (int64_t i = 0; i < whole; i += kGroup<T>) {
     visit_group<Slice<false, 0>, T>(i, visit);
@@ -656,7 +681,7 @@ void write_gradient(const Position<M, T>& position, const Statistics& s, const C
       memcpy(out[a] + whole, group, (classes - whole) * sizeof(T));
     }
   }
-  for (int a = 0; a < m; ++a) out[a][position.label] = at_label[a];
+  for (int a = 0; a < m; ++a) out[a][target.label] = at_label[a];
 }
 
 template <int M, class T>
@@ -679,6 +704,36 @@ INLINE void backward(const Position<M, T>& position, const Statistics& s, const 
 
 // ---------------------------------------------------------------------------------------------- one position of a call
 
+// The target of position n; with probabilities that are none its mass is NaN, and so is the loss.
+Target target_of(const RdropRows& rows, int64_t n, double total_weight) {
+  const double kept = 1 - rows.label_smoothing, uniform = rows.label_smoothing / rows.classes;
+  if (!rows.probabilities) {
+    const int64_t label = rows.labels[n];
+    const bool inside = label >= 0 && label < rows.classes;
+    const double at_label = kept * (inside && rows.weight ? rows.weight[label] : 1.0);
+    return {rows.weight, nullptr, label, 0, uniform, at_label, at_label + uniform * total_weight};
+  }
+  const float* probabilities = rows.probabilities + n * rows.classes;
+  Float lowest{}, highest{};
+  Wide total, weighted_total;
+  for (int64_t start = 0; start < rows.classes; start += kBlock) {
+    const int64_t end = start + kBlock < rows.classes ? start + kBlock : rows.classes;
+    Float of_block{}, weighted{};
+    visit_classes<float>(start, end, [&](auto slice, int64_t i) INLINE_LAMBDA {
+      const Float q = numbers_of<float>(slice, probabilities, i, rows.classes);
+      lowest = minimum(q, lowest);
+      highest = maximum(q, highest);
+      of_block += q;
+      if (rows.weight) weighted += q * numbers_of<float>(slice, rows.weight, i, rows.classes);
+    });
+    total += widen(of_block);
+    weighted_total += widen(rows.weight ? weighted : of_block);
+  }
+  const bool sound = smallest(lowest) >= 0 && largest(highest) <= 1 && std::abs(sum(total) - 1) <= kSumTolerance;
+  const double mass = sound ? kept * sum(weighted_total) + uniform * total_weight : kNaN;
+  return {rows.weight, probabilities, 0, kept, uniform, 0, mass};
+}
+
 template <int M, class T>
 void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
   constexpr int kCapacity = Position<M, T>::kCapacity;
@@ -686,9 +741,8 @@ void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
   const int64_t examples = rows.positions / rows.inner, example = n / rows.inner, place = n % rows.inner;
   Position<M, T> position;
   position.classes = rows.classes;
-  position.label = rows.labels[n];
-  position.weight = rows.weight;
   position.runtime_passes = m;
+  position.target = target_of(rows, n, total_weight);
   T* out[kCapacity];
   for (int a = 0; a < m; ++a) {
     const int64_t outer = a * examples + example;
@@ -696,8 +750,9 @@ void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
     out[a] = (T*)rows.gradient + outer * rows.gradient_outer_stride + place * rows.gradient_inner_stride;
   }
   Statistics& s = *(Statistics*)(rows.statistics + n * (1 + 4 * m));
-  const bool ignored = position.label == kIgnored, outside = position.label < 0 || position.label >= rows.classes;
-  if (ignored || outside) {
+  const int64_t label = position.target.label;
+  const bool ignored = label == kIgnored;
+  if (ignored || label < 0 || label >= rows.classes) {
     if (rows.forward) {
       memset((void*)&s, 0, (1 + 4 * m) * sizeof(double));
       rows.task[n] = ignored ? 0 : kNaN;
@@ -709,15 +764,15 @@ void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
     return;
   }
   if (rows.forward) {
-    const Values values = forward(position, rows.label_smoothing, total_weight, s);
+    const Values values = forward(position, s);
     rows.task[n] = values.task;
     rows.divergence[n] = values.divergence;
     if (!std::isfinite(values.task + values.divergence) && rows.logits == rows.gradient) return;
   }
-  if (rows.backward)
-    backward(position, s,
-             coefficients_of(position, rows.grad_task[n], rows.grad_divergence[n], rows.label_smoothing, total_weight),
-             out);
+  if (rows.backward) {
+    const double a = rows.grad_task[n] / m, b = m > 1 ? rows.grad_divergence[n] / (m - 1) : 0;
+    backward(position, s, {a, a * position.target.mass, b}, out);
+  }
 }
 
 template <class T>

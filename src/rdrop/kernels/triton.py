@@ -85,9 +85,11 @@ def launch(
     upstream: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Runs one program for each position. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
-    if not labels.numel():
+    positions = labels.shape[0] * labels.shape[1]
+    if not positions:
         return
     examples, classes = labels.shape[0], logits.shape[2]
+    soft = labels.is_floating_point()
     out = logits if gradient is None else gradient
     shape = shape_on(logits.device)
     block = _block(classes, shape)
@@ -95,10 +97,11 @@ def launch(
         weight = weight.detach().float().contiguous()
     on_device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
     with on_device:
-        _kernels().rows[(labels.numel(),)](
+        _kernels().rows[(positions,)](
             logits.detach(),
             out.detach(),
-            labels.contiguous(),
+            None if soft else labels.contiguous(),
+            labels.detach().contiguous() if soft else None,
             weight,
             None if weight is None else weight.sum(),
             statistics,
@@ -116,7 +119,7 @@ def launch(
             M=passes,
             FORWARD=terms is not None,
             BACKWARD=gradient is not None,
-            SMOOTH=label_smoothing > 0,
+            DENSE=soft or label_smoothing > 0,
             BLOCK=block,
             FAR_BLOCK=max(32, block // 4),
             GROUP=16 // logits.element_size(),  # what one thread loads at once
