@@ -2,8 +2,8 @@
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
-steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and
-accuracy-linear.json.
+steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`:
+accuracy-cpu.json and accuracy-linear.json.
 """
 
 from __future__ import annotations

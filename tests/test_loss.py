@@ -15,6 +15,7 @@ from rdrop import (
     binary_cross_entropy,
     check_logits,
     cross_entropy,
+    detached_kl,
     kernels,
     kl_from_first,
     rdrop_loss,
@@ -115,6 +116,20 @@ def test_kl_from_first_is_the_mean_kl_from_the_first_pass_to_the_others():
     log_p = passes.log_softmax(-1)
     kl = [F.kl_div(log_q, log_p[0], log_target=True, reduction="none").sum(-1) for log_q in log_p[1:]]
     torch.testing.assert_close(kl_from_first(passes), torch.stack(kl).mean(0))
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_detached_kl_is_symmetric_kl_with_every_target_held_fixed(m):
+    passes = random_logits(m, 4, 5).requires_grad_()
+    fixed = passes.detach()
+    pairs = [(a, b) for a in range(m) for b in range(m) if a != b]
+    expected = sum(F.kl_div(passes[a].log_softmax(-1), fixed[b].softmax(-1), reduction="sum") for a, b in pairs)
+    expected = expected / len(pairs)
+    value = detached_kl(passes)
+    torch.testing.assert_close(value, symmetric_kl(passes))
+    torch.testing.assert_close(value.sum(), expected)
+    found, wanted = (torch.autograd.grad(loss, passes)[0] for loss in (value.sum(), expected))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("distance", [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0])

@@ -32,8 +32,8 @@ _NAMES = {
     "loss": ("check_logits", "rdrop_loss"),
     "passes": ("repeat_batch", "sequential_passes", "split_passes"),
     "terms": (
-        *("LossTerms", "bernoulli_kl", "binary_cross_entropy", "cross_entropy", "kl_from_first"),
-        *("squared_difference", "squared_error", "symmetric_kl"),
+        *("LossTerms", "bernoulli_kl", "binary_cross_entropy", "cross_entropy", "detached_kl"),
+        *("kl_from_first", "squared_difference", "squared_error", "symmetric_kl"),
     ),
     "views": ("CUTOFF", "RDROP", "SIMCUT", "Cutoff", "View", "perturb_batch", "task_passes_of", "views_of"),
 }
@@ -55,6 +55,7 @@ __all__ = [
     "check_logits",
     "check_rdrop",
     "cross_entropy",
+    "detached_kl",
     "dropout_rate",
     "kl_from_first",
     "legacy_alpha",

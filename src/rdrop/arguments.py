@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from .terms import (
+    OF_SOFTMAXES,
     SUM_TOLERANCE,
     Divergence,
     TaskLoss,
     binary_cross_entropy,
     cross_entropy,
-    kl_from_first,
     squared_error,
-    symmetric_kl,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
 
 def check_classes(task_loss: TaskLoss | None, divergence: Divergence, name: str, given: Tensor, classes: int) -> None:
     """Refuses a softmax over fewer than two classes; `name` and `given` are the argument that has them."""
-    if classes < 2 and (task_loss is cross_entropy or divergence is symmetric_kl or divergence is kl_from_first):
+    if classes < 2 and (task_loss is cross_entropy or divergence in OF_SOFTMAXES):
         raise ValueError(
             f"{name} {tuple(given.shape)} for {classes} class{'es' * (classes != 1)}: a softmax needs two, since that "
             "of one is always 1 and its loss 0 for ever. For yes or no pass task_loss=binary_cross_entropy, "

@@ -157,7 +157,9 @@ def linear_rdrop_loss(
     if values_may_be_read(tasks) and not are_finite(tasks, divergences, reduction):
         if not indices:
             check_probabilities(labels, read=True)
-        logits_at = partial(_checked_logits, rows.unflatten(1, places), weight, bias, labels, indices, dtype)
+        logits_at = partial(
+            _checked_logits, rows.view(passes, *places, rows.shape[-1]), weight, bias, labels, indices, dtype
+        )
         raise ValueError(not_finite(tasks, divergences, logits_at))
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)

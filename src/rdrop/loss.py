@@ -35,6 +35,7 @@ from .arguments import (
 )
 from .terms import (
     IGNORE_INDEX,
+    OF_SOFTMAXES,
     Divergence,
     LossTerms,
     TaskLoss,
@@ -42,7 +43,6 @@ from .terms import (
     bernoulli_kl,
     binary_cross_entropy,
     cross_entropy,
-    kl_from_first,
     squared_difference,
     squared_error,
     symmetric_kl,
@@ -103,8 +103,8 @@ def rdrop_loss(
             `F.cross_entropy`); "sum"; or "none", terms of shape `(N, ...)` with 0 at ignored positions.
         num_items: the number of valid positions in the whole update, over accumulation steps and processes. Divides the
             sum of both terms; needs `reduction="mean"`.
-        divergence: `symmetric_kl`, `bernoulli_kl`, `squared_difference`, `kl_from_first`, or any callable from
-            `(m, N, ..., V)` to `(N, ...)`.
+        divergence: `symmetric_kl`, `bernoulli_kl`, `squared_difference`, `kl_from_first`, `detached_kl`, or any
+            callable from `(m, N, ..., V)` to `(N, ...)`.
         task_loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or any callable from `(M, ..., V)` and
             labels `(M, ...)` to `(M, ...)`. At ignored positions both callables see zero logits and label 0.
         task_passes: the passes, counted from 0, whose mean is the task loss; None: all of them. `(0,)` is SimCut. `()`
@@ -340,7 +340,7 @@ def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: f
 
 def _check_divergence(task_loss: TaskLoss, divergence: Divergence) -> None:
     """Refuses the softmax of logits that no softmax is trained on: it means nothing, and is constant for one output."""
-    if divergence is not symmetric_kl and divergence is not kl_from_first:
+    if divergence not in OF_SOFTMAXES:
         return
     for other, own in ((binary_cross_entropy, bernoulli_kl), (squared_error, squared_difference)):
         if task_loss is other:

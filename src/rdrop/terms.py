@@ -7,6 +7,7 @@ classifier, T for a sequence).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,20 @@ def squared_difference(passes: Tensor) -> Tensor:
     return 2 * (passes - passes[0]).var(0).mean(-1)
 
 
+def detached_kl(passes: Tensor) -> Tensor:
+    """Computes `symmetric_kl` with its targets held fixed: each pass is drawn to the others as they are.
+
+    For two passes this computes ::
+
+        p, q = passes.log_softmax(-1)
+        ((p.exp().detach() * (p.detach() - q)).sum(-1) + (q.exp().detach() * (q.detach() - p)).sum(-1)) / 2
+
+    as CR-CTC does (Yao et al., ICLR 2025, arXiv 2410.05101), as accurate as `symmetric_kl`. The value is the same; of
+    the gradient in the logits of pass a, `(p_a - pbar) / (m - 1)` is left. Differentiable once; no kernel computes it.
+    """
+    return _by_formula("detached_kl", passes)
+
+
 def kl_from_first(passes: Tensor) -> Tensor:
     """Computes `KL(p||q)` from pass 1 to each other pass, mean over those: `(m, ..., V)` logits to `(...)`.
 
@@ -121,8 +136,13 @@ def _exp_beyond_tangent(r: Tensor) -> Tensor:
     return r.square() / 2 * series
 
 
-def symmetric_kl_and_gradient(logits: Tensor, *, gradient_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Returns `symmetric_kl` of `(m, ..., V)` logits and, if wanted, its gradient in them; neither has a graph."""
+def symmetric_kl_and_gradient(
+    logits: Tensor, *, gradient_wanted: bool = True, targets_fixed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Returns `symmetric_kl` of `(m, ..., V)` logits and, if wanted, its gradient in them; neither has a graph.
+
+    With `targets_fixed` the gradient is that of `detached_kl`.
+    """
     p = _softmax(logits)
     log_ratio = _log_ratio_to_first(logits, p)  # log p_a - log p_1
     excess = log_ratio - log_ratio.mean(0)
@@ -138,12 +158,18 @@ def symmetric_kl_and_gradient(logits: Tensor, *, gradient_wanted: bool = True) -
     gradient = None
     if gradient_wanted:
         expected = (p * excess).sum(-1, keepdim=True)
-        gradient = (p * (excess - expected) + surplus) / pairs
+        gradient = (surplus if targets_fixed else p * (excess - expected) + surplus) / pairs
     # The sum over passes is >= 0 at every class; rounding can miss that by an ulp of a vanishing term.
     return (surplus * excess).sum(0).clamp_min(0).sum(-1) / pairs, gradient
 
 
-_FORMULAS = {"symmetric_kl": symmetric_kl_and_gradient, "kl_from_first": _kl_from_first_and_gradient}
+_FORMULAS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "symmetric_kl": symmetric_kl_and_gradient,
+    "detached_kl": partial(symmetric_kl_and_gradient, targets_fixed=True),
+    "kl_from_first": _kl_from_first_and_gradient,
+}
+OF_SOFTMAXES = (symmetric_kl, detached_kl, kl_from_first)
+"""The divergences that compare softmax distributions."""
 
 
 class _ByFormula(torch.autograd.Function):

@@ -87,10 +87,11 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
             )
         self._called = True
         target = target if isinstance(target, Target) else Target(target)
-        if target.class_weight is not None:
+        if target.class_weight is not None or target.task_divisor is not None:
             raise ValueError(
-                "class weights divide the task loss by their sum and the divergence by the positions, and here both "
-                f"are divided by one number: use {MEANT}, or a task loss with the weights in it"
+                "class weights divide the task loss by their sum, a loss per example by the examples, and the "
+                "divergence is divided by the positions; here both are divided by one number: use "
+                f"{MEANT}, or a task loss with the weights in it"
             )
         if self.alpha > 0:
             if not self._random:

@@ -5,7 +5,7 @@ Needs torch alone; which classes of transformers have which targets is looked up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -46,6 +46,9 @@ class Target:
         task_loss, divergence: as in `rdrop_loss`.
         share: of this target in the loss; the shares of a model's targets add up to 1.
         class_weight: `(V,)`, as `weight` in `F.cross_entropy`: the task loss is the weighted mean.
+        transform: what makes the logits `(N, ..., V)` of the model's output, where that is something else.
+        task_divisor: what divides the sum of the task loss over a batch, where that is not the number of positions: of
+            a loss per example, the number of examples. Such a loss stands at the first position of its example.
     """
 
     labels: Tensor
@@ -54,11 +57,18 @@ class Target:
     divergence: Divergence = symmetric_kl
     share: float = 1.0
     class_weight: Tensor | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+    task_divisor: Tensor | None = None
 
     def count(self) -> Tensor:
-        """Returns the positions that count, and the sum of their class weights: `(2,)`, what divides the two terms."""
+        """Returns the positions that count, and the sum of their class weights: `(2,)`, what divides the two terms.
+
+        In place of the second stands the `task_divisor`, where there is one.
+        """
         positions = weights = count_positions(self.labels)
-        if self.class_weight is not None and not self.labels.is_floating_point():
+        if self.task_divisor is not None:
+            weights = self.task_divisor
+        elif self.class_weight is not None and not self.labels.is_floating_point():
             ignored = self.labels == IGNORE_INDEX
             per_label = self.class_weight.to(ignored.device)[self.labels.masked_fill(ignored, 0)]
             weights = per_label.masked_fill(ignored, 0.0).sum()
@@ -67,11 +77,15 @@ class Target:
     def weighed_by(self, count: Tensor) -> Target:
         """Returns the target for losses that divide both terms by the positions `count[0]` of a whole update.
 
-        A weighted mean is divided by the sum of the weights, `count[1]`, instead: the class weights make up for it.
+        A weighted mean is divided by the sum of the weights, `count[1]`, instead: the class weights make up for it; and
+        for a `task_divisor`, the task loss.
         """
+        positions, weights = count
+        if self.task_divisor is not None:
+            task_loss = self.task_loss
+            return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / weights)
         if self.class_weight is None:
             return self
-        positions, weights = count
         return replace(self, class_weight=self.class_weight.to(count.device) * positions / weights)
 
     def logits(self, outputs: Any) -> Tensor:
@@ -88,6 +102,8 @@ class Target:
                 f"`{self.output}` carries no gradient in training, so neither would the divergence: the loss was "
                 "computed elsewhere (a fused head and loss), or every parameter is frozen"
             )
+        if self.transform is not None:
+            logits = self.transform(logits)
         positions, labeled = logits.shape[1:-1], self.labels.shape[1:]
         if self.task_loss is cross_entropy and not self.labels.is_floating_point() and positions != labeled:
             raise ValueError(
@@ -97,7 +113,7 @@ class Target:
                 "there are no labels: take LoRA or prefix tuning. Logits with the classes first belong last: "
                 "logits.movedim(1, -1)"
             )
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def rdrop_loss(self, logits: Tensor, **options: Any) -> LossTerms:
         """Computes `rdrop_loss` of this target; `options` are its `alpha`, `num_items`, `label_smoothing`, ..."""
@@ -111,7 +127,8 @@ class Target:
     @property
     def is_one_softmax(self) -> bool:
         """Whether its loss is `cross_entropy` with `symmetric_kl` of `logits`, as that of a language model."""
-        return (self.output, self.task_loss, self.divergence) == ("logits", cross_entropy, symmetric_kl)
+        plain = self.transform is None and self.task_divisor is None
+        return plain and (self.output, self.task_loss, self.divergence) == ("logits", cross_entropy, symmetric_kl)
 
     def plain_loss(self, logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Computes the task loss of one pass, without R-Drop, summed over the positions that count.
@@ -158,6 +175,41 @@ def count_positions(labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return torch.tensor(len(labels) if labels.dim() == 1 else labels.shape[:-1].numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
+
+
+def ctc_target(
+    transcripts: Tensor,
+    lengths: Tensor,
+    frames: int,
+    *,
+    blank: int,
+    zero_infinity: bool = False,
+    output: str = "logits",
+) -> Target:
+    """Returns the target of connectionist temporal classification: a loss per example, a divergence per frame.
+
+    The task loss is the mean over the examples of `F.ctc_loss`, each divided by the length of its transcript
+    (reduction "mean"); the divergence is the mean over the frames that count. With the sum over an example's frames and
+    the loss of its whole transcript, as CR-CTC has it with weight w, alpha is `2 w T / L` for T frames and L labels.
+
+    `transcripts` `(N, L)` are padded with a negative number or the blank; of the `frames` of the logits
+    `(N, frames, V)` the first `lengths` `(N,)` count.
+    """
+    counted = (transcripts >= 0) & (transcripts != blank)
+
+    def losses(logits: Tensor, labels: Tensor) -> Tensor:
+        passes = len(logits) // len(transcripts)
+        inside, labeled = (tensor.repeat(passes) for tensor in (lengths, counted.sum(-1)))
+        of_all = transcripts[counted].repeat(passes)
+        log_p = logits.log_softmax(-1).transpose(0, 1)
+        with torch.backends.cudnn.flags(enabled=False):  # its CTC takes other arguments
+            values = F.ctc_loss(log_p, of_all, inside, labeled, blank, "none", zero_infinity)
+        return F.pad((values / labeled.clamp_min(1))[:, None], (0, frames - 1))
+
+    labels = torch.zeros(len(transcripts), frames, dtype=torch.long, device=transcripts.device)
+    beyond = torch.arange(frames, device=labels.device) >= lengths.to(labels.device)[:, None]
+    examples = torch.tensor(len(transcripts), device=labels.device)
+    return Target(labels.masked_fill(beyond, IGNORE_INDEX), output, losses, task_divisor=examples)
 
 
 # ------------------------------------------------------------------------------------------------ of transformers
@@ -273,6 +325,58 @@ def question_answering(config: Any, inputs: Batch) -> list[Target]:
     ]
 
 
+def semantic_segmentation(config: Any, inputs: Batch) -> list[Target]:
+    """Returns one class per pixel: the logits of a coarser grid, brought to the size of the labels `(N, H, W)`."""
+    labels = _required(inputs, "labels")
+    if config.num_labels < 2:
+        raise ValueError(f"num_labels (={config.num_labels}) is a softmax over one class: set num_labels=2")
+    if getattr(config, "use_auxiliary_head", False):
+        raise ValueError(
+            "config.use_auxiliary_head (=True) adds the loss of a second head, whose logits the model does not return: "
+            "set it to False"
+        )
+
+    def to_pixels(logits: Tensor) -> Tensor:
+        wide = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        return wide.movedim(1, -1)
+
+    ignored = labels == getattr(config, "semantic_loss_ignore_index", IGNORE_INDEX)
+    return [Target(labels.masked_fill(ignored, IGNORE_INDEX), transform=to_pixels)]
+
+
+def replaced_token_detection(config: Any, inputs: Batch) -> list[Target]:
+    """Returns yes or no for each token that the attention mask shows, as the classes of a softmax over 0 and the logit.
+
+    Its cross-entropy is the binary one, and its symmetric KL that of two Bernoulli distributions.
+    """
+    labels = _required(inputs, "labels").long()
+    mask = inputs.get("attention_mask")
+    labels = labels if mask is None else labels.masked_fill(mask != 1, IGNORE_INDEX)
+    return [Target(labels, transform=lambda logits: torch.stack([torch.zeros_like(logits), logits], -1))]
+
+
+def connectionist(model: Any, inputs: Batch) -> list[Target]:
+    """Returns the `ctc_target` of a speech model, whose frames are fewer than its inputs."""
+    config = model.config
+    if config.ctc_loss_reduction != "mean":
+        raise ValueError(
+            f"ctc_loss_reduction (={config.ctc_loss_reduction!r}) adds up over the examples of a batch, and R-Drop's "
+            "terms are means over an update: set model.config.ctc_loss_reduction = 'mean'"
+        )
+    names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+    frames_of = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if frames_of is None:
+        raise ValueError(f"{type(model).__name__} does not say how many frames its logits have. {SAY_WHAT}")
+    given = _required(inputs, "input_features" if "input_features" in inputs else "input_values")
+    mask = inputs.get("attention_mask")
+    inside = torch.full((len(given),), given.shape[1], device=given.device) if mask is None else mask.sum(-1)
+    lengths = frames_of(inside).long()
+    frames = int(frames_of(torch.tensor([given.shape[1]])))
+    transcripts = _required(inputs, "labels")
+    options = {"blank": config.pad_token_id, "zero_infinity": config.ctc_zero_infinity}
+    return [ctc_target(transcripts, lengths, frames, **options)]
+
+
 def _required(inputs: Batch, name: str) -> Tensor:
     if not isinstance(inputs.get(name), Tensor):
         raise ValueError(f"R-Drop trains on {name!r}, which this batch lacks; it has {sorted(inputs)}")
@@ -292,12 +396,29 @@ HEADS: Mapping[str, Callable[[Any, Batch], list[Target]]] = {
     "IMAGE_TEXT_TO_TEXT": sequence_to_sequence,
     "MULTIPLE_CHOICE": choice,
     "NEXT_SENTENCE_PREDICTION": choice,
+    "SEMANTIC_SEGMENTATION": semantic_segmentation,
+    "REPLACED_TOKEN_DETECTION": replaced_token_detection,
 }
 """The targets of the model classes in transformers' list `MODEL_FOR_..._MAPPING_NAMES`, a subclass counting as its
 parent; the first list that has the class counts.
 
 That a class is in a list is not taken on trust: `own_loss_is_known` compares the model's own loss with the predicted.
 """
+
+OF_THE_MODEL: Mapping[str, Callable[[Any, Batch], list[Target]]] = {"CTC": connectionist}
+"""The same for targets that the model must be asked about, not its config alone."""
+
+OWN_LISTS = {"REPLACED_TOKEN_DETECTION": ("ElectraForPreTraining", "FunnelForPreTraining")}
+"""Heads that transformers has no list of."""
+
+_MATCHED = (
+    "assigns its predictions to the objects of an image anew in every pass, so that the same place of two passes may "
+    "mean different objects: there are no two predictions to compare"
+)
+REFUSED: Mapping[str, str] = dict.fromkeys(
+    ("OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION", "IMAGE_SEGMENTATION"), _MATCHED
+)
+"""Heads that R-Drop cannot act on, with the reason."""
 
 SAY_WHAT = (
     "one Target(labels, ...) per output, e.g. [Target(inputs['labels'])] for one class per example or per position; in "
@@ -308,6 +429,11 @@ SAY_WHAT = (
 def targets_of(model: nn.Module, inputs: Batch) -> list[Target]:
     """Returns the targets of a model of a class in `HEADS`; `ValueError` for any other."""
     head = head_of(model)
+    if head is not None and head in OF_THE_MODEL:
+        return OF_THE_MODEL[head](model, inputs)
+    refused = _head_among(REFUSED, model)
+    if refused is not None:
+        raise ValueError(f"{type(model).__name__} {REFUSED[refused]}. Train it without R-Drop, alpha=0")
     if head is None:
         raise ValueError(
             f"{type(model).__name__} is none of the model classes whose loss R-Drop knows. Say what it is trained "
@@ -331,11 +457,15 @@ def router_loss(model: Any, outputs: Any) -> Tensor | None:
 
 
 def head_of(model: nn.Module) -> str | None:
-    """Returns which of `HEADS` a model has, None if it is none of transformers, or of another head."""
+    """Returns which of `HEADS` or `OF_THE_MODEL` a model has, None if none, or if it is none of transformers."""
+    return _head_among((*HEADS, *OF_THE_MODEL), model)
+
+
+def _head_among(heads: Iterable[str], model: nn.Module) -> str | None:
     if not is_of_transformers(model):
         return None
     for cls in type(model).__mro__:
-        for head in HEADS:
+        for head in heads:
             if cls.__name__ in _class_names(head):
                 return head
     return None
@@ -350,5 +480,7 @@ def _class_names(head: str) -> frozenset[str]:
     """Returns the model classes of a list of transformers, whose entries are a name or several."""
     from transformers.models.auto import modeling_auto
 
+    if head in OWN_LISTS:
+        return frozenset(OWN_LISTS[head])
     entries = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values()
     return frozenset(name for entry in entries for name in ([entry] if isinstance(entry, str) else entry))
