@@ -228,6 +228,10 @@ def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- what is not finite
 
 
+class NonfiniteLossError(ValueError):
+    """A loss is NaN or infinite: at which example, and from which logit."""
+
+
 def values_may_be_read(tensor: Tensor) -> bool:
     """Whether reading a value neither stops an accelerator's queue nor breaks the graph of `torch.compile`."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -247,7 +251,7 @@ def check_rows(
     nan: str = "the model or its input already is",
     infinite: str = "the model overflowed",
 ) -> None:
-    """Raises a ValueError about the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`.
+    """Raises an error about the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`.
 
     `row` stands before the places in `...`; `nan` and `infinite` are what the caller knows of the cause.
     """
@@ -269,7 +273,7 @@ def check_rows(
         if len(places):
             *inner, column = places[0].tolist()
             where = f"{name} at example {place([*row, *inner])}, class {column}"
-            raise ValueError(f"{where} {what} ({len(places)} such logits)")
+            raise NonfiniteLossError(f"{where} {what} ({len(places)} such logits)")
 
 
 def are_finite(tasks: Tensor, divergences: Tensor, reduction: Reduction) -> bool:

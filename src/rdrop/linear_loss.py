@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
+    NonfiniteLossError,
     Reduction,
     are_finite,
     check_class_labels,
@@ -160,7 +161,7 @@ def linear_rdrop_loss(
         logits_at = partial(
             _checked_logits, rows.view(passes, *places, rows.shape[-1]), weight, bias, labels, indices, dtype
         )
-        raise ValueError(not_finite(tasks, divergences, logits_at))
+        raise NonfiniteLossError(not_finite(tasks, divergences, logits_at))
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if loss is None:
@@ -506,10 +507,10 @@ def _default_chunk(logits_per_position: int, dtype: torch.dtype, device: str) ->
 def _checked_logits(
     passes: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, indices: bool, dtype: torch.dtype, row: Any
 ) -> Tensor:
-    """Returns the logits of one position, `(m, V)`, or raises a ValueError where they are why its loss is infinite."""
+    """Returns the logits of one position, `(m, V)`, or raises an error where they are why its loss is infinite."""
     rows = passes.detach()[:, *row].to(dtype)  # (m, D)
     if not rows.isfinite().all():
-        raise ValueError(
+        raise NonfiniteLossError(
             f"hidden at example {place(row)} holds a NaN or an infinity: the model or its input already does"
         )
     with torch.autocast(passes.device.type, enabled=False):

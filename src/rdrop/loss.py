@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .arguments import (
+    NonfiniteLossError,
     Reduction,
     are_finite,
     check_classes,
@@ -183,7 +184,7 @@ def rdrop_loss(
         if task_passes:
             check_labels(task_loss, labels, valid, logits.shape[-1])
         check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
-        raise ValueError(not_finite(tasks, divergences, lambda row: passes[:, *row]))
+        raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row]))
 
     tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if reduction != "none":

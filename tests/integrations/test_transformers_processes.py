@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 
 def test_two_processes_are_one_process(tmp_path: Path) -> None:
     """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
-    forward is joint; plain training of a model that divides by the count; fused R-Drop.
+    forward is joint; plain training of a model that divides by the count; fused R-Drop. An update that one process
+    finds infinite is left out by both.
     """
     command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path)]
     with environments(2) as ranks:

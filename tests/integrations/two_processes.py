@@ -1,7 +1,9 @@
 """One process of two that train together; `test_transformers_processes.py` starts both."""
 
 import os
+import re
 import sys
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +13,7 @@ from gradient_agreement import ALPHA, CASES, build, train
 from torch import Tensor, nn
 
 from rdrop.integrations.transformers import RDropTrainer
+from rdrop.integrations.transformers.nonfinite import NonfiniteUpdateWarning
 
 LOGGED = ("loss", "task_loss", "divergence")
 
@@ -54,7 +57,28 @@ def all_updates(accumulation: int, folder: str) -> list[dict[str, Any]]:
     return [one_update(name, method, accumulation, folder) for name, method in TRAININGS]
 
 
+def left_out_by_both(folder: str) -> bool:
+    """Whether both processes leave out an update whose loss is infinite in one of them, its gradient finite in both."""
+    case = CASES["token classification"]
+    model = build(case)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    infinite = torch.inf if os.environ["RANK"] == "1" else 0.0
+
+    class Infinite(RDropTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + infinite
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settings = {"ddp_find_unused_parameters": False}
+        train(Infinite, model, case.batches, folder, settings, on_nonfinite="skip", alpha=1.0)
+    said = [str(warning.message) for warning in caught if warning.category is NonfiniteUpdateWarning]
+    assert re.fullmatch(r"update 1 has a loss of inf .* in process 1 of 2: this update is left out", *said), said
+    return all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 if __name__ == "__main__":
     result = all_updates(accumulation=2, folder=sys.argv[1])
+    assert left_out_by_both(sys.argv[1])
     if os.environ["RANK"] == "0":
         torch.save(result, f"{sys.argv[1]}/result.pt")

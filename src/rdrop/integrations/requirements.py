@@ -64,7 +64,7 @@ def own_loss_is_known(
 
     `auxiliary_loss` is what the model is known to add to it. Class weights, another addition, labels aligned otherwise:
     all show as another number, which is a ValueError, unless all positions have the same loss, as a fresh head often
-    gives. Then this batch cannot tell but the next can.
+    gives, or one has no finite loss. Then this batch cannot tell but the next can.
     """
     if outputs.get("loss") is None:
         raise ValueError(f"{type(model).__name__} returned no loss of its own. Say what it is trained with: {SAY_WHAT}")
@@ -79,6 +79,8 @@ def own_loss_is_known(
             spread = torch.maximum(spread, counted.max() - counted.min())
     if auxiliary_loss is not None:
         expected = expected + auxiliary_loss.detach()
+    if not expected.isfinite():
+        return False
     tolerance = max(2e-5, 8 * torch.finfo(own.dtype).eps) * float(expected.abs() + 1e-3)
     if not torch.isclose(own, expected.to(own.dtype), rtol=0, atol=tolerance):
         raise ValueError(

@@ -22,6 +22,7 @@ from rdrop.integrations.targets import Target
 
 if TYPE_CHECKING:
     from rdrop.integrations.transformers.durable import DurableCheckpoints
+    from rdrop.integrations.transformers.nonfinite import FiniteUpdates, NonfiniteUpdateError
     from rdrop.integrations.transformers.trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
 else:
 
@@ -29,8 +30,17 @@ else:
         """Imports the trainers when they are first asked for: `forward` is of use without transformers' Trainer."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = "durable" if name == "DurableCheckpoints" else "trainer"
-        return getattr(import_module(f"{__name__}.{module}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'trainer')}"), name)
+
+    _MODULES = {"DurableCheckpoints": "durable", "FiniteUpdates": "nonfinite", "NonfiniteUpdateError": "nonfinite"}
 
 
-__all__ = ["DurableCheckpoints", "RDropMixin", "RDropSeq2SeqTrainer", "RDropTrainer", "Target"]
+__all__ = [
+    "DurableCheckpoints",
+    "FiniteUpdates",
+    "NonfiniteUpdateError",
+    "RDropMixin",
+    "RDropSeq2SeqTrainer",
+    "RDropTrainer",
+    "Target",
+]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
 from rdrop.alpha import AUTO_ALPHA, AlphaSchedule, alpha_at
+from rdrop.arguments import NonfiniteLossError
 from rdrop.integrations.requirements import (
     own_loss_is_known,
     require_randomness,
@@ -42,6 +43,7 @@ from rdrop.integrations.transformers.forward import (
     same_randomness,
     without_labels,
 )
+from rdrop.integrations.transformers.nonfinite import FiniteUpdates, OnNonfinite
 from rdrop.integrations.transformers.packed import (
     by_pass,
     cut_packed,
@@ -52,6 +54,7 @@ from rdrop.integrations.transformers.packed import (
 )
 from rdrop.linear_loss import chunk_bytes
 from rdrop.passes import repeat_batch, rows_of
+from rdrop.terms import LossTerms
 
 CHECKED_MICRO_BATCHES = 8
 
@@ -59,7 +62,7 @@ METHOD = ("alpha", "alpha_schedule", "passes", "every", "micro_batches", "fused"
 """The arguments of `RDropMixin` that are attributes, and that a search may try."""
 
 
-class RDropMixin(Trainer):
+class RDropMixin(FiniteUpdates):
     """Adds R-Drop to a trainer of Hugging Face: write it before the trainer's class.
 
     Example::
@@ -88,8 +91,11 @@ class RDropMixin(Trainer):
             where it cannot be, a `ValueError` says why. False: never.
         encoder_once: run the encoder of an encoder-decoder on one pass and repeat its output. None: where nothing in
             the encoder is random, so that all passes agree. True and False as for `fused`.
+        on_nonfinite: what becomes of an update whose loss or gradient is not finite, as `FiniteUpdates` has it: "stop",
+            or "skip".
 
     Raises:
+        NonfiniteUpdateError: from `train`, for an update whose loss or gradient is not finite.
         ValueError, TypeError: at construction, for what would make R-Drop act wrongly or not at all; at the first
             step, for a model in which nothing is random or whose loss is not the one `rdrop_targets` predicts.
     """
@@ -110,6 +116,7 @@ class RDropMixin(Trainer):
         micro_batches: int = 1,
         fused: bool | None = None,
         encoder_once: bool | None = None,
+        on_nonfinite: OnNonfinite = "stop",
         **kwargs: Any,
     ) -> None:
         self.alpha: Any = alpha  # a float once it is checked
@@ -118,7 +125,7 @@ class RDropMixin(Trainer):
         self.fused, self.encoder_once = fused, encoder_once
         self._check_method()
         check_compute_loss(type(self), RDropMixin, self._plain_trainer)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, on_nonfinite=on_nonfinite, **kwargs)
         check_trainer(self)
         self._begin()
 
@@ -324,15 +331,19 @@ class RDropMixin(Trainer):
             (hidden, bias), outputs = fused.run(forward)
             hidden = by_pass(hidden, self.passes) if packed else hidden
             self._check_hidden(hidden)
+            compute = partial(
+                weighed[0].linear_rdrop_loss, hidden, fused.layer, bias, num_items=num_items[0], **options
+            )
             with self.accelerator.autocast():
                 self._scored(targets[0], hidden, partial(F.linear, weight=fused.layer.weight, bias=bias))
-                terms = [weighed[0].linear_rdrop_loss(hidden, fused.layer, bias, num_items=num_items[0], **options)]
+                terms = [self._terms_or_nan(compute, hidden, fused.layer.weight)]
         else:
             outputs = by_pass(forward(), self.passes) if packed else forward()
-            self._scored(targets[0], targets[0].logits(outputs), lambda logits: logits)
+            logits = [target.logits(outputs) for target in weighed]
+            self._scored(targets[0], logits[0], lambda logits: logits)
             terms = [
-                target.rdrop_loss(target.logits(outputs), num_items=count, **options)
-                for target, count in zip(weighed, num_items, strict=True)
+                self._terms_or_nan(partial(target.rdrop_loss, values, num_items=count, **options), values)
+                for target, values, count in zip(weighed, logits, num_items, strict=True)
             ]
             self._check_model(outputs, targets)
         shares = [[target.share * term for term in terms_] for target, terms_ in zip(targets, terms, strict=True)]
@@ -349,6 +360,18 @@ class RDropMixin(Trainer):
         if not self._is_packing_seen:
             require_separate_passes(self._unwrapped_model(), fused, without_labels(fused.inner, repeated), self.passes)
             self._is_packing_seen = True
+
+    def _terms_or_nan(self, compute: Callable[[], LossTerms], *sources: Tensor) -> LossTerms:
+        """Returns what is computed; on a CPU, where the loss refuses what is not finite, NaN from the same sources.
+
+        So every process ends its backward, and `FiniteUpdates` decides for all of them.
+        """
+        try:
+            return compute()
+        except NonfiniteLossError as error:
+            self._nonfinite_at = f" ({error})"
+            loss = torch.nan * torch.stack([source.float().sum() for source in sources]).sum()
+            return LossTerms(loss, loss.detach(), loss.detach())
 
     def _look_at(self, model: nn.Module) -> None:
         """Looks, before the first regularized step, at the modules."""
@@ -411,6 +434,8 @@ class RDropMixin(Trainer):
         with same_randomness(self.args.device):
             outputs = model(**example)
         logits = its_target.logits(outputs)
+        if logits.isnan().any():
+            return None  # nothing can be seen by them
         reason = fused.reason_seen(logits, lambda: model(**without_labels(inner, example)).logits)
         if reason is None and its_target.count()[0] > 0:
             self._check_own_loss(outputs, [its_target])
@@ -437,12 +462,13 @@ class RDropMixin(Trainer):
         else:
             outputs, stock = model(**inputs), False
             self._check_model(outputs, targets)
-        if not stock:
+        if not stock or len(targets) > 1:
             means = [
                 target.share * target.plain_loss(target.logits(outputs), label_smoothing) / weight.clamp(min=1e-12)
                 for target, (_, weight) in zip(targets, counts, strict=True)
             ]
-            loss = torch.stack(means).sum() * self._processes()
+            mean = torch.stack(means).sum() * self._processes()
+            loss = torch.where(counts[:, 0].min() > 0, loss, mean) if stock else mean  # a mean of no starts is 0 / 0
         loss = torch.where(counts.sum() > 0, loss, 0.0)  # of no label: 0 / 0 in the stock Trainer
         task_loss, auxiliary = loss.detach(), self._auxiliary(outputs)
         if auxiliary is not None and stock:
