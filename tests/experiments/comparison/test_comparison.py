@@ -16,7 +16,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.comparison.contest import Outcome, judged
 from rdrop.experiments.comparison.finished_runs import split_usable
-from rdrop.experiments.comparison.learning import has_learned
+from rdrop.experiments.comparison.learning import divergence_of, has_learned
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.sentences import verdict
 from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
@@ -621,6 +621,47 @@ def test_runs_that_did_not_learn_are_named_and_stay_in_the_statistics(tmp_path):
     text = printed(comparison)
     assert "R-Drop (alpha 1) †" in text
     assert "†: with runs that did not learn" in text
+    assert "baseline †" not in text
+
+
+# Runs that diverged, though every number was finite.
+
+
+@pytest.mark.parametrize(
+    ("last", "scored", "constant", "seen"),
+    [
+        (7262.0, 0.5, {"loss": 2.3}, "the valid loss ended at 7,262, and that of the best constant prediction is 2.3"),
+        (0.6, 24.6, {"loss": 2.3}, "the valid loss ended at 24.6, and that of the best constant prediction is 2.3"),
+        (22.0, 0.5, {"loss": 2.3}, None),  # a classifier that overfits
+        (7262.0, 0.5, {}, "the valid loss ended at 7,262, and its first is 0.7"),
+        (7262.0, 0.5, None, "the valid loss ended at 7,262, and its first is 0.7"),
+        (6.0, 0.5, {}, None),
+        ("NaN", 0.5, {"loss": 2.3}, None),
+        (7262.0, 0.5, {"loss": 0.0}, None),  # a test split of one class
+    ],
+)
+def test_a_run_diverged_if_it_ended_far_above_a_constant_or_its_first_score(tmp_path, last, scored, constant, seen):
+    folder = write_run(tmp_path, 0.7, constant=constant, valid={"accuracy": 0.7, "loss": scored})
+    rows = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((100, 0.7), (200, 9000.0), (300, last))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert divergence_of(only(tmp_path).arms[0].runs[0]) == seen
+
+
+def test_runs_that_diverged_are_named_and_stay_in_the_statistics(tmp_path):
+    diverged = {"accuracy": 0.86, "loss": 7262.0}
+    for seed in range(3):
+        write_run(tmp_path, 0.8, seed=seed, constant={"loss": 2.3})
+        of_seed = {"valid": diverged} if seed else {}
+        write_run(tmp_path, 0.85, seed=seed, alpha=1.0, constant={"loss": 2.3}, **of_seed)
+    comparison = only(tmp_path)
+    assert comparison.verdict().split("\n")[1:] == [
+        "2 of 3 R-Drop (alpha 1) runs diverged (seeds 1 and 2): the valid loss ended at 7,262, and that of the best "
+        "constant prediction is 2.3 (seed 1). Lower learning_rate (=0.001), or lengthen the warm-up."
+    ]
+    assert comparison.sections[0].rows[1].mean == pytest.approx(0.85)
+    text = printed(comparison)
+    assert "R-Drop (alpha 1) †" in text
+    assert "†: with runs that did not learn or diverged" in text
     assert "baseline †" not in text
 
 

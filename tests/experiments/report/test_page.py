@@ -317,6 +317,15 @@ def test_a_run_that_did_not_learn_is_marked_in_the_tables(tmp_path):
     assert "1 (did not learn) 10.0" in visible
 
 
+def test_a_run_that_diverged_is_marked_in_the_tables(tmp_path):
+    write_run(tmp_path, 0.7, constant={"loss": 2.3})
+    write_run(tmp_path, 0.6, alpha=1.0, constant={"loss": 2.3}, valid={"accuracy": 0.6, "loss": 7262.0})
+    visible = page_of(tmp_path).visible
+    assert "1 of 1 R-Drop (alpha 1) run diverged (seed 0): the valid loss ended at 7,262" in visible
+    assert "R-Drop (alpha 1) † 60.0" in visible
+    assert "0 (diverged) 60.0" in visible
+
+
 def write_seeds(runs, seeds):
     for seed in seeds:
         write_run(runs, 0.7 + 0.001 * seed, seed=seed)

@@ -139,3 +139,19 @@ def test_a_resumed_run_does_not_repeat_the_warning(
 def test_a_run_that_began_in_time_has_no_note(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlowTask, "begins", 1)
     assert "has begun" not in train(RECIPE, tmp_path)["notes"]
+
+
+def test_a_run_that_diverged_says_so_in_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Diverging(SlowTask):
+        begins = 100
+
+        def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+            super().evaluate(model, split)
+            return {"loss": 0.7 if self.scores == 1 or split == "test" else 7262.0}
+
+    monkeypatch.setattr(trainer, "load_task", Diverging)
+    notes = train(RECIPE, tmp_path)["notes"]
+    assert notes == {
+        "diverged": "the valid loss ended at 7,262, and its first is 0.7; lower learning_rate (=0.05) or raise "
+        "warmup_updates (=2)"
+    }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
-from rdrop.experiments.comparison.learning import has_learned
+from rdrop.experiments.comparison.learning import divergence_of, has_learned
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.method import Method, times
 
@@ -40,8 +40,8 @@ class Arm:
 
     @property
     def marked_label(self) -> str:
-        """The label, with a dagger if some of the runs are known to have learned nothing."""
-        return f"{self.label} \N{DAGGER}" if self.seeds_without_learning else self.label
+        """The label, with a dagger if some of the runs are known to have learned nothing, or have diverged."""
+        return f"{self.label} \N{DAGGER}" if self.has_failed_runs else self.label
 
     @property
     def phrase(self) -> str:
@@ -60,6 +60,15 @@ class Arm:
     def seeds_without_learning(self) -> tuple[int, ...]:
         """The seeds whose run is known to have learned nothing; runs that cannot be judged are not among them."""
         return tuple(run.seed for run in self.runs if has_learned(run) is False)
+
+    @property
+    def diverged(self) -> dict[int, str]:
+        """The seeds whose run has diverged, and how far its valid loss came."""
+        return {run.seed: seen for run in self.runs if (seen := divergence_of(run)) is not None}
+
+    @property
+    def has_failed_runs(self) -> bool:
+        return bool(self.seeds_without_learning or self.diverged)
 
     def scores(self, metric: str, split: str) -> dict[int, float]:
         """Returns the score of each seed whose score is a finite number."""

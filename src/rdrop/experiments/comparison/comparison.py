@@ -194,7 +194,7 @@ class Comparison:
         if not self.challengers:
             return "Nothing to compare: only the baseline has finished runs."
         style = self.sections[0].style
-        failed = [sentences.without_learning(arm) for arm in self.arms]
+        failed = [said(arm) for arm in self.arms for said in (sentences.without_learning, sentences.divergence)]
         of_contests = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
         return "\n".join([*of_contests, *filter(None, failed)])
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
 
 SOURCE_USE = "source_use"
 LEAST_SOURCE_USE = 0.05
 """Nats by which a token's loss rises at least with the source of another sentence, if the model reads its source."""
+
+FAR_ABOVE = 10
+"""A run has diverged whose valid loss is so many times that of the best constant prediction.
+
+Overfitting alone hardly does that: of two classes, half of the answers would have to be wrong by a margin of 14 nats.
+"""
 
 
 def has_learned(run: FinishedRun) -> bool | None:
@@ -35,3 +44,25 @@ def source_use(run: FinishedRun) -> float | None:
     places = (run.result, run.result["test"], *reversed(run.metrics))
     found = (place.get(SOURCE_USE) for place in places)
     return next((float(value) for value in found if is_finite_number(value)), None)
+
+
+def divergence_of(run: FinishedRun) -> str | None:
+    """Returns how far the valid loss of a run ended above what no training needs; None where it did not."""
+    return divergence_seen([*run.metrics, {"kind": "valid", **run.result["valid"]}], run.result.get("constant"))
+
+
+def divergence_seen(rows: Iterable[Mapping[str, Any]], constant: Any) -> str | None:
+    """Says by the last two of the `valid` rows of metrics.jsonl whether training has diverged, though all was finite.
+
+    The last row is that of the scored weights, the one before it of the last update. Their loss is held against that of
+    the best constant prediction, or where a task knows none against the first.
+    """
+    losses: list[Any] = [row.get("loss") for row in rows if row.get("kind") == "valid"]
+    reference = constant.get("loss") if isinstance(constant, Mapping) else None
+    name = "that of the best constant prediction"
+    if not is_finite_number(reference):
+        reference, name = next(filter(is_finite_number, losses), None), "its first"
+    worst = max(filter(is_finite_number, losses[-2:]), default=None)
+    if reference is None or worst is None or not worst > FAR_ABOVE * reference > 0:
+        return None
+    return f"the valid loss ended at {worst:,.4g}, and {name} is {reference:,.3g}"

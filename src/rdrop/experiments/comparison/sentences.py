@@ -90,6 +90,19 @@ def without_learning(arm: Arm) -> str | None:
     return f"{runs} did not learn ({noun} {listed(seeds)}): {what}."
 
 
+def divergence(arm: Arm) -> str | None:
+    """Says which runs of an arm have diverged, and what to change; None where none has."""
+    found = arm.diverged
+    if not found:
+        return None
+    noun = "seed" if len(found) == 1 else "seeds"
+    runs = f"{len(found)} of {counted(len(arm.runs), f'{arm.label} run')}"
+    seed, seen = next(iter(found.items()))
+    which = "" if len(found) == 1 else f" (seed {seed})"
+    rate = f"learning_rate (={arm.runs[0].recipe['learning_rate']:g})"
+    return f"{runs} diverged ({noun} {listed(tuple(found))}): {seen}{which}. Lower {rate}, or lengthen the warm-up."
+
+
 def on_these_examples(contest: Contest, found: ExampleDifference, metric: str, style: NumberStyle) -> str:
     """Says whether the models differ on this test set, whatever other seeds would give."""
     differ = len(found.differing_seeds)

@@ -109,6 +109,6 @@ def _caption(comparison: Comparison) -> str:
         lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")
     if comparison.churn():
         lines.append("churn: test examples on which two seeds of an arm disagree")
-    if any(arm.seeds_without_learning for arm in comparison.arms):
-        lines.append("\N{DAGGER}: with runs that did not learn, which the verdict names")
+    if any(arm.has_failed_runs for arm in comparison.arms):
+        lines.append("\N{DAGGER}: with runs that did not learn or diverged, which the verdict names")
     return "\n".join((*lines, *map(str, comparison.gaps())))

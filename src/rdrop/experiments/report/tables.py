@@ -13,7 +13,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.examples import ChangedExample, changed_examples, example_difference
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
-from rdrop.experiments.comparison.learning import has_learned
+from rdrop.experiments.comparison.learning import divergence_of, has_learned
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import difference_shown
 from rdrop.experiments.comparison.wording import (
@@ -49,8 +49,8 @@ def scores(comparison: Comparison) -> Markup:
         "Difference: arm minus baseline, paired by seed. p: sign-flip test, corrected. "
         "Wins: seeds on which the arm is better."
     )
-    if any(arm.seeds_without_learning for arm in comparison.arms):
-        caption += " \N{DAGGER}: with runs that did not learn."
+    if any(arm.has_failed_runs for arm in comparison.arms):
+        caption += " \N{DAGGER}: with runs that did not learn, or diverged."
     bodies = [_score_rows(section, len(headings), has_quarters) for section in comparison.sections]
     bodies += _churn_rows(comparison, len(headings))
     return _table("Result", headings, bodies, caption=caption, class_="results")
@@ -268,6 +268,8 @@ def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Pat
 
 
 def _marked_seed(run: FinishedRun) -> str:
+    if divergence_of(run) is not None:
+        return f"{run.seed} (diverged)"
     return f"{run.seed} (did not learn)" if has_learned(run) is False else str(run.seed)
 
 

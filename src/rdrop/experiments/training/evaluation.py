@@ -20,7 +20,7 @@ from rdrop.experiments.tasks.task import KnowsConstant, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
 
-NOTES_ON_TRAINING = ("started from", "alpha", "has begun")
+NOTES_ON_TRAINING = ("started from", "alpha", "has begun", "diverged")
 """Those that a new score leaves true; the task writes the others again."""
 SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
 

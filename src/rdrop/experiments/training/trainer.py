@@ -35,6 +35,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from rdrop.experiments import metrics
+from rdrop.experiments.comparison.learning import divergence_seen
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
@@ -456,6 +457,7 @@ class _Training:
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
         checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
         valid, signs, test = self.score("valid"), self.signs(), self.score("test")
+        constant = self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
         result = {
             "format": FORMAT,
             "recipe": self.asked.saved(),
@@ -467,13 +469,13 @@ class _Training:
             "averaged_steps": state.averaged_steps,
             "valid": valid,
             "test": test,
-            "constant": self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {},
+            "constant": constant,
             "metrics": metrics.rows(test),
             "notes": self.task.notes
             | self.state.start
             | self.note_on_length()
             | self.note_on_alpha()
-            | self.note_on_beginning(),
+            | (self.note_on_divergence(valid, constant) or self.note_on_beginning()),
             "data": state.data,
             "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
@@ -505,6 +507,15 @@ class _Training:
         reached = method.alpha_at(step - 1, recipe.total_updates)
         ended = f"training ended after {step} of {recipe.updates} updates"
         return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {ended}"}
+
+    def note_on_divergence(self, valid: dict[str, float], constant: dict[str, float]) -> dict[str, str]:
+        """Returns a word for the reader where all was finite, and yet training has diverged."""
+        seen = divergence_seen([*self.valid_rows(), {"kind": "valid", **valid}], constant)
+        if seen is None:
+            return {}
+        recipe = self.recipe
+        rate, warmup = f"learning_rate (={recipe.learning_rate:g})", f"warmup_updates (={recipe.warmup_updates})"
+        return {"diverged": f"{seen}; lower {rate} or raise {warmup}"}
 
     def save(self) -> None:
         """A checkpoint of this step, unless it is there already."""
