@@ -1,6 +1,7 @@
 """Describes where a run takes place: device and versions, as they stand in `result.json`."""
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,6 +28,7 @@ def versions() -> dict[str, str | None]:
     return {"rdrop": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
 
 
+@cache
 def _version(library: str) -> str | None:
     try:
         return version(library)
