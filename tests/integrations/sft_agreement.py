@@ -2,15 +2,22 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from gradient_agreement import HEADS_OF_EXPERTS, Gradients, PassScaleOfRows, gradients_of, softmax_terms
+from gradient_agreement import HEADS_OF_EXPERTS, Gradients, PassScale, PassScaleOfRows, gradients_of, softmax_terms
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import SFTConfig
 
 from rdrop.integrations.trl import RDropSFTTrainer
@@ -92,18 +99,36 @@ SFT = {
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def with_stand_in(model: Any, passes: int = 2) -> Any:
-    stand_in = PassScaleOfRows(passes)
+def with_stand_in(model: Any, passes: int = 2, stand_in: PassScale | None = None) -> Any:
+    stand_in = PassScaleOfRows(passes) if stand_in is None else stand_in
+    model.stand_in = stand_in
     embeddings = model.get_input_embeddings()
-    embeddings.stand_in = stand_in
     embeddings.register_forward_hook(lambda module, inputs, output: stand_in(output))
     return model
 
 
+OF_EVERY_MODEL = {
+    **HEADS_OF_EXPERTS,
+    "vocab_size": len(WORDS),
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+
+
 def llama(**settings: Any) -> LlamaForCausalLM:
-    sizes = HEADS_OF_EXPERTS | {"max_position_embeddings": 64}
-    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **(sizes | ends | settings)))
+    return LlamaForCausalLM(LlamaConfig(**(OF_EVERY_MODEL | settings)))
+
+
+COEFFICIENT = 0.5
+"""Of the router's loss."""
+
+
+def experts(**settings: Any) -> Any:
+    sizes = OF_EVERY_MODEL | {"num_local_experts": 2, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+    sizes["experts_implementation"] = "eager"  # the other is not for float64
+    return drawn(MixtralForCausalLM(MixtralConfig(**(sizes | settings))))
 
 
 def drawn(model: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
@@ -174,3 +199,14 @@ def by_hand(model: Any, case: Sft, passes: int = 2, alpha: float = ALPHA) -> dic
 
 def rdrop(model: Any, case: Sft, folder: str, settings: Any = None, **method: Any) -> Any:
     return tune(RDropSFTTrainer, model, case, folder, settings, **({"alpha": ALPHA} | method))
+
+
+def update_of_experts(accumulation: int, folder: str) -> dict[str, Any]:
+    """Returns gradients and logs of one update over four ragged examples, with a router's loss."""
+    case = replace(SFT["completions"], rows=PAIRS[:4])
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    settings |= {"router_aux_loss_coef": COEFFICIENT, "ddp_find_unused_parameters": True}
+    trained = rdrop(with_stand_in(experts()), case, folder, settings, fused=True)
+    names = ("loss", "task_loss", "divergence", "auxiliary_loss", "num_tokens")
+    logs = {name: row[name] for row in trained.state.log_history for name in names if name in row}
+    return {"logs": logs, "gradients": {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}}

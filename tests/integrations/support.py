@@ -9,6 +9,7 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs/integrations.md"
 COLUMNS = ("gradient", "accumulation", "2 processes", "alpha 0", "evaluation", "resumed", "program")
 NOT_TRIED = ("not tried", "")
+NO_PROGRAM = ("", "")
 
 LIGHTNING = "test_lightning.py::test_"
 
@@ -32,8 +33,62 @@ def of_another_trainer(accumulation: Cell, resumed: Cell = NOT_TRIED) -> tuple[C
     )
 
 
+TRAINER = "test_transformers.py::test_"
+TRAINER_OF_TWO = "test_transformers_processes.py::test_two_processes_are_one_process"
+PACKED = "test_transformers_packed.py::test_"
+TRL = "test_trl.py::test_"
 ACCELERATE = "test_accelerate_example.py::test_"
 SUPPORT: dict[str, tuple[Cell, ...]] = {
+    "Hugging Face Trainer": (
+        ("exact", f"{TRAINER}gradient_of_an_update_is_the_hand_computed_one"),
+        ("exact", f"{TRAINER}gradient_of_an_update_is_the_hand_computed_one"),
+        ("exact", TRAINER_OF_TWO),
+        ("to the bit", f"{TRAINER}alpha_zero_is_the_stock_trainer_bit_for_bit"),
+        ("the library's", f"{TRAINER}evaluation_and_prediction_are_one_pass_and_the_stock_loss"),
+        ("to the bit", f"{TRAINER}resuming_ends_in_the_same_bits"),
+        ("runs", "test_transformers_example.py::test_the_example_trains_and_scores_with_and_without_rdrop"),
+    ),
+    "Hugging Face Trainer, packed rows": (
+        ("exact", f"{PACKED}a_packed_row_has_the_gradient_of_its_sequences"),
+        *[NOT_TRIED] * 5,
+        NO_PROGRAM,
+    ),
+    "Hugging Face Trainer, packed rows whose sequences see each other": (
+        ("refused", f"{PACKED}a_model_whose_sequences_see_each_other_is_refused_and_is_as_it_was"),
+        *[("", "")] * 6,
+    ),
+    "TRL, `SFTTrainer`": (
+        ("exact", f"{TRL}the_gradient_of_fine_tuning_is_that_of_every_sequence_alone"),
+        ("exact", f"{TRL}the_gradient_of_fine_tuning_is_that_of_every_sequence_alone"),
+        ("exact", TRAINER_OF_TWO),
+        ("to the bit", f"{TRL}at_alpha_zero_fine_tuning_is_trls_to_the_bit"),
+        ("the library's", f"{TRL}the_evaluation_of_fine_tuning_is_trls"),
+        ("to the bit", f"{TRL}fine_tuning_resumes_to_the_same_bits"),
+        ("runs", f"{TRL}the_example_of_fine_tuning_learns_with_and_without_rdrop"),
+    ),
+    "TRL, `SFTTrainer`, LoRA with checkpointing": (
+        ("exact", f"{TRL}the_gradient_of_lora_with_checkpointing_and_micro_batches_is_exact"),
+        ("exact", f"{TRL}the_gradient_of_lora_with_checkpointing_and_micro_batches_is_exact"),
+        *[NOT_TRIED] * 4,
+        NO_PROGRAM,
+    ),
+    "TRL, `SFTTrainer`, router's loss": (
+        ("exact", f"{TRL}the_routers_loss_is_added_once_with_trls_coefficient"),
+        ("exact", f"{TRL}the_routers_loss_is_added_once_with_trls_coefficient"),
+        ("exact", TRAINER_OF_TWO),
+        ("to the bit", f"{TRL}at_alpha_zero_fine_tuning_is_trls_to_the_bit"),
+        *[NOT_TRIED] * 2,
+        NO_PROGRAM,
+    ),
+    "TRL: `dft`, `compute_loss_func`, Liger's kernels": (
+        ("refused", f"{TRL}losses_that_r_drop_would_replace_are_refused_by_name"),
+        *[("", "")] * 6,
+    ),
+    "TRL, `RewardTrainer`, by the program": (
+        ("exact", f"{TRL}the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand"),
+        *[NOT_TRIED] * 5,
+        ("runs", f"{TRL}the_example_of_reward_modeling_learns_with_and_without_rdrop"),
+    ),
     "Accelerate": (
         ("exact", f"{ACCELERATE}the_gradient_of_two_processes_is_that_of_the_whole_batch"),
         ("exact", f"{ACCELERATE}the_gradient_of_two_processes_is_that_of_the_whole_batch"),

@@ -1,12 +1,358 @@
 """`RDropSFTTrainer`: R-Drop in TRL's supervised fine-tuning has the gradient written out, and is TRL at alpha 0."""
 
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
-from gradient_agreement import worst_difference
-from sft_agreement import SFT, by_hand, drawn, llama, rdrop, with_stand_in
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from gradient_agreement import Gradients, PassScale, gradients_of, worst_difference
+from peft import LoraConfig, get_peft_model
+from sft_agreement import (
+    ALPHA,
+    COEFFICIENT,
+    OF_EVERY_MODEL,
+    SFT,
+    TURNS,
+    by_hand,
+    config,
+    drawn,
+    experts,
+    ids_of,
+    llama,
+    rdrop,
+    tokenizer,
+    tune,
+    whole,
+    with_stand_in,
+)
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+from trl import RewardConfig, SFTTrainer
+
+from rdrop.integrations.transformers import RDropTrainer
+from rdrop.integrations.trl import RDropSFTTrainer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BEST_FIT = "packed, best fit"
+TEXT, PACKED, ANSWERS = SFT["plain text"], SFT[BEST_FIT], SFT["completions"]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of PEFT
+DROPOUT = {"attention_dropout": 0.3, "attn_implementation": "eager"}
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", SFT)
+def logged(trainer: Any, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"), [*((name, True) for name in SFT), ("completions", False), (BEST_FIT, False)]
+)
 def test_the_gradient_of_fine_tuning_is_that_of_every_sequence_alone(name: str, fused: bool, folder: str) -> None:
     found = rdrop(with_stand_in(drawn(llama())), SFT[name], folder, fused=fused)
     assert worst_difference(found.gradients[0], by_hand(with_stand_in(drawn(llama())), SFT[name])) < 1e-12
+
+
+@pytest.mark.parametrize("case", [ANSWERS, SFT["padding-free"]], ids=["padded", "padding-free"])
+def test_micro_batches_and_three_passes_of_fine_tuning_are_exact(case: Any, folder: str) -> None:
+    method = {"micro_batches": 2, "passes": 3, "fused": True}
+    found = rdrop(with_stand_in(drawn(llama()), 3), case, folder, **method)
+    expected = by_hand(with_stand_in(drawn(llama()), 3), case, passes=3)
+    assert worst_difference(found.gradients[0], expected) < 1e-12
+
+
+def test_the_gradient_under_autocast_is_that_by_hand_to_its_rounding(folder: str) -> None:
+    """bfloat16 is TRL's default."""
+    found = rdrop(with_stand_in(drawn(llama(), torch.float32)), ANSWERS, folder, {"bf16": True}, fused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = by_hand(with_stand_in(drawn(llama(), torch.float32)), ANSWERS)
+    assert worst_difference(found.gradients[0], expected) < 0.03
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**({"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM"} | settings))
+
+
+def adapted(passes: int = 2) -> Any:
+    """With both factors of LoRA at random: the second is 0 as it comes, and the first has no gradient then."""
+    model = get_peft_model(with_stand_in(llama(), passes), lora())
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    drawn(model)
+    for parameter, is_trained in zip(model.parameters(), trained, strict=True):
+        parameter.requires_grad_(is_trained)
+    return model
+
+
+@pytest.mark.parametrize("case", [ANSWERS, SFT["packed, best fit, completions"]], ids=["padded", "packed"])
+def test_the_gradient_of_lora_with_checkpointing_and_micro_batches_is_exact(case: Any, folder: str) -> None:
+    found = rdrop(adapted(), case, folder, {"activation_checkpointing": True}, micro_batches=2, fused=True)
+    expected = by_hand(adapted(), case)
+    assert found.gradients[0].keys() == expected.keys()
+    assert all("lora_" in name for name in expected)
+    assert worst_difference(found.gradients[0], expected) < 1e-12
+
+
+@pytest.mark.parametrize("case", [TEXT, PACKED], ids=["padded", "packed"])
+def test_checkpointing_draws_the_same_masks_again(case: Any, folder: str) -> None:
+    kept, recomputed = (
+        rdrop(drawn(llama(**DROPOUT)), case, folder, {"activation_checkpointing": again}, fused=True)
+        for again in (False, True)
+    )
+    assert logged(kept, "divergence")[0] > 1e-3
+    assert worst_difference(recomputed.gradients[0], kept.gradients[0]) < 1e-12
+
+
+def gemma() -> Any:
+    """Its logits are capped, so they cannot come from hidden states here."""
+    settings = OF_EVERY_MODEL | {"final_logit_softcapping": 3.0, "head_dim": 4, "tie_word_embeddings": False}
+    return with_stand_in(drawn(Gemma2ForCausalLM(Gemma2Config(**settings))))
+
+
+def test_a_model_with_capped_logits_is_trained_from_logits(folder: str) -> None:
+    found = rdrop(gemma(), ANSWERS, folder)
+    assert worst_difference(found.gradients[0], by_hand(gemma(), ANSWERS)) < 1e-7  # it normalizes in float32
+    with pytest.raises(ValueError, match="the model scales, caps or rearranges its logits"):
+        rdrop(gemma(), ANSWERS, folder, fused=True)
+
+
+# ------------------------------------------------------------------------------------------- a mixture of experts
+
+IN_ORDER = {"train_sampling_strategy": "sequential", "router_aux_loss_coef": COEFFICIENT}
+
+
+def router_loss_by_hand(model: Any, passes: int) -> Tensor:
+    """The mean over the batches of two of all sequences, each padded."""
+    losses = []
+    sequences = [torch.tensor(whole(*turn)) for turn in TURNS]
+    for some in (sequences[:2], sequences[2:4], sequences[4:]):
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True).repeat(passes, 1)
+        losses.append(model(input_ids=ids, attention_mask=(ids > 0).long(), output_router_logits=True).aux_loss)
+    return COEFFICIENT * torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_routers_loss_is_added_once_with_trls_coefficient(fused: bool, folder: str) -> None:
+    found = rdrop(with_stand_in(experts()), TEXT, folder, IN_ORDER, fused=fused)
+    model = with_stand_in(experts())
+    by_hand(model, TEXT)
+    auxiliary = router_loss_by_hand(model, passes=2)
+    auxiliary.backward()
+    assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-12
+    assert logged(found, "auxiliary_loss") == [pytest.approx(auxiliary.item())]
+    assert logged(found, "aux_loss") == [pytest.approx(auxiliary.item() / COEFFICIENT)]
+
+
+# ------------------------------------------------------------------------------------------------- TRL, where plain
+
+OF_BOTH = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("model", "case", "method"),
+    [
+        (lambda: drawn(llama(**DROPOUT)), TEXT, {"alpha": 0.0}),
+        (lambda: drawn(llama(**DROPOUT)), SFT["packed, best fit, completions"], {"alpha": 0.0}),
+        (lambda: experts(**DROPOUT), TEXT, {"alpha": 0.0}),
+        (lambda: drawn(llama(**DROPOUT)), ANSWERS, {"every": 4, "micro_batches": 2}),
+    ],
+    ids=["text", "packed", "experts", "updates that every leaves out"],
+)
+def test_at_alpha_zero_fine_tuning_is_trls_to_the_bit(model: Any, case: Any, method: Any, folder: str) -> None:
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2}
+    stock = tune(SFTTrainer, model(), case, folder, settings)
+    ours = rdrop(model(), case, folder, settings, **method)
+    assert same_bits(stock.model, ours.model)
+    for name in OF_BOTH:
+        assert logged(ours, name) == logged(stock, name) != []
+
+
+def test_the_evaluation_of_fine_tuning_is_trls(folder: str) -> None:
+    def evaluated(trainer_class: type, **method: Any) -> dict[str, float]:
+        trainer = trainer_class(
+            model=drawn(llama(**DROPOUT)),
+            args=config(folder, packing=True, max_length=12),
+            train_dataset=Dataset.from_list(TEXT.rows[:2]),
+            eval_dataset=Dataset.from_list(TEXT.rows),
+            processing_class=tokenizer(),
+            **method,
+        )
+        return {name: trainer.evaluate()[f"eval_{name}"] for name in ("loss", "entropy", "mean_token_accuracy")}
+
+    assert evaluated(RDropSFTTrainer, alpha=1.0) == evaluated(SFTTrainer)
+
+
+@pytest.mark.parametrize("case", [ANSWERS, SFT["padding-free"]], ids=["padded", "padding-free"])
+@pytest.mark.parametrize("method", [{"fused": True}, {"fused": False}, {"fused": True, "micro_batches": 2}])
+def test_trls_metrics_are_those_of_the_first_pass(case: Any, method: Any, folder: str) -> None:
+    """The stand-in leaves the first pass as evaluation has it."""
+    found = rdrop(with_stand_in(drawn(llama())), case, folder, {"per_device_train_batch_size": 5}, **method)
+    model = drawn(llama()).eval()
+    entropies, right, tokens = [], [], 0
+    for ids, labels in case.sequences():
+        tokens += len(ids)
+        predicted = torch.tensor(labels[1:])
+        probabilities = model(input_ids=torch.tensor([ids])).logits[0, :-1][predicted != -100].softmax(-1)
+        entropies += (-(probabilities * probabilities.log()).sum(-1)).tolist()
+        right += (probabilities.argmax(-1) == predicted[predicted != -100]).tolist()
+    assert logged(found, "num_tokens") == [tokens]
+    assert logged(found, "entropy") == [pytest.approx(sum(entropies) / len(entropies))]
+    assert logged(found, "mean_token_accuracy") == [pytest.approx(sum(right) / len(right))]
+
+
+def test_fine_tuning_resumes_to_the_same_bits(folder: str) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
+    whole_run = rdrop(drawn(llama(**DROPOUT)), PACKED, folder, settings, alpha=1.0)
+    resumed = RDropSFTTrainer(
+        model=drawn(llama(**DROPOUT)),
+        args=config(folder, **(PACKED.settings | settings)),
+        train_dataset=Dataset.from_list(PACKED.rows),
+        processing_class=tokenizer(),
+        alpha=1.0,
+    )
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    assert same_bits(resumed.model, whole_run.model)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def refuses(message: str, folder: str, settings: Any = None, **method: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rdrop(llama(), TEXT, folder, settings, **method)
+
+
+def test_losses_that_r_drop_would_replace_are_refused_by_name(folder: str) -> None:
+    refuses("loss_type (='dft') weighs each token by its own probability", folder, {"loss_type": "dft"})
+    with pytest.warns(FutureWarning, match="compute_loss_func"):
+        refuses("compute_loss_func would be ignored", folder, compute_loss_func=lambda *_, **__: 0)
+    arguments = config(folder)
+    arguments.use_liger_kernel = True
+    with pytest.raises(ValueError, match="use_liger_kernel replaces layers of the model, which was not tried"):
+        RDropSFTTrainer(model=llama(), args=arguments, train_dataset=Dataset.from_list(TEXT.rows), alpha=1.0)
+
+
+def test_a_model_without_dropout_is_refused_and_either_remedy_works(folder: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"Set attention_dropout=0\.1 in the LlamaConfig .* lora_dropout serves as well"
+    ):
+        rdrop(llama(), TEXT, folder)
+    own = rdrop(drawn(llama(attention_dropout=0.1)), TEXT, folder)
+    assert logged(own, "divergence")[0] > 0
+    settings = {"max_steps": 2, "learning_rate": 0.1}
+    adapters = rdrop(llama(), TEXT, folder, settings, peft_config=lora(lora_dropout=0.1))
+    first, second = logged(adapters, "divergence")
+    assert first == 0  # LoRA's update starts at 0
+    assert second > 0
+
+
+def test_sequences_that_a_model_does_not_keep_apart_are_refused(folder: str) -> None:
+    model = with_stand_in(drawn(llama()))
+    attend = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **kwargs: attend(*args, **kwargs)
+    with pytest.raises(ValueError, match="does not keep the sequences of a packed row apart"):
+        rdrop(model, PACKED, folder)
+
+
+def test_another_trainer_with_a_loss_of_its_own_is_refused_still() -> None:
+    from rdrop.integrations.transformers import RDropMixin
+
+    class Mine(RDropMixin, SFTTrainer):  # without the targets of SFT
+        pass
+
+    with pytest.raises(TypeError, match=r"SFTTrainer\.compute_loss computes a loss of its own"):
+        Mine(model=llama(), alpha=1.0)
+    assert issubclass(RDropSFTTrainer, RDropMixin)
+    assert not issubclass(RDropSFTTrainer, RDropTrainer)
+
+
+def test_alpha_rises_in_fine_tuning(folder: str) -> None:
+    found = rdrop(drawn(llama(**DROPOUT)), TEXT, folder, {"max_steps": 2}, alpha="auto")
+    assert logged(found, "alpha") == [1.0, 4.0]
+    assert ALPHA > 4
+
+
+# ------------------------------------------------------------------------------------------------------- the programs
+
+
+def test_the_example_of_fine_tuning_learns_with_and_without_rdrop(capsys: Any) -> None:
+    example = runpy.run_path(str(EXAMPLES / "trl_sft.py"))
+    for alpha in (0.0, 1.0):
+        assert example["train"](alpha, updates=60)["eval_mean_token_accuracy"] > 0.75  # 0.5 are the ends
+        assert ("divergence" in capsys.readouterr().out) == (alpha > 0)
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield runpy.run_path(str(EXAMPLES / "trl_reward.py"))
+    sys.modules.pop("trl_sft", None)
+
+
+def test_the_example_of_reward_modeling_learns_with_and_without_rdrop(reward: Any) -> None:
+    for alpha in (0.0, 1.0):
+        assert reward["train"](alpha)["eval_accuracy"] > 0.8
+
+
+class ScaleOfPairs(PassScale):
+    """The stand-in where rows are the chosen answers of both passes, then the rejected ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        first, second, third, fourth = x.chunk(4)
+        first, third, second, fourth = super().forward(torch.cat([first, third, second, fourth])).chunk(4)
+        return torch.cat([first, second, third, fourth])
+
+
+def reward_model(stand_in: PassScale) -> Any:
+    model = LlamaForSequenceClassification(LlamaConfig(**(OF_EVERY_MODEL | {"num_labels": 1})))
+    return with_stand_in(drawn(model), stand_in=stand_in)
+
+
+def margins_loss_by_hand(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
+    losses = []
+    for pair in pairs:
+        chosen, rejected = (
+            model.train()(input_ids=torch.tensor([ids_of(f"{pair[name]} <end>")] * 2)).logits.squeeze(-1)
+            for name in ("chosen", "rejected")
+        )
+        odds = chosen - rejected - pair["margin"]
+        p, q = odds.sigmoid()
+        there = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        back = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        losses.append(-F.logsigmoid(odds).mean() + ALPHA / 2 * (there + back) / 2)
+    return torch.stack(losses).mean()
+
+
+def test_the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand(reward: Any, folder: str) -> None:
+    pairs = [{"chosen": asked, "rejected": answered, "margin": 0.25} for asked, answered in TURNS]
+    gradients = Gradients()
+    names = ("use_cpu", "report_to", "save_strategy", "max_grad_norm", "max_steps", "activation_checkpointing")
+    reward["RDropRewardTrainer"](
+        model=reward_model(ScaleOfPairs(2)),
+        args=RewardConfig(
+            folder, per_device_train_batch_size=5, **{name: getattr(config(folder), name) for name in names}
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+        callbacks=[gradients],
+        alpha=ALPHA,
+    ).train()
+    model = reward_model(PassScale(2))
+    margins_loss_by_hand(model, pairs).backward()
+    assert worst_difference(gradients.updates[0], gradients_of(model)) < 1e-6  # the margins are float32

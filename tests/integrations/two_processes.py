@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gradient_agreement import ALPHA, CASES, build, train
+from sft_agreement import update_of_experts
 from torch import Tensor, nn
 
 from rdrop.integrations.transformers import RDropTrainer
@@ -54,7 +55,8 @@ TRAININGS = (
 
 
 def all_updates(accumulation: int, folder: str) -> list[dict[str, Any]]:
-    return [one_update(name, method, accumulation, folder) for name, method in TRAININGS]
+    trained = [one_update(name, method, accumulation, folder) for name, method in TRAININGS]
+    return [*trained, update_of_experts(accumulation, folder)]
 
 
 def left_out_by_both(folder: str) -> bool:

@@ -50,19 +50,9 @@ class RDropSFTTrainer(RDropMixin, SFTTrainer):  # type: ignore[misc, unused-igno
 
     _plain_trainer: ClassVar[type[Trainer]] = SFTTrainer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        settings: Any = self.args
-        if settings.loss_type != "nll":
-            raise ValueError(
-                f"loss_type (={settings.loss_type!r}) weighs each token by its own probability, for which R-Drop has "
-                "no counterpart: set loss_type='nll'"
-            )
-        if settings.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel replaces layers of the model, which was not tried with R-Drop: set it to False. The "
-                "logits are not stored anyway"
-            )
+    def __init__(self, model: Any, args: Any = None, *more: Any, **options: Any) -> None:
+        _check_config(args)
+        super().__init__(model, args, *more, **options)
         inner = self._inner_model()
         if hasattr(inner, "router_aux_loss_coef"):  # which the model's own loss reads; TRL changes its config alone
             inner.router_aux_loss_coef = self.router_aux_loss_coef
@@ -129,6 +119,20 @@ class RDropSFTTrainer(RDropMixin, SFTTrainer):  # type: ignore[misc, unused-igno
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(rows[:, -1].mean().item())
+
+
+def _check_config(config: Any) -> None:
+    loss_type = getattr(config, "loss_type", "nll")
+    if loss_type != "nll":
+        raise ValueError(
+            f"loss_type (={loss_type!r}) weighs each token by its own probability, for which R-Drop has no "
+            "counterpart: set loss_type='nll'"
+        )
+    if getattr(config, "use_liger_kernel", False):
+        raise ValueError(
+            "use_liger_kernel replaces layers of the model, which was not tried with R-Drop: set it to False. The "
+            "logits are not stored anyway"
+        )
 
 
 class _Seen:
