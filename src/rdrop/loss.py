@@ -262,7 +262,7 @@ def _kernel_terms_apart(
     repeated = targets.expand(len(task_passes), *targets.shape)
     rows = _chosen(passes, task_passes).flatten(0, 1)
     tasks, _ = kernels.row_terms(rows, repeated.flatten(0, 1), passes=1, **options)
-    return tasks.view_as(repeated).mean(0), divergences
+    return tasks.view(len(task_passes), *divergences.shape).mean(0), divergences
 
 
 def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
