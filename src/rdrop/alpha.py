@@ -7,7 +7,7 @@ the strength they really apply follows the batch, or the number of classes. docs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 AlphaSchedule = Literal["constant", "linear", "quadratic"]
 
@@ -33,6 +33,17 @@ def alpha_at(step: int, steps: int, alpha: float, schedule: AlphaSchedule = "con
         )
     progress = min(1.0, (step + 1) / steps)
     return alpha * (progress if schedule == "linear" else progress**2)
+
+
+def course_of(alpha: Any, schedule: AlphaSchedule) -> tuple[Any, AlphaSchedule]:
+    """Returns an alpha and its schedule as they are, or what the alpha "auto" stands for, which has its own."""
+    if alpha != "auto":
+        return alpha, schedule
+    if schedule not in ("constant", AUTO_ALPHA[1]):
+        raise ValueError(
+            f"alpha_schedule (={schedule!r}) must be left out with alpha='auto', which is a schedule itself"
+        )
+    return AUTO_ALPHA
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("lightning", reason="Lightning is an extra: pip install '.[lightning]'")
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from rdrop.integrations.lightning import RDropCallback
@@ -100,6 +101,66 @@ def fitted(model: L.LightningModule, batch_size: int = 16, **options: Any) -> L.
     torch.manual_seed(0)
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size))
     return model
+
+
+def fitted_with_rising_alpha(folder: Path, resume: bool = False, **options: Any) -> tuple[L.LightningModule, Any]:
+    """After three epochs of two updates, with the alpha that was logged of each; masks are those of the step."""
+    logged = []
+
+    def step(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+        torch.manual_seed(model.trainer.global_step)
+        return model.rdrop.loss(model.layers(model.rdrop.repeat(images)), labels)
+
+    class Watched(RDropCallback):
+        def on_before_optimizer_step(self, *arguments: Any) -> None:
+            super().on_before_optimizer_step(*arguments)
+            logged.append(arguments[0].callback_metrics["alpha"].item())
+
+    model = Classifier(Watched(**({"alpha": 3.6, "alpha_schedule": "quadratic"} | options)), step=step)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), LABELS)
+    trainer = L.Trainer(
+        max_epochs=3,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1)],
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, 16), ckpt_path=folder / "step=2.ckpt" if resume else None)
+    return model, logged
+
+
+LABELS = torch.arange(64) % 3
+
+
+def test_alpha_rises_with_the_updates_of_lightning_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    model, logged = fitted_with_rising_alpha(tmp_path)
+    assert logged == pytest.approx([3.6 * (update / 6) ** 2 for update in range(1, 7)])
+    resumed, logged_after = fitted_with_rising_alpha(tmp_path, resume=True)
+    assert logged_after == logged[2:]
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    _, logged = fitted_with_rising_alpha(tmp_path / "auto", alpha="auto", alpha_schedule="constant")
+    assert logged[-1] == 4
+
+
+def test_an_alpha_that_rises_over_an_unknown_number_of_updates_is_refused() -> None:
+    trainer = L.Trainer(max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"their number \(=0\) is not known: set it"):
+        trainer.fit(Classifier(RDropCallback(alpha="auto")), torch.utils.data.DataLoader(LABELS))
+    with pytest.raises(ValueError, match="must be 'constant', 'linear' or 'quadratic'"):
+        RDropCallback(alpha=1.0, alpha_schedule="cosine")
+
+
+def test_training_that_ends_early_says_how_far_alpha_rose() -> None:
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match=r"ended after 1 of 4 updates, when alpha had risen to 0\.25 of 4"):
+        fitted(Classifier(RDropCallback(alpha="auto")), callbacks=[Stops()])
 
 
 def test_at_alpha_zero_training_is_plain_lightning_to_the_bit() -> None:

@@ -140,6 +140,71 @@ def test_the_trainer_evaluates_as_with_the_loss_of_the_library(make_model: Any, 
     assert scores[0] == scores[1]
 
 
+def trained(make_model: Any, folder: Path, resume: bool = False, tell: bool = True, **method: Any) -> Any:
+    """The trainer after four updates of two accumulated batches each, with every alpha in its loss's `seen`."""
+    rows = [{"query": q, "number": n, "label": y} for q, n, y in zip(*PAIRS, [0, 2, 1, 1], strict=True)]
+    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    model = make_model(3)
+    loss = RDropCrossEntropyLoss(model, **method)
+    terms, seen = loss.ce_loss.terms, []
+
+    def watched(*arguments: Any, alpha: float) -> Any:
+        seen.append(alpha)
+        return terms(*arguments, alpha=alpha)
+
+    loss.ce_loss.terms = watched
+    trainer = CrossEncoderTrainer(
+        model=model,
+        args=CrossEncoderTrainingArguments(str(folder), **(settings | quiet)),
+        train_dataset=Dataset.from_list(rows),
+        loss=loss,
+        callbacks=[loss.schedule] if tell else [],
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    trainer.seen = seen
+    return trainer
+
+
+def test_alpha_rises_with_the_updates_of_the_trainer_and_resumes_to_the_same_bits(
+    make_model: Any, tmp_path: Path
+) -> None:
+    whole = trained(make_model, tmp_path / "out", alpha=2.0, alpha_schedule="quadratic")
+    assert whole.seen == [0.125, 0.125, 0.5, 0.5, 1.125, 1.125, 2.0, 2.0]
+    resumed = trained(make_model, tmp_path / "out", resume=True, alpha=2.0, alpha_schedule="quadratic")
+    assert resumed.seen == whole.seen[4:]
+    assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
+    assert trained(make_model, tmp_path / "auto", alpha="auto").seen[-1] == 4.0
+
+
+def test_an_alpha_that_rises_wants_to_be_told_the_update(make_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pass callbacks=\[loss\.schedule\] to CrossEncoderTrainer"):
+        trained(make_model, tmp_path, tell=False, alpha=2.0, alpha_schedule="linear")
+    assert trained(make_model, tmp_path, tell=False, alpha=2.0).seen == [2.0] * 8
+    with pytest.raises(ValueError, match=r"alpha_schedule \(='linear'\) must be left out with alpha='auto'"):
+        RDropCrossEntropyLoss(make_model(3), alpha="auto", alpha_schedule="linear")
+    with pytest.raises(ValueError, match="must be 'constant', 'linear' or 'quadratic'"):
+        RDropCrossEntropyLoss(make_model(3), alpha=1.0, alpha_schedule="cosine")
+
+
+@losses
+def test_the_model_card_states_the_settings(make_model: Any, case: str, tmp_path: Path) -> None:
+    num_labels, _, rdrop_class, labels = LOSSES[case]
+    rows = [{"query": q, "number": n, "label": y} for q, n, y in zip(*PAIRS, labels.tolist(), strict=True)]
+    model = make_model(num_labels)
+    CrossEncoderTrainer(
+        model=model,
+        args=CrossEncoderTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], dataloader_pin_memory=False),
+        train_dataset=Dataset.from_list(rows),
+        loss=rdrop_class(model, alpha="auto", passes=3),
+    )
+    model.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert rdrop_class.__name__ in card
+    for line in ('"alpha": 4.0', '"alpha_schedule": "quadratic"', '"passes": 3'):
+        assert line in card
+
+
 def test_the_cross_encoder_example_learns_with_and_without_rdrop(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     scores = re.findall(r"alpha (\d): accuracy on the pairs (\d\.\d+)", capsys.readouterr().out)

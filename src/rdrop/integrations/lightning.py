@@ -7,15 +7,20 @@ is divided once per update, by the labels of the whole update, before Lightning 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import checked_alpha
-from rdrop.integrations.requirements import require_randomness, why_gradient_is_wrong
+from rdrop.integrations.requirements import (
+    require_randomness,
+    warn_where_alpha_stopped,
+    why_gradient_is_wrong,
+)
 from rdrop.integrations.targets import Target
 from rdrop.passes import repeat_batch
 
@@ -39,26 +44,34 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
                 return self.rdrop.loss(logits, batch["labels"])
 
     The optimizer's gradient is that of `rdrop_loss` of the whole update, whatever `accumulate_grad_batches`, the
-    number of processes and the labels in each batch are. `task_loss` and `divergence` of the update are logged.
+    number of processes and the labels in each batch are. Its `task_loss`, `divergence` and `alpha` are logged.
     Validation and prediction are the module's own.
 
     Args:
-        alpha: as in `rdrop_loss`. 0 is plain training, with one pass.
+        alpha: as in `rdrop_loss`. 0 is plain training, with one pass. "auto" stands for 4, "quadratic".
+        alpha_schedule: the course of alpha over the planned updates (`alpha_at`): "constant", "linear", "quadratic". A
+            function of the update alone, so a resumed training goes on with it as long as it is planned as before.
         passes: dropout masks per example, 2 or more.
 
     Raises:
         ValueError: as training begins, where the result would be wrong: nothing random in the module, gradient
-            checkpointing that draws other masks, a strategy other than one device and DDP, several optimizers.
+            checkpointing that draws other masks, a strategy other than one device and DDP, several optimizers, an alpha
+            that rises over a number of updates that is not known.
     """
 
-    def __init__(self, *, alpha: float, passes: int = 2) -> None:
+    def __init__(
+        self, *, alpha: float | Literal["auto"], alpha_schedule: AlphaSchedule = "constant", passes: int = 2
+    ) -> None:
         if passes < 2:
             raise ValueError(f"passes (={passes}) must be 2 or more; alpha=0 is plain training, with one pass")
+        alpha, self.alpha_schedule = course_of(alpha, alpha_schedule)
         self.alpha = checked_alpha(alpha)
+        alpha_at(0, 1, self.alpha, self.alpha_schedule)  # is there such a schedule?
         self.passes = passes
         self._trainer: L.Trainer | None = None
         self._sums = torch.zeros(3)
         self._called = self._random = False
+        self._updates = 0
 
     def repeat(self, batch: Any) -> Any:
         """Returns `repeat_batch(batch, passes)`; with alpha 0 the batch as it is."""
@@ -99,7 +112,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
                 self._random = True
             self._check_passes(logits, target)
             loss, task_loss, divergence = target.rdrop_loss(
-                logits, alpha=self.alpha, reduction="sum", label_smoothing=label_smoothing
+                logits, alpha=self._alpha_of_update(), reduction="sum", label_smoothing=label_smoothing
             )
         else:
             loss = target.plain_loss(logits, label_smoothing)
@@ -107,6 +120,10 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         positions, _ = target.count()
         self._sums = self._sums.to(loss.device) + torch.stack([positions, task_loss, divergence]).float()
         return loss
+
+    def _alpha_of_update(self) -> float:
+        assert self._trainer is not None
+        return alpha_at(self._trainer.global_step, self._updates, self.alpha, self.alpha_schedule)
 
     def _check_passes(self, logits: Tensor, target: Target) -> None:
         if len(logits) != self.passes * len(target.labels):
@@ -130,7 +147,11 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
             )
         if self.alpha > 0 and (wrong := why_gradient_is_wrong(pl_module)):
             raise ValueError(wrong)
+        if self.alpha > 0 and self.alpha_schedule != "constant":
+            updates = trainer.estimated_stepping_batches
+            self._updates = 0 if updates == float("inf") else int(updates)
         self._trainer, self._random = trainer, False
+        self._alpha_of_update()
         self._sums = torch.zeros(3)
 
     def on_train_batch_start(
@@ -142,6 +163,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called by Lightning."""
         self._trainer = None
+        warn_where_alpha_stopped(trainer.global_step, self._updates, self.alpha, self.alpha_schedule)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -163,3 +185,4 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         pl_module.log("task_loss", task_loss / count)
         if self.alpha > 0:
             pl_module.log("divergence", divergence / count)
+            pl_module.log("alpha", self._alpha_of_update())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rdrop.alpha import AlphaSchedule, alpha_at
 from rdrop.check import check_rdrop
 from rdrop.check.static import rates_remedy
 from rdrop.dropout import acting_sources, dropout_sources
@@ -32,6 +33,17 @@ def warn_of_batch_norm(model: nn.Module) -> None:
     for finding in check_rdrop(model).findings:
         if finding.code == "batch-norm":
             warnings.warn(f"{finding.message} {finding.remedy}", stacklevel=2)
+
+
+def warn_where_alpha_stopped(ended: int, planned: int, alpha: float, schedule: AlphaSchedule) -> None:
+    """Warns where training ended after `ended` updates, before the last planned one, at which alpha is its value."""
+    if alpha > 0 and schedule != "constant" and 0 < ended < planned:
+        reached = alpha_at(ended - 1, planned, alpha, schedule)
+        warnings.warn(
+            f"training ended after {ended} of {planned} updates, when alpha had risen to {reached:.3g} of {alpha:g}: "
+            f"alpha (={alpha:g}) is nominal",
+            stacklevel=3,
+        )
 
 
 def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers.cross_encoder import CrossEncoder
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, CrossEntropyLoss
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import checked_alpha
-from rdrop.integrations.requirements import require_randomness, why_gradient_is_wrong
+from rdrop.integrations.requirements import require_randomness, warn_where_alpha_stopped, why_gradient_is_wrong
 from rdrop.loss import rdrop_loss
 from rdrop.terms import LossTerms, bernoulli_kl
 
@@ -30,31 +32,47 @@ class RDropCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-igno
     ::
 
         loss = RDropCrossEntropyLoss(model, alpha=1.0)
-        trainer = CrossEncoderTrainer(model=model, train_dataset=pairs, loss=loss)
+        trainer = CrossEncoderTrainer(model=model, train_dataset=pairs, loss=loss, callbacks=[loss.schedule])
 
     Args:
         model: the `CrossEncoder`, whose dropout must be on.
-        alpha: as in `rdrop_loss`. 0 is the library's loss.
+        alpha: as in `rdrop_loss`. 0 is the library's loss. "auto" stands for 4 with the schedule "quadratic".
+        alpha_schedule: the course of alpha over the planned updates (`alpha_at`): "constant", "linear", "quadratic". A
+            loss does not know its update, so one that rises wants `CrossEncoderTrainer(callbacks=[loss.schedule])`.
         passes: dropout masks per pair, 2 or more.
         options: those of `sentence_transformers.cross_encoder.losses.CrossEntropyLoss`.
 
     Raises:
-        ValueError: in the first training step, if nothing in the model is random, or if backward would see other masks.
+        ValueError: in the first training step, if nothing in the model is random, if backward would see other masks, or
+            if alpha rises and nobody tells the update.
     """
 
     ce_loss: Any
 
-    def __init__(self, model: CrossEncoder, *, alpha: float, passes: int = 2, **options: Any) -> None:
+    def __init__(
+        self,
+        model: CrossEncoder,
+        *,
+        alpha: float | Literal["auto"],
+        alpha_schedule: AlphaSchedule = "constant",
+        passes: int = 2,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
         plain = self.ce_loss
         settings = {name: getattr(plain, name) for name in ("weight", "ignore_index", "label_smoothing")}
-        self.ce_loss = _OnRepeated(plain, partial(rdrop_loss, **settings), model, alpha, passes)
+        self.schedule = _AlphaCallback(alpha, alpha_schedule)
+        self.ce_loss = _OnRepeated(plain, partial(rdrop_loss, **settings), model, self.schedule, passes)
 
     def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
         """Called by the trainer."""
         inputs, labels = self.ce_loss.repeat(inputs, labels)
         loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
         return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Returns what the model card says of the loss."""
+        return self.ce_loss.settings  # type: ignore[no-any-return]
 
 
 class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc, unused-ignore]
@@ -66,7 +84,15 @@ class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc,
 
     bce_with_logits_loss: Any
 
-    def __init__(self, model: CrossEncoder, *, alpha: float, passes: int = 2, **options: Any) -> None:
+    def __init__(
+        self,
+        model: CrossEncoder,
+        *,
+        alpha: float | Literal["auto"],
+        alpha_schedule: AlphaSchedule = "constant",
+        passes: int = 2,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
         plain = self.bce_with_logits_loss
         if plain.weight is not None:
@@ -79,7 +105,8 @@ class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc,
             ).mean(-1)
 
         terms = partial(rdrop_loss, task_loss=task_loss, divergence=bernoulli_kl)
-        self.bce_with_logits_loss = _OnRepeated(plain, terms, model, alpha, passes)
+        self.schedule = _AlphaCallback(alpha, alpha_schedule)
+        self.bce_with_logits_loss = _OnRepeated(plain, terms, model, self.schedule, passes)
 
     def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
         """Called by the trainer."""
@@ -89,16 +116,52 @@ class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc,
 
     def get_config_dict(self) -> dict[str, Any]:
         """Returns what the model card says of the loss."""
-        criterion = self.bce_with_logits_loss
         config: dict[str, Any] = super().get_config_dict()  # type: ignore[no-untyped-call, unused-ignore]
-        return config | {"alpha": criterion.alpha, "passes": criterion.passes}
+        config |= self.bce_with_logits_loss.settings
+        return config
+
+
+class _AlphaCallback(TrainerCallback):
+    """Tells a loss the alpha of the update, by the trainer's count of updates, which a resumed training has too."""
+
+    def __init__(self, alpha: float | Literal["auto"], schedule: AlphaSchedule) -> None:
+        nominal, self.schedule = course_of(alpha, schedule)
+        self.nominal = checked_alpha(nominal)
+        alpha_at(0, 1, self.nominal, self.schedule)  # is there such a schedule?
+        self._alpha: float | None = None
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the divergence in this update."""
+        if self.nominal == 0 or self.schedule == "constant":
+            return self.nominal
+        if self._alpha is None:
+            raise ValueError(
+                f"alpha_schedule (={self.schedule!r}) follows the updates, and nobody tells this loss which it is: "
+                'pass callbacks=[loss.schedule] to CrossEncoderTrainer, or take alpha_schedule="constant"'
+            )
+        return self._alpha
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer as an update begins."""
+        self._alpha = alpha_at(state.global_step, state.max_steps, self.nominal, self.schedule)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self._alpha = None
+        warn_where_alpha_stopped(state.global_step, state.max_steps, self.nominal, self.schedule)
 
 
 class _OnRepeated(nn.Module):
     """The criterion of a loss: R-Drop while the model trains, else the plain criterion."""
 
     def __init__(
-        self, plain: nn.Module, terms: Callable[..., LossTerms], model: CrossEncoder, alpha: float, passes: int
+        self,
+        plain: nn.Module,
+        terms: Callable[..., LossTerms],
+        model: CrossEncoder,
+        schedule: _AlphaCallback,
+        passes: int,
     ) -> None:
         super().__init__()
         if plain.reduction != "mean":
@@ -106,13 +169,17 @@ class _OnRepeated(nn.Module):
         if passes < 2:
             raise ValueError(f"passes (={passes}) must be 2 or more; alpha=0 is plain training, with one pass")
         self.plain, self.terms = plain, terms
-        self.alpha, self.passes = checked_alpha(alpha), passes
+        self.schedule, self.passes = schedule, passes
         self._model = [model]  # in a list, so that its parameters do not count as those of the criterion
         self._checked = False
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return {"alpha": self.schedule.nominal, "alpha_schedule": self.schedule.schedule, "passes": self.passes}
+
+    @property
     def acts(self) -> bool:
-        return self.alpha > 0 and self._model[0].training
+        return self._model[0].training and self.schedule.alpha > 0
 
     def repeat(self, inputs: Columns, labels: Tensor) -> tuple[Columns, Tensor]:
         if not self.acts:
@@ -128,4 +195,4 @@ class _OnRepeated(nn.Module):
                 raise ValueError(wrong)
             require_randomness(self._model[0], [logits], self.passes)
             self._checked = True
-        return self.terms(logits, labels[: len(labels) // self.passes], alpha=self.alpha).loss
+        return self.terms(logits, labels[: len(labels) // self.passes], alpha=self.schedule.alpha).loss

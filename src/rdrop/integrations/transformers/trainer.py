@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -20,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from rdrop.alpha import AUTO_ALPHA, AlphaSchedule, alpha_at
+from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import NonfiniteLossError
 from rdrop.integrations.requirements import (
     own_loss_is_known,
     require_randomness,
     warn_of_batch_norm,
+    warn_where_alpha_stopped,
     why_gradient_is_wrong,
 )
 from rdrop.integrations.targets import LANGUAGE_MODELS, Batch, Target, head_of, router_loss, targets_of
@@ -154,18 +154,8 @@ class RDropMixin(FiniteUpdates):
         self._begin()
         output = super().train(*args, **kwargs)
         self._require_labels()
-        self._warn_where_alpha_stopped()
+        warn_where_alpha_stopped(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
         return output
-
-    def _warn_where_alpha_stopped(self) -> None:
-        ended, planned = self.state.global_step, self.state.max_steps
-        if self.alpha > 0 and self.alpha_schedule != "constant" and ended < planned:
-            reached = alpha_at(ended - 1, planned, self.alpha, self.alpha_schedule)
-            warnings.warn(
-                f"training ended after {ended} of {planned} updates, when alpha had risen to {reached:.3g} of "
-                f"{self.alpha:g}: alpha (={self.alpha:g}) is nominal",
-                stacklevel=3,
-            )
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Takes the arguments of R-Drop from a trial, too. The Trainer sets those of its own, and warns of others."""
@@ -192,13 +182,7 @@ class RDropMixin(FiniteUpdates):
 
     def _check_method(self) -> None:
         """Refuses settings that cannot be; they may have been set since the trainer was made."""
-        if self.alpha == "auto":
-            if self.alpha_schedule not in ("constant", AUTO_ALPHA[1]):
-                raise ValueError(
-                    f"alpha_schedule (={self.alpha_schedule!r}) must be left out with alpha='auto', which is a "
-                    "schedule itself"
-                )
-            self.alpha, self.alpha_schedule = AUTO_ALPHA
+        self.alpha, self.alpha_schedule = course_of(self.alpha, self.alpha_schedule)
         check_method(self)
         self.alpha = float(self.alpha)
 
