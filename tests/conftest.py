@@ -1,4 +1,4 @@
-"""What all tests need: the kernels of a GPU where there is none, Ctrl-C, and a garbage collector that is quick.
+"""What all tests need: the kernels of a GPU where there is none, Ctrl-C, a quick garbage collector, and `--keep`.
 
 Triton's interpreter must be chosen before triton is imported. A shell starts what it runs in the background with
 SIGINT ignored, and so do their children.
@@ -7,7 +7,9 @@ SIGINT ignored, and so do their children.
 import gc
 import os
 import signal
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -15,6 +17,17 @@ if not torch.cuda.is_available():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep", type=Path, metavar="FILE", help="keep outcomes in FILE, and leave out what has passed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("keep"):
+        from tests.outcomes import Outcomes
+
+        config.pluginmanager.register(Outcomes(file, config))
 
 
 def pytest_collection_finish() -> None:

@@ -24,12 +24,16 @@ def assert_accurate(family: str, dtype: torch.dtype, errors: Errors) -> None:
     assert errors.loss_gradient <= limit
 
 
+SOME_OR_10_500 = [(525, 0), *(pytest.param(1_050, part, marks=pytest.mark.long) for part in range(10))]
+
+
 @pytest.mark.parametrize("implementation", DTYPES)
-@pytest.mark.parametrize("count", [525, pytest.param(10_500, marks=pytest.mark.long)])
-def test_random_cases_against_float64(implementation, count):
+@pytest.mark.parametrize(("count", "seed"), SOME_OR_10_500)
+def test_random_cases_against_float64(implementation, count, seed, record_property):
     if reason := kernels.available().get(implementation):
         pytest.skip(reason)
-    table = run(count, implementation=implementation)
+    table = run(count, seed, implementation)
+    record_property("cases", sum(errors.cases for errors in table.values()))
     assert len(table) == len(DTYPES[implementation]) * len(FAMILIES)
     for (family, dtype), errors in table.items():
         assert_accurate(family, dtype, errors)

@@ -53,13 +53,16 @@ def first_position(case: Case) -> Case:
     return Case(case.family, rows, case.labels[:1], case.label_smoothing, case.weight)
 
 
-@pytest.mark.parametrize("count", [84, pytest.param(10_500, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
-def test_random_cases_against_float64(count):
+@pytest.mark.parametrize(
+    ("count", "seed"), [(84, 1), *(pytest.param(1_050, part, marks=pytest.mark.long) for part in range(1, 11))]
+)
+def test_random_cases_against_float64(count, seed, record_property):
     """The smaller of them, and one position of each: the interpreter is slow."""
     table = {key: Errors() for key in itertools.product(FAMILIES, triton.DTYPES)}
-    for case in random_cases(count, 1, triton.DTYPES):
+    for case in random_cases(count, seed, triton.DTYPES):
         if case.logits.shape[-1] <= 4096:
             measure(first_position(case), table[case.family, case.logits.dtype], "triton")
+    record_property("cases", sum(errors.cases for errors in table.values()))
     for (family, dtype), errors in table.items():
         assert_accurate(family, dtype, errors)
 

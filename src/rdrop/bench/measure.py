@@ -224,12 +224,19 @@ def record(benchmark: str, form: str, what: str, measured: Measurement, conditio
         "peak_extra_bytes": measured.peak_extra_bytes,
         **size,
         "dtype": conditions.dtype,
-        "device": _device_name(conditions.device),
         "threads": conditions.threads,
-        "versions": _versions(conditions.device),
+        **origin(conditions.device),
+        "command": conditions.command,
+    }
+
+
+def origin(device: str = "cpu") -> Record:
+    """Returns where and when a record is made: the device by its name, versions, commit and time."""
+    return {
+        "device": _device_name(device),
+        "versions": _versions(device),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": conditions.command,
     }
 
 
