@@ -1,14 +1,17 @@
 """What is made ahead is what would have been made: values, errors, and nothing beyond the end."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.experiments.tiny_runs import RECIPE, TinyTask
+from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 
-from rdrop.experiments.training import trainer
+from rdrop.experiments.training import prefetch, trainer
+from rdrop.experiments.training.preemption import Preempted
 from rdrop.experiments.training.prefetch import Prefetched
 
 SECONDS = 600  # far more than a thread needs; only a failure waits so long
@@ -69,6 +72,46 @@ def test_outside_the_context_there_is_no_thread() -> None:
         assert threading.current_thread() not in [values.at(step) for step in (3, 4)]
     assert values.at(5) is threading.current_thread()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rdrop-batches")]
+
+
+def test_a_read_that_stalls_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "PATIENCE_SECONDS", 0.01)
+    stalled = threading.Event()
+
+    def leave(error: type[BaseException]) -> None:
+        raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), Prefetched(lambda step: stalled.wait(SECONDS), end=9) as values:
+            values.at(0, while_waiting=lambda error=error: leave(error))  # type: ignore[misc]
+    assert not stalled.is_set()
+    stalled.set()
+
+
+@pytest.mark.parametrize("stalled_update", [0, 3])
+def test_a_run_whose_read_stalls_is_saved_on_the_first_signal_and_goes_on_to_the_same_bits(
+    stalled_update: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    trainer.train(RECIPE, tmp_path / "whole")
+    stalled, batches, train_batch = threading.Event(), [], TinyTask.train_batch
+
+    def stall(task: TinyTask, *arguments: Any) -> Any:
+        batches.append(None)
+        if len(batches) == 1 + 2 * stalled_update + 1:  # after one for the fingerprint
+            os.kill(os.getpid(), signal.SIGTERM)
+            stalled.wait(SECONDS)
+        return train_batch(task, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyTask, "train_batch", stall)
+        with pytest.raises(Preempted, match=f"at step ({stalled_update - 1}|{stalled_update}), saved"):  # it is ahead
+            trainer.train(RECIPE, tmp_path / "stopped")
+        assert not stalled.is_set()
+        stalled.set()
+    trainer.train(RECIPE, tmp_path / "stopped")
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
 
 
 def test_training_makes_the_next_batch_during_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ class StopSignals:
     previous handlers come back at the end. Outside the main thread, where Python allows no handlers, nothing is caught.
     """
 
-    def __init__(self, any_process: Callable[[bool], bool]) -> None:
+    def __init__(self, any_process: Callable[[bool], bool], processes: int) -> None:
         self.signum: int = signal.SIGTERM
-        self._any_process = any_process
+        self._any_process, self._processes = any_process, processes
         self._asked = False
         self._previous: dict[int, Any] = {}
 
@@ -50,6 +50,11 @@ class StopSignals:
         """Raises `StopRequestedError` if a process was asked to stop. Takes any arguments, to serve as a hook."""
         if self._any_process(self._asked):
             raise StopRequestedError
+
+    def poll_alone(self) -> None:
+        """Polls while one process waits for what only it needs; of several, the others are not there to agree."""
+        if self._processes == 1:
+            self.poll()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():

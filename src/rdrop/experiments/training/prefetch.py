@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+
+SECONDS_BETWEEN_LOOKS = 0.2
+PATIENCE_SECONDS = 5.0
+"""How long a context that ends waits for the value that is being made; a read may have stalled."""
 
 
 class Prefetched(Generic[Value]):
     """`at(step)` is `function(step)`; within the context it is made in a thread, and that of the step after follows.
 
     `function` must depend on nothing but the step: whether a value was made ahead cannot be seen in it. It is never
-    called twice at once, nor for a step from `end` on. What it raises, `at` raises when it comes to that step.
+    called twice at once, nor for a step from `end` on. What it raises, `at` raises when it comes to that step. A call
+    that never returns keeps neither the context nor the process from ending.
     """
 
     def __init__(self, function: Callable[[int], Value], end: int) -> None:
         self._function, self._end = function, end
-        self._thread: ThreadPoolExecutor | None = None
+        self._asked: SimpleQueue[tuple[int, Future[Value]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._ahead: tuple[int, Future[Value]] | None = None
 
-    def at(self, step: int) -> Value:
+    def at(self, step: int, while_waiting: Callable[[], object] = lambda: None) -> Value:
+        """Returns the value of a step; `while_waiting` is called now and then until it is there, and may raise."""
         if self._thread is None:
             return self._function(step)
         ahead, self._ahead = self._ahead, None
-        is_ahead = ahead is not None and ahead[0] == step
-        value = (ahead[1] if ahead is not None and is_ahead else self._thread.submit(self._function, step)).result()
+        if ahead is not None and ahead[0] != step:
+            ahead[1].cancel()
+            ahead = None
+        value = ahead[1] if ahead is not None else self._ask(step)
+        while not value.done() and not wait([value], SECONDS_BETWEEN_LOOKS).done:
+            while_waiting()
         if step + 1 < self._end:
-            self._ahead = step + 1, self._thread.submit(self._function, step + 1)
-        return value
+            self._ahead = step + 1, self._ask(step + 1)
+        return value.result()
 
     def __enter__(self) -> Prefetched[Value]:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rdrop-batches")
+        self._asked = SimpleQueue()
+        self._thread = threading.Thread(target=self._make, args=(self._asked,), name="rdrop-batches", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+        self._asked.put(None)
+        if self._thread is not None and kind is not KeyboardInterrupt:  # by which a second Ctrl-C ends at once
+            self._thread.join(PATIENCE_SECONDS)
         self._thread = self._ahead = None
+
+    def _ask(self, step: int) -> Future[Value]:
+        value: Future[Value] = Future()
+        self._asked.put((step, value))
+        return value
+
+    def _make(self, asked: SimpleQueue[tuple[int, Future[Value]] | None]) -> None:
+        while (task := asked.get()) is not None:
+            step, value = task
+            if value.set_running_or_notify_cancel():
+                try:
+                    value.set_result(self._function(step))
+                except BaseException as error:
+                    value.set_exception(error)

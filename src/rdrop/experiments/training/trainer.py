@@ -188,7 +188,7 @@ class _Training:
             log_with=list(trackers) or None,
             project_dir=folder.path,
         )
-        self.stop = StopSignals(self.any_process)
+        self.stop = StopSignals(self.any_process, self.accelerator.num_processes)
 
         self.write_recipe()
         self.task = load_task(recipe)
@@ -267,7 +267,7 @@ class _Training:
         accelerator, recipe = self.accelerator, self.recipe
         self.parallel_model.train()
         with self.cost.waiting_for_data():
-            parts = self.batches.at(step)
+            parts = self.batches.at(step, self.stop.poll_alone)
         microbatches = [part._replace(batch=send_to_device(part.batch, accelerator.device)) for part in parts]
         positions = torch.zeros(2, dtype=torch.long, device=accelerator.device)  # without labels, with
         for part in microbatches:
