@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from rdrop.bench.measure import origin
 
@@ -47,6 +48,11 @@ class Outcomes:
             }
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
+
+
+def in_parts(count: int) -> list[ParameterSet]:
+    """Returns the long form of a test with random cases, ten parts: how many cases each has, and its seed."""
+    return [pytest.param(count // 10, seed, marks=pytest.mark.long) for seed in range(1, 11)]
 
 
 def read(file: Path) -> list[dict[str, Any]]:

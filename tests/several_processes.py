@@ -23,6 +23,7 @@ def environments(processes: int) -> Iterator[list[dict[str, str]]]:
         "WORLD_SIZE": str(processes),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCH_GLOO_LAZY_INIT": "1",
         "OMP_NUM_THREADS": "1",
     }
     yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

@@ -6,6 +6,7 @@ The full table is `python benchmarks/accuracy.py --cases 10000`.
 import pytest
 import torch
 from benchmarks.accuracy import DTYPES, FAMILIES, Errors, run
+from tests.outcomes import in_parts
 
 from rdrop import kernels
 
@@ -24,11 +25,8 @@ def assert_accurate(family: str, dtype: torch.dtype, errors: Errors) -> None:
     assert errors.loss_gradient <= limit
 
 
-SOME_OR_10_500 = [(525, 0), *(pytest.param(1_050, part, marks=pytest.mark.long) for part in range(10))]
-
-
 @pytest.mark.parametrize("implementation", DTYPES)
-@pytest.mark.parametrize(("count", "seed"), SOME_OR_10_500)
+@pytest.mark.parametrize(("count", "seed"), [(525, 0), *in_parts(10_500)])
 def test_random_cases_against_float64(implementation, count, seed, record_property):
     if reason := kernels.available().get(implementation):
         pytest.skip(reason)

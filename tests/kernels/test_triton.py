@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmarks.accuracy import FAMILIES, Case, Errors, measure, random_cases
 from tests.kernels.test_rows import assert_no_worse_than_the_reference, in_float64, random_case, terms_and_gradient
+from tests.outcomes import in_parts
 from tests.test_accuracy import assert_accurate
 
 from rdrop.kernels import operators, triton
@@ -53,9 +54,7 @@ def first_position(case: Case) -> Case:
     return Case(case.family, rows, case.labels[:1], case.label_smoothing, case.weight)
 
 
-@pytest.mark.parametrize(
-    ("count", "seed"), [(84, 1), *(pytest.param(1_050, part, marks=pytest.mark.long) for part in range(1, 11))]
-)
+@pytest.mark.parametrize(("count", "seed"), [(84, 1), *in_parts(10_500)])
 def test_random_cases_against_float64(count, seed, record_property):
     """The smaller of them, and one position of each: the interpreter is slow."""
     table = {key: Errors() for key in itertools.product(FAMILIES, triton.DTYPES)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.outcomes import in_parts
 
 from rdrop.experiments.tasks.files import (
     LONGEST_LINE_BYTES,
@@ -398,10 +399,13 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
             return b"" if chance.random() < 0.2 else content[place:]
 
 
-def test_mutated_files_are_read_whole_or_refused_with_their_line(tmp_path: Path) -> None:
-    chance = random.Random(12)
+@pytest.mark.parametrize(("files", "seed"), [(MUTATED_FILES, 12), *in_parts(5_000)])
+def test_mutated_files_are_read_whole_or_refused_with_their_line(
+    files: int, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    chance = random.Random(seed)
     refused = 0
-    for index in range(MUTATED_FILES):
+    for index in range(files):
         kind, suffix = chance.choice([".csv", ".tsv", ".jsonl"]), chance.choice(["", "", ".gz", ".xz"])
         content = table(kind, rows=chance.randrange(1, 30))
         path = tmp_path / f"{index}{kind}{suffix}"
@@ -421,7 +425,37 @@ def test_mutated_files_are_read_whole_or_refused_with_their_line(tmp_path: Path)
         refused += rows is None
         if rows is not None:
             assert [row.values for row in rows] == [values for part in parts(rows, lines, kind) for values in part]
-    assert MUTATED_FILES // 2 < refused < MUTATED_FILES
+        path.unlink()
+    assert files // 2 < refused < files
+    record_property("files", files)
+    record_property("of them refused", refused)
+
+
+@pytest.mark.parametrize(("pairs", "seed"), [(100, 0), *in_parts(1_500)])
+def test_two_mutated_files_are_paired_line_by_line_or_one_of_them_is_refused_with_its_line(
+    pairs: int, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    chance = random.Random(seed)
+    refused = 0
+    for _ in range(pairs):
+        suffix = chance.choice(["", ".gz", ".xz"])
+        rows = chance.randrange(1, 30)
+        sides = ["".join(f"{SENTENCES[(row + side) % len(SENTENCES)]}\n" for row in range(rows)) for side in (0, 1)]
+        contents = [mutated(side.encode(), chance) if chance.random() < 0.4 else side.encode() for side in sides]
+        source, target = (write(tmp_path / f"{side}{suffix}", contents[side]) for side in (0, 1))
+        found, problem = outcome(read_parallel, source, target)
+        refused += found is None
+        if found is None:
+            place = rf"({re.escape(str(source))}|{re.escape(str(target))}):\d+: .+; .+"
+            assert re.fullmatch(place, str(problem)), problem
+            continue
+        for side, lines in enumerate(zip(*found, strict=True)):
+            whole = contents[side].removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\n")
+            assert "\n".join(lines).encode() == whole
+            assert all(line.strip() for line in lines)
+    assert pairs // 10 < refused < pairs
+    record_property("files", 2 * pairs)
+    record_property("pairs refused", refused)
 
 
 def outcome(read: Callable[..., Any], *arguments: object) -> tuple[Any, str | None]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.outcomes import in_parts
 from tests.real_data import real_data
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
@@ -245,11 +246,14 @@ def test_a_damaged_byte_in_a_member_is_noticed(tmp_path: Path) -> None:
     assert f"{path}:images: cannot be read" in refusal(read_npz, path)
 
 
-def test_a_damaged_npz_is_read_or_refused_and_never_crashes(tmp_path: Path) -> None:
-    path, draw = write_npz(tmp_path / "x.npz", 4, images=np.zeros((4, 2, 2, 3), dtype=np.uint8)), random.Random(0)
+@pytest.mark.parametrize(("files", "seed"), [(300, 0), *in_parts(2_000)])
+def test_a_damaged_npz_is_read_or_refused_and_never_crashes(
+    files: int, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    path, draw = write_npz(tmp_path / "x.npz", 4, images=np.zeros((4, 2, 2, 3), dtype=np.uint8)), random.Random(seed)
     raw = path.read_bytes()
     refusals = []
-    for number in range(300):
+    for number in range(files):
         damaged = bytearray(raw[: draw.randrange(len(raw))] if number % 5 == 0 else raw)
         for _ in range(draw.randint(1, 3) if damaged else 0):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
@@ -258,8 +262,10 @@ def test_a_damaged_npz_is_read_or_refused_and_never_crashes(tmp_path: Path) -> N
             read_npz(path)
         except DataError as error:
             refusals.append(str(error))
-    assert len(refusals) > 200
+    assert len(refusals) > files / 2
     assert all(message.startswith(f"{path}:") for message in refusals)
+    record_property("files", files)
+    record_property("of them refused", len(refusals))
 
 
 # ----------------------------------------------------------------------------------------- CIFAR-100's binary and hub

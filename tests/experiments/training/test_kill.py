@@ -1,8 +1,8 @@
 """kill -9 at any instant: the run resumes by itself and ends in the same bits.
 
 Run as a script, this file is the host of the killed runs. It imports everything once and forks a run for each kill, so
-that a kill costs milliseconds: `python test_kill.py FOLDER KILL_AT ...`. A run is killed at its n-th step that could
-matter: before a batch, a forward, an evaluation, and before each flush, rename and removal of a file.
+that a kill costs milliseconds: `python test_kill.py FOLDER KILL_AT ... KEY=VALUE ...`. A run is killed at its n-th step
+that could matter: before a batch, a forward, an evaluation, and before each flush, rename and removal of a file.
 """
 
 import os
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.experiments.signals import send
 from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 from tests.kills import Watch, kill_and_resume, watch_calls
 
+from rdrop.experiments.recipe import override
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import load_newest_good
@@ -34,12 +36,17 @@ def test_a_run_killed_at_four_moments_ends_in_the_bits_of_the_whole_one(tmp_path
 
 
 @pytest.mark.long
-def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(tmp_path: Path) -> None:
-    killed, moments = killed_runs(tmp_path, ["all"])
-    assert len(killed) > 70
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(
+    precision: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    killed, moments = killed_runs(tmp_path, ["all"], f"precision={precision}", "updates=14")
     assert_resumed_exactly(tmp_path, killed, moments)
     during_writes = sum(moment not in ("forward", "evaluate") for moment in moments)
+    assert len(killed) >= 100
     assert during_writes > len(moments) / 2
+    record_property("kills", len(killed))
+    record_property("of them during a write", during_writes)
 
 
 def test_sigterm_saves_leaves_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +90,10 @@ def stop_at(recipe: tiny_runs.TinyRecipe, folder: Path, step: int) -> None:
         trainer.train(recipe, folder, on_progress=stop)
 
 
-def killed_runs(folder: Path, kill_at: list[str]) -> tuple[list[Path], list[str]]:
+def killed_runs(folder: Path, kill_at: list[str], *settings: str) -> tuple[list[Path], list[str]]:
     """The folders of the runs that were killed and resumed, and the moment at which each was killed."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.training.test_kill", str(folder), *kill_at],
+        [sys.executable, "-m", "tests.experiments.training.test_kill", str(folder), *kill_at, *settings],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
@@ -107,17 +114,18 @@ def assert_resumed_exactly(folder: Path, killed: list[Path], moments: list[str])
 # ------------------------------------------------------------------------------------------------------- the host
 
 
-def host(folder: Path, kill_at: list[str]) -> None:
+def host(folder: Path, kill_at: list[str], recipe: tiny_runs.TinyRecipe) -> None:
     trainer.load_task = TinyTask  # type: ignore[assignment]
-    trainer.train(RECIPE, folder / "warm-up")  # imports, once for all forks, what is imported late
-    kill_and_resume(folder, kill_at, run_watched, lambda run: trainer.train(RECIPE, run))
+    trainer.train(recipe, folder / "warm-up")  # imports, once for all forks, what is imported late
+    kill_and_resume(folder, kill_at, partial(run_watched, recipe), partial(trainer.train, recipe))
 
 
-def run_watched(folder: Path, watch: Watch) -> None:
+def run_watched(recipe: tiny_runs.TinyRecipe, folder: Path, watch: Watch) -> None:
     watch_calls(MOMENTS, watch)
     TinyTask.on_event = staticmethod(watch)  # type: ignore[assignment]
-    trainer.train(RECIPE, folder)
+    trainer.train(recipe, folder)
 
 
 if __name__ == "__main__":
-    host(Path(sys.argv[1]), sys.argv[2:])
+    settings = [argument for argument in sys.argv[2:] if "=" in argument]
+    host(Path(sys.argv[1]), [at for at in sys.argv[2:] if at not in settings], override(RECIPE, settings))
