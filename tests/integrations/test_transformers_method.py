@@ -1,7 +1,9 @@
 """The arguments of R-Drop in the Trainer: the course of alpha, a search over them; losses that a model adds."""
 
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -300,3 +302,35 @@ def rows_of_images(case: Any, index: int) -> dict[str, Tensor]:
     batch = case.batches[index]  # three examples, with none, one and two images
     kept = slice(1, 3)
     return {name: value if name == "pixel_values" else value[kept] for name, value in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------- the model card
+
+
+def card_of(folder: str, name: str = "sequence classification", **method: Any) -> str:
+    trained = train(RDropTrainer, build(CASES[name]), CASES[name].batches, folder, **method)
+    for _ in range(2):  # a second one replaces the first
+        trained.create_model_card(model_name="tiny")
+    return (Path(folder) / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_model_card_states_the_settings_of_r_drop(folder: str) -> None:
+    method = {"alpha": "auto", "passes": 3, "unlabeled_dataset": CLASSIFY.batches[:3]}
+    card = card_of(folder, **method)
+    assert card.startswith("---")  # the Trainer's own
+    assert "### Training hyperparameters" in card
+    _, section = card.split("\n## R-Drop\n")
+    assert dict(re.findall(r"^\| (\w+) \| (.+) \|$", section, re.MULTILINE)) == {
+        "setting": "value",
+        "alpha": "4.0",
+        "alpha_schedule": "quadratic",
+        "passes": "3",
+        "every": "1",
+        "micro_batches": "1",
+        "unlabeled_dataset": "3 examples",
+        "unlabeled_batch_size": "1",
+    }
+
+
+def test_the_model_card_of_plain_training_says_nothing_of_r_drop(folder: str) -> None:
+    assert "R-Drop" not in card_of(folder, alpha=0.0)

@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 
 def test_two_processes_are_one_process(tmp_path: Path) -> None:
     """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
-    forward is joint; plain training of a model that divides by the count; fused R-Drop; TRL's, with a router's loss.
-    An update that one process finds infinite is left out by both.
+    forward is joint; plain training of a model that divides by the count; fused R-Drop; with unlabeled
+    examples; TRL's, with a router's loss. An update that one process finds infinite is left out by both.
     """
     command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path)]
     with environments(2) as ranks:
@@ -33,7 +33,9 @@ def test_two_processes_are_one_process(tmp_path: Path) -> None:
 
     together = torch.load(tmp_path / "result.pt")
     alone = all_updates(accumulation=4, folder=str(tmp_path))
-    for training, two, one in zip([*TRAININGS, "fine-tuning of TRL"], together, alone, strict=True):
+    for training, two, one in zip(
+        [*TRAININGS, "with unlabeled examples", "fine-tuning of TRL"], together, alone, strict=True
+    ):
         assert worst_difference(two["gradients"], one["gradients"]) < 1e-6, training
         assert two["logs"] == pytest.approx(one["logs"], rel=1e-6), training
     assert set(together[0]["logs"]) == {"loss", "task_loss", "divergence"}

@@ -280,6 +280,18 @@ def test_another_trainer_with_a_loss_of_its_own_is_refused_still() -> None:
     assert not issubclass(RDropSFTTrainer, RDropTrainer)
 
 
+def test_unlabeled_text_is_refused(folder: str) -> None:
+    refuses("a text is its own label: add it to train_dataset", folder, unlabeled_dataset=TEXT.rows)
+
+
+def test_the_model_card_of_trl_states_the_settings_of_r_drop(folder: str) -> None:
+    found = rdrop(drawn(llama(**DROPOUT)), TEXT, folder, alpha=2.0, alpha_schedule="linear")
+    found.create_model_card()
+    card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    assert "This model was trained with SFT." in card
+    assert "| alpha | 2.0 |\n| alpha_schedule | linear |\n| passes | 2 |" in card
+
+
 def test_alpha_rises_in_fine_tuning(folder: str) -> None:
     found = rdrop(drawn(llama(**DROPOUT)), TEXT, folder, {"max_steps": 2}, alpha="auto")
     assert logged(found, "alpha") == [1.0, 4.0]

@@ -54,9 +54,26 @@ TRAININGS = (
 )
 
 
+def update_with_unlabeled(accumulation: int, folder: str) -> dict[str, Any]:
+    """Of four labeled micro-batches, with four of one unlabeled example each beside them."""
+    case = CASES["token classification"]
+    examples = [{name: part[:1, :4] for name, part in batch.items()} for batch in CASES["token classification"].batches]
+    settings = {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
+    method = {"alpha": ALPHA, "micro_batches": 2, "unlabeled_dataset": examples}
+    trained = train(RDropTrainer, build(case), case.batches, folder, settings, **method)
+    logs = {
+        name: row[name]
+        for row in trained.state.log_history
+        for name in (*LOGGED, "unlabeled_divergence")
+        if name in row
+    }
+    gradients = {name.removeprefix("module."): part for name, part in trained.gradients[0].items()}
+    return {"logs": logs, "gradients": gradients}
+
+
 def all_updates(accumulation: int, folder: str) -> list[dict[str, Any]]:
     trained = [one_update(name, method, accumulation, folder) for name, method in TRAININGS]
-    return [*trained, update_of_experts(accumulation, folder)]
+    return [*trained, update_with_unlabeled(accumulation, folder), update_of_experts(accumulation, folder)]
 
 
 def left_out_by_both(folder: str) -> bool:

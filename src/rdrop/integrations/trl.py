@@ -52,6 +52,11 @@ class RDropSFTTrainer(RDropMixin, SFTTrainer):  # type: ignore[misc, unused-igno
 
     def __init__(self, model: Any, args: Any = None, *more: Any, **options: Any) -> None:
         _check_config(args)
+        if options.get("unlabeled_dataset") is not None:
+            raise ValueError(
+                "unlabeled_dataset is not for supervised fine-tuning, where a text is its own label: add it to "
+                "train_dataset"
+            )
         super().__init__(model, args, *more, **options)
         inner = self._inner_model()
         if hasattr(inner, "router_aux_loss_coef"):  # which the model's own loss reads; TRL changes its config alone

@@ -56,9 +56,31 @@ def check_trainer(trainer: Any) -> None:
             f"micro_batches (={trainer.micro_batches}) must be 1 with DeepSpeed, whose every backward is a step; "
             "raise gradient_accumulation_steps instead"
         )
+    check_unlabeled(trainer)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise ValueError("tensor, context and sequence parallelism are not supported: labels would be counted twice")
+
+
+def check_unlabeled(trainer: Any) -> None:
+    dataset, batch_size = trainer.unlabeled_dataset, trainer.unlabeled_batch_size
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1 and dataset is not None):
+        raise ValueError(
+            f"unlabeled_batch_size (={batch_size}) must be an integer >= 1, for the examples of unlabeled_dataset "
+            f"({'which is not given' if dataset is None else type(dataset).__name__})"
+        )
+    if dataset is None:
+        return
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset) > 0):
+        raise ValueError(
+            f"unlabeled_dataset (a {type(dataset).__name__}) must have one example or more, a length and an index: "
+            "their order is drawn for every epoch. Load a stream first"
+        )
+    if name := trainer._steps_in_backward():
+        raise ValueError(
+            f"unlabeled_dataset must be left out with {name}, whose every backward is a step: examples without labels "
+            "have a backward of their own"
+        )
 
 
 def check_label_smoothing(epsilon: float, model: Any, inputs: Batch, targets: Sequence[Target]) -> None:

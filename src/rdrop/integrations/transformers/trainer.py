@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +30,7 @@ from rdrop.integrations.requirements import (
     why_gradient_is_wrong,
 )
 from rdrop.integrations.targets import LANGUAGE_MODELS, Batch, Target, head_of, router_loss, targets_of
+from rdrop.integrations.transformers.card import add_section
 from rdrop.integrations.transformers.checks import (
     check_compute_loss,
     check_label_smoothing,
@@ -52,6 +54,7 @@ from rdrop.integrations.transformers.packed import (
     repeat_packed,
     require_separate_passes,
 )
+from rdrop.integrations.transformers.unlabeled import UnlabeledBatches, UnlabeledOrder, with_labels
 from rdrop.linear_loss import chunk_bytes
 from rdrop.passes import repeat_batch, rows_of
 from rdrop.terms import LossTerms
@@ -91,6 +94,11 @@ class RDropMixin(FiniteUpdates):
             where it cannot be, a `ValueError` says why. False: never.
         encoder_once: run the encoder of an encoder-decoder on one pass and repeat its output. None: where nothing in
             the encoder is random, so that all passes agree. True and False as for `fused`.
+        unlabeled_dataset: examples without labels. Beside its batch, a regularized update has as many micro-batches of
+            them, and alpha / 2 times the mean of their divergence is added to its loss. Collated as the others are.
+            Where a model makes one prediction for each example they need no labels; else labels that only say which
+            positions count, those not -100. Plain updates do not see them.
+        unlabeled_batch_size: how many of them a micro-batch of a process has; None: `per_device_train_batch_size`.
         on_nonfinite: what becomes of an update whose loss or gradient is not finite, as `FiniteUpdates` has it: "stop",
             or "skip".
 
@@ -106,6 +114,8 @@ class RDropMixin(FiniteUpdates):
     _plain_trainer: ClassVar[type[Trainer]] = Trainer
     """The class behind this one whose `compute_loss` is that of plain training; any other would be replaced."""
 
+    _unlabeled: UnlabeledBatches | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -116,6 +126,8 @@ class RDropMixin(FiniteUpdates):
         micro_batches: int = 1,
         fused: bool | None = None,
         encoder_once: bool | None = None,
+        unlabeled_dataset: Any = None,
+        unlabeled_batch_size: int | None = None,
         on_nonfinite: OnNonfinite = "stop",
         **kwargs: Any,
     ) -> None:
@@ -123,6 +135,7 @@ class RDropMixin(FiniteUpdates):
         self.alpha_schedule = alpha_schedule
         self.passes, self.every, self.micro_batches = passes, every, micro_batches
         self.fused, self.encoder_once = fused, encoder_once
+        self.unlabeled_dataset, self.unlabeled_batch_size = unlabeled_dataset, unlabeled_batch_size
         self._check_method()
         check_compute_loss(type(self), RDropMixin, self._plain_trainer)
         super().__init__(*args, on_nonfinite=on_nonfinite, **kwargs)
@@ -153,6 +166,7 @@ class RDropMixin(FiniteUpdates):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._begin()
         output = super().train(*args, **kwargs)
+        self._unlabeled = None  # ends the workers of its loader
         self._require_labels()
         warn_where_alpha_stopped(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
         return output
@@ -193,6 +207,7 @@ class RDropMixin(FiniteUpdates):
         self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
+        self._unlabeled, self._unlabeled_parts = self._unlabeled_batches(), list[list[Batch]]()
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
@@ -205,10 +220,16 @@ class RDropMixin(FiniteUpdates):
         if not batches:
             return batches, None
         self._accumulation = len(batches)
-        counts = [torch.stack([target.count() for target in self.rdrop_targets(batch)]) for batch in batches]
+        counts = [self._counts_of(batch) for batch in batches]
         total = torch.stack([count.to(device) for count in counts]).sum(0)
+        self._unlabeled_parts = self._unlabeled_of_update(batches)
+        unlabeled = [self._counts_of(batch) for part in self._unlabeled_parts for batch in part]
+        if unlabeled:
+            total = torch.stack([total, torch.stack([count.to(device) for count in unlabeled]).sum(0)])
         if self._processes() > 1:
             total = self.accelerator.gather(total[None]).sum(0)
+        if unlabeled:
+            total, self._unlabeled_counts = total
         if self.state.global_step == 0:
             self._labels_seen = torch.zeros_like(total[0, 0])
         if self._labels_seen is not None:
@@ -217,6 +238,38 @@ class RDropMixin(FiniteUpdates):
             else:
                 self._labels_seen += total[:, 0].sum()
         return batches, total
+
+    def _counts_of(self, batch: Batch) -> Tensor:
+        return torch.stack([target.count() for target in self.rdrop_targets(batch)])
+
+    def _unlabeled_batches(self) -> UnlabeledBatches | None:
+        if self.unlabeled_dataset is None:
+            return None
+        args = self.args
+        order = UnlabeledOrder(
+            size=len(self.unlabeled_dataset),
+            batch_size=self.unlabeled_batch_size or args.per_device_train_batch_size,
+            per_update=args.gradient_accumulation_steps,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        dataset, collate = self.unlabeled_dataset, self.data_collator
+        if hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset, description="unlabeled")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="unlabeled")  # type: ignore[no-untyped-call, unused-ignore]
+        loader = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
+        return UnlabeledBatches(dataset, collate, order, **loader)
+
+    def _unlabeled_of_update(self, batches: list[Batch]) -> list[list[Batch]]:
+        """Returns for each micro-batch those without labels beside it: one, and beside the last all that are left."""
+        if self._unlabeled is None or not self._is_regularized():
+            return [[] for _ in batches]
+        number = (self.state.global_step + 1) // self.every - 1
+        found = [with_labels(batch, batches[0], self.label_names) for batch in self._unlabeled.of_update(number)]
+        last = len(batches) - 1
+        return [*([batch] for batch in found[:last]), found[last:]]
 
     def _require_labels(self) -> None:
         """Refuses a training all of whose labels are ignored, once: after its first epoch, or where it ends before."""
@@ -234,6 +287,10 @@ class RDropMixin(FiniteUpdates):
         repeats = self.micro_batches - len(parts) if is_joint else 0
         self._forwards = self._accumulation * len(parts)
         losses = []
+        beside = self._unlabeled_parts.pop(0) if self._unlabeled_parts else []
+        for part in [part for batch in beside for part in self._micro_batches_of(batch)]:
+            with self.accelerator.no_sync(model):
+                losses.append(self._unlabeled_step(model, part))
         for weight, part in [(0.0, parts[0])] * repeats + [(1.0, part) for part in parts[:-1]]:
             with self.accelerator.no_sync(model):
                 losses.append(self._training_step(model, part, num_items_in_batch, weight))
@@ -293,7 +350,7 @@ class RDropMixin(FiniteUpdates):
     ) -> tuple[Tensor, Any]:
         if self._checks_left == CHECKED_MICRO_BATCHES:
             self._look_at(self.model_wrapped)
-        alpha = alpha_at(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
+        alpha = self._alpha()
         options = {"alpha": alpha, "label_smoothing": self._label_smoothing(inputs, targets)}
         num_items = [count[0] / self._processes() for count in counts]
         weighed = [target.weighed_by(count) for target, count in zip(targets, counts, strict=True)]
@@ -336,6 +393,30 @@ class RDropMixin(FiniteUpdates):
         self._alpha_used = alpha
         auxiliary = self._auxiliary(outputs)
         return loss if auxiliary is None else loss + auxiliary, outputs
+
+    def _unlabeled_step(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Runs forward and backward of the divergence alone; labels only say which positions count."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[assignment, unused-ignore]
+        inner = self._inner_model()
+        with self.compute_loss_context_manager():
+            targets = self.rdrop_targets(inputs)
+            if is_packed(inner, inputs):
+                outputs = by_pass(model(**repeat_packed(inputs, self.passes)), self.passes)
+            else:
+                outputs = model(**repeat_batch(inputs, self.passes, batch_size=len(targets[0].labels)))
+            terms = []
+            for target, (positions, _) in zip(targets, self._unlabeled_counts, strict=True):
+                logits = target.logits(outputs)
+                options = {"alpha": self._alpha(), "num_items": positions / self._processes(), "task_passes": ()}
+                loss, _, divergence = self._terms_or_nan(partial(target.rdrop_loss, logits, **options), logits)
+                terms.append(target.share * torch.stack([loss, divergence]))
+            loss, divergence = torch.stack(terms).sum(0).unbind()
+        self._term_means.add(self.state.global_step, unlabeled_divergence=divergence.detach())
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _alpha(self) -> float:
+        return alpha_at(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
 
     def _scored(self, target: Target, rows: Tensor, project: Callable[[Tensor], Tensor]) -> None:
         """Hears of the logits `project(rows)` of all passes, `(passes*N, ...)`, for trainers that log more of them."""
@@ -483,6 +564,20 @@ class RDropMixin(FiniteUpdates):
         if "divergence" in logs:
             logs["alpha"] = self._alpha_used  # of the last regularized update
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the Trainer's model card, with a section that states R-Drop's settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_section(Path(str(self.args.output_dir)) / "README.md", self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """Returns what a model card says, by its name here."""
+        settings = {name: getattr(self, name) for name in METHOD if getattr(self, name) is not None}
+        if self.unlabeled_dataset is not None:
+            settings["unlabeled_dataset"] = f"{len(self.unlabeled_dataset)} examples"
+            settings["unlabeled_batch_size"] = self.unlabeled_batch_size or self.args.per_device_train_batch_size
+        return settings
 
     def _processes(self) -> int:
         """Returns over how many processes the mean of an update is taken; their gradients are averaged afterwards."""
