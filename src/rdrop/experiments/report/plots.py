@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -270,8 +271,10 @@ def _figure(title: str, height: float = _HEIGHT_INCHES) -> tuple[Figure, Axes]:
 
 def finished_svg(figure: Figure, name: str) -> Markup:
     written = io.StringIO()
-    # Without a date in it, the same input gives the same bytes.
-    figure.savefig(written, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the text is drawn by the browser, with its fonts
+        # Without a date in it, the same input gives the same bytes.
+        figure.savefig(written, format="svg", metadata={"Date": None})
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
