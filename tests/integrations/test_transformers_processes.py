@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_agreement import worst_difference
+from sharded import OF_FSDP2
 from tests.several_processes import environments
 from two_processes import TRAININGS, all_updates
 
 HERE = Path(__file__).parent
 
 
-def test_two_processes_are_one_process(tmp_path: Path) -> None:
-    """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
-    forward is joint; plain training of a model that divides by the count; fused R-Drop; with unlabeled
-    examples; TRL's, with a router's loss. An update that one process finds infinite is left out by both.
-    """
+@pytest.fixture(scope="module")
+def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have left what they trained, one after the other: to start them takes most of the time."""
+    tmp_path = tmp_path_factory.mktemp("two")
     command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path)]
     with environments(2) as ranks:
         processes = [
@@ -30,8 +30,15 @@ def test_two_processes_are_one_process(tmp_path: Path) -> None:
             for process in processes:
                 process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return tmp_path
 
-    together = torch.load(tmp_path / "result.pt")
+
+def test_two_processes_are_one_process(folder_of_two: Path, tmp_path: Path) -> None:
+    """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
+    forward is joint; plain training of a model that divides by the count; fused R-Drop; with unlabeled
+    examples; TRL's, with a router's loss. An update that one process finds infinite is left out by both.
+    """
+    together = torch.load(folder_of_two / "result.pt")
     alone = all_updates(accumulation=4, folder=str(tmp_path))
     for training, two, one in zip(
         [*TRAININGS, "with unlabeled examples", "fine-tuning of TRL"], together, alone, strict=True
@@ -39,3 +46,11 @@ def test_two_processes_are_one_process(tmp_path: Path) -> None:
         assert worst_difference(two["gradients"], one["gradients"]) < 1e-6, training
         assert two["logs"] == pytest.approx(one["logs"], rel=1e-6), training
     assert set(together[0]["logs"]) == {"loss", "task_loss", "divergence"}
+
+
+def test_an_update_of_fsdp2_is_that_of_the_loss_by_hand(folder_of_two: Path) -> None:
+    """Two processes with sharded parameters; ragged batches in two accumulation steps, of unequal size."""
+    differences, refusal = torch.load(folder_of_two / "sharded.pt")
+    assert differences.keys() == OF_FSDP2.keys()
+    assert max(differences.values()) < 1e-12, differences
+    assert "DeepSpeed and FSDP have the whole output layer at hand only while it runs. Leave `fused` out" in refusal

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from gradient_agreement import ALPHA, CASES, build, train
 from sft_agreement import update_of_experts
+from sharded import differences_of_fsdp2, refusal_of_fsdp2
 from torch import Tensor, nn
 
 from rdrop.integrations.transformers import RDropTrainer
@@ -99,5 +100,7 @@ def left_out_by_both(folder: str) -> bool:
 if __name__ == "__main__":
     result = all_updates(accumulation=2, folder=sys.argv[1])
     assert left_out_by_both(sys.argv[1])
+    sharded = differences_of_fsdp2(sys.argv[1]), refusal_of_fsdp2(sys.argv[1])
     if os.environ["RANK"] == "0":
         torch.save(result, f"{sys.argv[1]}/result.pt")
+        torch.save(sharded, f"{sys.argv[1]}/sharded.pt")
