@@ -20,12 +20,12 @@ from tests.outcomes import in_parts
 from rdrop.experiments.tasks.files import (
     LONGEST_LINE_BYTES,
     DataError,
+    ParallelText,
     TableRow,
     find_file,
     have_same_content,
     load_hub,
     read_lines,
-    read_parallel,
     read_table,
 )
 from rdrop.experiments.tasks.splits import hold_out
@@ -194,8 +194,8 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 def test_parallel_lines_are_paired(tmp_path: Path) -> None:
     source, target = write(tmp_path / "a.de", f"{UNUSUAL}\nzwei\n"), write(tmp_path / "a.en.gz", "one\ntwo")
-    assert read_parallel(source, target) == [(UNUSUAL, "one"), ("zwei", "two")]
-    assert read_parallel(source, source) == [(UNUSUAL, UNUSUAL), ("zwei", "zwei")]
+    assert list(ParallelText(source, target)) == [(UNUSUAL, "one"), ("zwei", "two")]
+    assert list(ParallelText(source, source)) == [(UNUSUAL, UNUSUAL), ("zwei", "zwei")]
 
 
 @pytest.mark.parametrize(("longer", "shorter"), [("a.de", "a.en"), ("a.en", "a.de")])
@@ -205,14 +205,14 @@ def test_unequal_counts_name_the_first_line_without_a_partner(tmp_path: Path, lo
     with pytest.raises(
         DataError, match=f"{longer}:3: this line has no partner, .*{shorter} has 2 lines and this file 4"
     ):
-        read_parallel(tmp_path / "a.de", tmp_path / "a.en")
+        ParallelText(tmp_path / "a.de", tmp_path / "a.en")
 
 
 @pytest.mark.parametrize("empty", ["", " \t", "\u2028"])
 def test_a_parallel_line_without_text_is_an_error(tmp_path: Path, empty: str) -> None:
     source, target = write(tmp_path / "a.de", "1\n2\n"), write(tmp_path / "a.en", f"1\n{empty}\n")
     with pytest.raises(DataError, match=r"a\.en:2: the line is empty; delete it, and line 2 of the other file"):
-        read_parallel(source, target)
+        list(ParallelText(source, target))
 
 
 def test_csv_is_quoted_as_spreadsheets_do_and_rows_keep_their_line(tmp_path: Path) -> None:

@@ -65,30 +65,63 @@ def read_lines(path: AnyPath) -> list[str]:
     Raises `DataError` for a file that is missing, empty or cut off, and for a line that is not UTF-8, is longer than
     `LONGEST_LINE_BYTES`, begins with a byte order mark after the first line, or has a carriage return or a zero byte.
     """
-    lines: list[str] = []
-    with opened(path) as stream, _explained(path, lines):
+    return list(lines_of(path))
+
+
+def lines_of(path: AnyPath) -> Iterator[str]:
+    """Yields what `read_lines` returns, a line at a time."""
+    number = 0
+    with opened(path) as stream, _explained(path, lambda: number + 1):
         while raw := stream.readline(LONGEST_LINE_BYTES + 2):
-            lines.append(_decoded(raw, path, len(lines) + 1))
-    if not lines:
-        raise DataError(f"{path}:1: the file is empty; it needs at least one line")
-    return lines
+            number += 1
+            yield _decoded(raw, path, number)
+    if not number:
+        raise _empty(path)
 
 
-def read_parallel(source: AnyPath, target: AnyPath) -> list[tuple[str, str]]:
-    """Pairs line i of `source` with line i of `target`. Unequal counts and lines without text are errors."""
-    first, second = read_lines(source), read_lines(target)
-    if len(first) != len(second):
-        longer, shorter = (source, target) if len(first) > len(second) else (target, source)
-        least, most = sorted((len(first), len(second)))
-        raise DataError(
-            f"{longer}:{least + 1}: this line has no partner, {shorter} has {least} lines and this file {most}; line i "
-            "of one file must be the translation of line i of the other"
-        )
-    for path, lines in ((source, first), (target, second)):
-        for number, line in enumerate(lines, start=1):
-            if is_blank(line):
-                raise DataError(f"{path}:{number}: the line is empty; delete it, and line {number} of the other file")
-    return list(zip(first, second, strict=True))
+def count_lines(path: AnyPath) -> int:
+    """Counts the lines of `read_lines` without reading what they say."""
+    count, last = 0, b""
+    with opened(path) as stream, _explained(path, lambda: count + 1):
+        while block := stream.read(2**20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    if not last:
+        raise _empty(path)
+    return count + (last != b"\n")
+
+
+class ParallelText:
+    """The pairs (line i of `source`, line i of `target`), read from the files each time they are gone through.
+
+    Unequal counts are an error at once, a line that shows nothing when it is reached.
+    """
+
+    def __init__(self, source: AnyPath, target: AnyPath) -> None:
+        self.files = source, target
+        first, second = map(count_lines, self.files)
+        if first != second:
+            for path in self.files:
+                for _ in lines_of(path):  # what is wrong with a file explains its count
+                    pass
+            longer, shorter = (source, target) if first > second else (target, source)
+            least, most = sorted((first, second))
+            raise DataError(
+                f"{longer}:{least + 1}: this line has no partner, {shorter} has {least} lines and this file {most}; "
+                "line i of one file must be the translation of line i of the other"
+            )
+        self._size = first
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for number, pair in enumerate(zip(*map(lines_of, self.files), strict=True), start=1):
+            for path, line in zip(self.files, pair, strict=True):
+                if is_blank(line):
+                    raise DataError(
+                        f"{path}:{number}: the line is empty; delete it, and line {number} of the other file"
+                    )
+            yield pair
 
 
 def read_table(
@@ -171,7 +204,7 @@ def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[st
 
 def have_same_content(path: AnyPath, other: AnyPath) -> bool:
     """Whether both are one file, or copies of it, decompressed if a name ends in `.gz` or `.xz`."""
-    with opened(path) as stream, opened(other) as copy, _explained(path, []):
+    with opened(path) as stream, opened(other) as copy, _explained(path, lambda: 1):
         while block := stream.read(2**20):
             if copy.read(len(block)) != block:
                 return False
@@ -192,16 +225,20 @@ def opened(path: AnyPath) -> Iterator[io.BufferedReader]:
 
 
 @contextmanager
-def _explained(path: AnyPath, lines: list[str]) -> Iterator[None]:
-    """Turns what reading raises into a `DataError` at the line after `lines`."""
+def _explained(path: AnyPath, line: Callable[[], int]) -> Iterator[None]:
+    """Turns what reading raises into a `DataError` at that line."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise DataError(
-            f"{path}:{len(lines) + 1}: the compressed file is cut off or damaged ({error}); get it again"
+            f"{path}:{line()}: the compressed file is cut off or damaged ({error}); get it again"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}:{len(lines) + 1}: {error.strerror or error}; check the file") from error
+        raise DataError(f"{path}:{line()}: {error.strerror or error}; check the file") from error
+
+
+def _empty(path: AnyPath) -> DataError:
+    return DataError(f"{path}:1: the file is empty; it needs at least one line")
 
 
 def _decoded(raw: bytes, path: AnyPath, number: int) -> str:

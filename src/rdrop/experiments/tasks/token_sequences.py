@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PART = 10_000  # sentences that are converted at once
+IDS, LENGTHS = "ids.int32", "lengths.npy"
 
 T = TypeVar("T")
 
@@ -21,14 +23,24 @@ class TokenSequences:
     """Many lists of ids in two arrays, 4 bytes a token: WMT has 2 billion."""
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        parts, lengths = [], []
+        parts, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
         for some in in_parts(sequences):
-            lengths.append(np.fromiter(map(len, some), dtype=np.int64))
-            parts.append(np.fromiter((i for ids in some for i in ids), dtype=np.int32))
-        self.lengths: NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *lengths])
-        self.ids: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *parts])
+            lengths.append(_lengths_of(some))
+            parts.append(_joined(some))
+        self._set(np.concatenate(parts), np.concatenate(lengths))
+
+    @classmethod
+    def load(cls, path: Path) -> TokenSequences:
+        """Opens what a `TokenWriter` wrote to `path`. The ids stay on disk until they are read."""
+        self = cls.__new__(cls)
+        self._set(np.memmap(path / IDS, dtype=np.int32, mode="r"), np.load(path / LENGTHS))
+        return self
+
+    def _set(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        self.lengths: NDArray[np.int64] = lengths
+        self.ids: NDArray[np.int32] = ids
         """Those of all lists, one after the other."""
-        self._ends = np.cumsum(self.lengths)
+        self._ends = np.cumsum(lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -37,6 +49,31 @@ class TokenSequences:
         end = self._ends[index]
         ids: list[int] = self.ids[end - self.lengths[index] : end].tolist()
         return ids
+
+
+class TokenWriter:
+    """Writes lists of ids to the folder `path`, which it makes, without keeping them in memory."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir()
+        self._path, self._lengths = path, [np.zeros(0, np.int64)]
+        self._ids = (path / IDS).open("wb")
+
+    def append(self, some: Sequence[Sequence[int]]) -> None:
+        self._lengths.append(_lengths_of(some))
+        _joined(some).tofile(self._ids)
+
+    def close(self) -> None:
+        self._ids.close()
+        np.save(self._path / LENGTHS, np.concatenate(self._lengths))
+
+
+def _lengths_of(some: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    return np.fromiter(map(len, some), dtype=np.int64, count=len(some))
+
+
+def _joined(some: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    return np.fromiter(chain.from_iterable(some), dtype=np.int32)
 
 
 def usable(

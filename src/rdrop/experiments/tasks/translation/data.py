@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_parallel, read_table
+from rdrop.experiments.tasks.files import TABLES, DataError, ParallelText, find_file, load_hub, read_table
 from rdrop.experiments.tasks.spelling import is_blank
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
+from rdrop.experiments.tasks.token_cache import file_digest
 from rdrop.experiments.tasks.translation.tiny import file_names, write_tiny_pairs
 
 if TYPE_CHECKING:
@@ -27,28 +30,75 @@ Place = Callable[[int, int], str]
 """Where a side (0 or 1) of a pair is: `file:line`."""
 
 
-class Pairs:
-    """Sentences in two languages, in order; as often as one likes, for a training set need not fit into memory."""
+class AnyPairs(Protocol):
+    """Pairs in order, as often as one likes."""
 
-    def __init__(self, where: str, pairs: Sequence[Pair] | HubPairs, place: Place, *, lowercase: bool) -> None:
-        self.where, self.place = where, place
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Pair]: ...
+
+
+class Pairs:
+    """Sentences in two languages, in order; as often as one likes, for a training set need not fit into memory.
+
+    `content` is JSON that tells the pairs from any others, made when it is asked for; None where that takes their text.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        pairs: AnyPairs,
+        place: Place,
+        *,
+        lowercase: bool,
+        content: Callable[[], object] | None = None,
+    ) -> None:
+        self.where, self.place, self.content = where, place, content
         self._pairs, self._lowercase = pairs, lowercase
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __iter__(self) -> Iterator[Pair]:
-        for source, target in self._pairs:
-            yield (source.lower(), target.lower()) if self._lowercase else (source, target)
+        if not self._lowercase:
+            return iter(self._pairs)
+        return ((source.lower(), target.lower()) for source, target in self._pairs)
 
     def take(self, rows: NDArray[np.int64], split: str) -> Pairs:
-        """Returns some of the pairs, which are a `split`."""
-        pairs, places = list(self._pairs), rows.tolist()
+        """Returns some of the pairs, which are a `split`; `rows` ascend."""
+        of_all = self.content
 
         def place(row: int, side: int) -> str:
-            return self.place(places[row], side)
+            return self.place(int(rows[row]), side)
 
-        return Pairs(f"{self.where} ({split})", [pairs[row] for row in places], place, lowercase=self._lowercase)
+        def content() -> object:
+            assert of_all is not None
+            return [of_all(), hashlib.sha256(rows.tobytes()).hexdigest()]
+
+        return Pairs(
+            f"{self.where} ({split})",
+            _Some(self._pairs, rows),
+            place,
+            lowercase=self._lowercase,
+            content=None if of_all is None else content,
+        )
+
+    def in_memory(self) -> Pairs:
+        """Returns the same pairs, read now."""
+        return Pairs(self.where, list(self._pairs), self.place, lowercase=self._lowercase)
+
+
+class _Some:
+    """The pairs in ascending `rows` of others."""
+
+    def __init__(self, pairs: AnyPairs, rows: NDArray[np.int64]) -> None:
+        self._pairs, self._size = pairs, len(rows)
+        self._is_wanted = np.isin(np.arange(len(pairs)), rows, assume_unique=True)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Pair]:
+        return compress(self._pairs, self._is_wanted.tobytes())
 
 
 class HubPairs:
@@ -75,6 +125,9 @@ class HubPairs:
     def place(self, row: int, side: int) -> str:
         return f"{self._where}:{row + 1}"
 
+    def content(self) -> object:
+        return [self._dataset._fingerprint, *self._languages]
+
     def _check_columns(self) -> None:
         names = list(self._dataset[0]["translation"]) if self._nested else self._dataset.column_names
         for language in self._languages:
@@ -93,11 +146,11 @@ def load_pairs(data: TranslationData, test: str | None = None, *, seed: int = 0)
     splits = _load(data)
     if data.train_pairs is not None:
         splits["train"] = _drawn(splits["train"], data.train_pairs, seed)
-    if test is None:
-        return splits
-    if data.train is not None:
-        require_different_files({"train": _own_files(data, data.train), "test": _own_files(data, test)})
-    return splits | {"test": _own_split(data, test)}
+    if test is not None:
+        if data.train is not None:
+            require_different_files({"train": _own_files(data, data.train), "test": _own_files(data, test)})
+        splits["test"] = _own_split(data, test)
+    return {split: pairs if split == "train" else pairs.in_memory() for split, pairs in splits.items()}
 
 
 def _drawn(train: Pairs, size: int, seed: int) -> Pairs:
@@ -111,7 +164,7 @@ def _load(data: TranslationData) -> dict[str, Pairs]:
     if data.tiny:
         with TemporaryDirectory(prefix="rdrop-") as folder:
             write_tiny_pairs(Path(folder), data)
-            return _folder_pairs(data, folder)
+            return {split: pairs.in_memory() for split, pairs in _folder_pairs(data, folder).items()}
     if data.train is not None:
         return _own_pairs(data, data.train)
     if data.folder is not None:
@@ -145,7 +198,10 @@ def _parallel_files(data: TranslationData, source: Path, target: Path) -> Pairs:
     def place(row: int, side: int) -> str:
         return f"{(source, target)[side]}:{row + 1}"
 
-    return Pairs(str(source), read_parallel(source, target), place, lowercase=data.lowercase)
+    def content() -> object:
+        return [file_digest(source), file_digest(target)]
+
+    return Pairs(str(source), ParallelText(source, target), place, lowercase=data.lowercase, content=content)
 
 
 def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
@@ -191,5 +247,5 @@ def _hub_pairs(data: TranslationData, hub: str) -> dict[str, Pairs]:
             dataset = load_hub(hub, data.hub_config, hub_split)
         where = f"{hub} ({data.hub_config}) {hub_split}"
         pairs = HubPairs(dataset, where, data.source, data.target)
-        splits[split] = Pairs(where, pairs, pairs.place, lowercase=data.lowercase)
+        splits[split] = Pairs(where, pairs, pairs.place, lowercase=data.lowercase, content=pairs.content)
     return splits

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
@@ -28,7 +30,16 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
 )
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded, usable
+from rdrop.experiments.tasks.token_cache import cached, file_digest
+from rdrop.experiments.tasks.token_sequences import (
+    PART,
+    TokenSequences,
+    TokenWriter,
+    batches_by_length,
+    in_parts,
+    padded,
+    usable,
+)
 from rdrop.experiments.tasks.tokenizing import mostly_unknown
 from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
 from rdrop.experiments.tasks.translation.scores import TOKENIZERS, BleuScorer, has_words
@@ -47,6 +58,9 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.translation.recipes import TranslationData, TranslationModel, TranslationRecipe
 
 VOCABULARY_MULTIPLE = 8  # as fairseq: matrices of whole tiles
+CACHED_FROM = 100_000
+"""Training pairs from which on their tokens are kept on disk; fewer are encoded in a second or two."""
+KEYS = "keys.npy"
 
 Split = tuple[TokenSequences, TokenSequences]
 
@@ -65,8 +79,10 @@ class Translation:
         self._data, self._model, self._decoding = data, recipe.model, recipe.decoding
         self.metric = data.metric
         pairs = load_pairs(data, test, seed=recipe.seed)
-        self.subwords = build_subwords(data, pairs["train"])
-        self._splits = {split: encode_pairs(self.subwords, own) for split, own in pairs.items()}
+        train = encode_train(data, pairs["train"])
+        self.subwords = train.subwords
+        encoded = {split: encode_pairs(self.subwords, pairs[split]) for split in ("valid", "test")}
+        self._splits = {"train": train.tokens} | encoded
         if data.bidirectional:
             self._splits["train"] = both_ways(*self._splits["train"])
         self._used, self.counts = usable(
@@ -85,7 +101,8 @@ class Translation:
         self.predictions: Predictions | None = None
         self.signs: dict[str, float] = {}
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
-        self.notes |= notes_on_repeats(pairs, "pairs")
+        keys = {split: train.keys if split == "train" else keys_of(own) for split, own in pairs.items()}
+        self.notes |= notes_on_repeats(keys, "pairs")
         self.notes |= note_on_few({split: len(own[0]) for split, own in self._splits.items()}, "pairs")
         """In words: how many pairs were read, used and skipped; after a score, BLEU's signatures and what decoded."""
 
@@ -206,12 +223,59 @@ class Translation:
             )
 
 
+class EncodedTrain(NamedTuple):
+    """The training pairs as the model reads them."""
+
+    subwords: Subwords
+    tokens: Split
+    keys: Iterable[int]
+    """A number for each pair, equal for equal ones: see `keys_of`."""
+
+
+def encode_train(data: TranslationData, train: Pairs) -> EncodedTrain:
+    """Makes the subwords of both languages, from the training text alone, and encodes it.
+
+    From `CACHED_FROM` pairs on, what they become is kept on disk and found there the next time.
+    """
+    if train.content is None or len(train) < CACHED_FROM:
+        subwords = build_subwords(data, train)
+        return EncodedTrain(subwords, encode_pairs(subwords, train), keys_of(train))
+    codes = None if data.codes is None else _codes(data, data.codes)
+    settings = (data.vocabulary, data.tokenized) if codes is None else file_digest(codes)
+    content = {"pairs": train.content(), "lowercase": data.lowercase, "subwords": settings}
+    versions = {"format": 1, "tokenizers": tokenizers.__version__}
+    folder = cached(content | versions, partial(_write_train, data, train))
+    return EncodedTrain(
+        (LearnedSubwords if codes is None else CodedSubwords).load(folder),
+        (TokenSequences.load(folder / "source"), TokenSequences.load(folder / "target")),
+        np.load(folder / KEYS),
+    )
+
+
+def _write_train(data: TranslationData, train: Pairs, folder: Path) -> None:
+    subwords = build_subwords(data, train)
+    subwords.save(folder)
+    writers = TokenWriter(folder / "source"), TokenWriter(folder / "target")
+    keys = np.empty(len(train), np.uint64)
+    for start, some in zip(range(0, len(train), PART), in_parts(train), strict=True):
+        keys[start : start + len(some)] = [*keys_of(some)]
+        for writer, lines in zip(writers, zip(*some, strict=True), strict=True):
+            writer.append(subwords.encode(lines))
+    for writer in writers:
+        writer.close()
+    np.save(folder / KEYS, keys)
+
+
+def keys_of(pairs: Iterable[tuple[str, str]]) -> Iterator[int]:
+    """Yields 64 bits of a hash of each pair: of 10 million pairs two different ones share them once in 400,000 sets."""
+    for pair in pairs:
+        yield int.from_bytes(hashlib.blake2b("\n".join(pair).encode(), digest_size=8).digest())
+
+
 def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
-    """Makes the subwords of both languages, from the training text alone."""
-    lines = chain.from_iterable(train)
+    lines = _Lines(train)
     if data.codes is not None:
-        codes = Path(data.codes) if data.folder is None else find_file(data.folder, data.codes)
-        return CodedSubwords(codes, lines)
+        return CodedSubwords(_codes(data, data.codes), lines)
     subwords = LearnedSubwords(lines, data.vocabulary, tokenized=data.tokenized)
     if subwords.size > data.vocabulary:
         raise RecipeError(
@@ -220,6 +284,20 @@ def build_subwords(data: TranslationData, train: Pairs) -> Subwords:
             value=data.vocabulary,
         )
     return subwords
+
+
+def _codes(data: TranslationData, name: str) -> Path:
+    return Path(name) if data.folder is None else find_file(data.folder, name)
+
+
+class _Lines:
+    """The sentences of pairs, as often as one likes."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self._pairs)
 
 
 def encode_pairs(subwords: Subwords, pairs: Pairs) -> Split:

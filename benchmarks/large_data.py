@@ -1,0 +1,145 @@
+"""How a training starts on large data: `python -m benchmarks.large_data FOLDER [--pairs N ...] [--images N ...]`.
+
+It makes the data in FOLDER: N pairs of synthetic sentences, or N files of small images in 1,000 classes. Then two
+processes, one after the other, load them as `rdrop train` does and make one update each. The first finds no cache. The
+records, one line for each process, go to benchmarks/results/large.jsonl; `python -m benchmarks.pages` writes them into
+docs/speed.md. 10 million pairs take about half an hour and 12 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rdrop.bench.measure import origin
+from rdrop.bench.records import append
+
+RESULTS = Path(__file__).resolve().parent / "results/large.jsonl"
+WORDS, MEAN_LENGTH, LINES_AT_ONCE = 30_000, 12, 100_000
+CLASSES, NAMES_OF_ONE_FILE = 1_000, 1_300  # a file system allows 65,000 names of one file
+SPLITS = ("train", "valid", "test")
+
+
+def write_pairs(folder: Path, pairs: int) -> None:
+    """Writes `train`, `valid` and `test` with words drawn by Zipf's law, from letters of their own on each side."""
+    folder.mkdir(parents=True)
+    for number, side in enumerate(("source", "target")):
+        generator = np.random.default_rng(number)
+        letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+        lengths = generator.integers(2, 10, WORDS)
+        words = np.array(["".join(generator.choice(letters, length)) for length in lengths], dtype=object)
+        weights = 1 / np.arange(1, WORDS + 1)
+        bounds = np.cumsum(weights / weights.sum())
+        for split, size in zip(SPLITS, (pairs, 2_000, 2_000), strict=True):
+            with (folder / f"{split}.{side}").open("w") as file:
+                for start in range(0, size, LINES_AT_ONCE):
+                    ends = np.cumsum(generator.integers(4, 2 * MEAN_LENGTH - 3, min(LINES_AT_ONCE, size - start)))
+                    drawn = words[np.searchsorted(bounds, generator.random(ends[-1])).clip(max=WORDS - 1)].tolist()
+                    starts = [0, *ends.tolist()]
+                    file.writelines(" ".join(drawn[a:b]) + "\n" for a, b in pairwise(starts))
+
+
+def write_images(folder: Path, images: int) -> None:
+    """Writes the class folders; each file has many names, so that they cost no more than their entries."""
+    generator, of_class = np.random.default_rng(0), images // CLASSES
+    for label in range(CLASSES):
+        path = folder / f"class-{label:04}"
+        path.mkdir(parents=True)
+        for number in range(of_class):
+            name, first = path / f"{number:05}.png", path / f"{number - number % NAMES_OF_ONE_FILE:05}.png"
+            if name == first:
+                Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(name)
+            else:
+                os.link(first, name)
+
+
+def settings_of(kind: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the recipe, and the settings of a small model on the data in the folder."""
+    if kind == "images":
+        return "cifar-10-4k", {"data.train": str(folder), "batch_size": 64}
+    data = {"data.folder": str(folder), "data.vocabulary": 8000, "batch_size": None, "batch_tokens": 4096}
+    return "translation", data | {"model.hidden_size": 64, "model.intermediate_size": 128}
+
+
+def start(kind: str, folder: Path) -> dict[str, Any]:
+    """Loads the data as `rdrop train` does, and makes one update; returns seconds, and the most memory it took."""
+    clocks = [(time.perf_counter(), time.process_time())]
+    import torch
+
+    from rdrop import rdrop_loss, repeat_batch
+    from rdrop.experiments.recipes import find_recipe
+    from rdrop.experiments.tasks.task import load_task
+    from rdrop.experiments.training.order import DataOrder
+
+    name, settings = settings_of(kind, folder)
+    recipe = find_recipe(name).replace(**settings)
+    clocks.append((time.perf_counter(), time.process_time()))
+    task = load_task(recipe)
+    clocks.append((time.perf_counter(), time.process_time()))
+    order = DataOrder(recipe, task.train_size(), task.train_lengths())
+    epoch, rows = order.at(0)
+    batch = task.train_batch(rows.tolist(), epoch)
+    model = task.build_model().train()
+    labels = task.labels(batch)
+    loss = rdrop_loss(task.logits(model, repeat_batch(batch, 2)), labels, alpha=1.0, ignore_index=-100).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    clocks.append((time.perf_counter(), time.process_time()))
+    spans = [tuple(after - before for before, after in zip(*two, strict=True)) for two in pairwise(clocks)]
+    wall, processor = ([span[clock] for span in spans] for clock in (0, 1))
+    found = {"seconds": wall, "processor_seconds": processor, "examples": task.train_size()}
+    sides = getattr(task, "_splits", {}).get("train", ())
+    return found | {
+        "tokens": sum(len(side.ids) for side in sides) if kind == "pairs" else None,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def measure(kind: str, size: int, folder: Path, command: str) -> list[dict[str, Any]]:
+    data, cache = folder / f"{kind}-{size}", folder / "cache"
+    if not data.exists():
+        {"pairs": write_pairs, "images": write_images}[kind](data, size)
+    shutil.rmtree(cache, ignore_errors=True)
+    records = []
+    for which in ("first", "second"):
+        arguments = [sys.executable, "-m", "benchmarks.large_data", str(data), "--start", kind]
+        environment = os.environ | {"RDROP_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(arguments, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        load = {"start": which, "kind": kind, "size": size, "cache_bytes": kept, "load_before": os.getloadavg()[0]}
+        records.append(load | json.loads(done.stdout.splitlines()[-1]) | {"threads": 1, **origin(), "command": command})
+        print(json.dumps(records[-1]))
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pairs", type=int, nargs="*", default=[])
+    parser.add_argument("--images", type=int, nargs="*", default=[])
+    parser.add_argument("--start", choices=("pairs", "images"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.start:
+        print(json.dumps(start(arguments.start, arguments.folder)))
+        return
+    for kind in ("pairs", "images"):
+        for size in getattr(arguments, kind):
+            command = shlex.join(["python", "-m", "benchmarks.large_data", "FOLDER", f"--{kind}", str(size)])
+            append(measure(kind, size, arguments.folder, command), RESULTS)
+
+
+if __name__ == "__main__":
+    main()
