@@ -1,9 +1,11 @@
-"""How a training starts on large data: `python -m benchmarks.large_data FOLDER [--pairs N ...] [--images N ...]`.
+"""How long starts take: `python -m benchmarks.large_data FOLDER [--pairs N ...] [--images N ...] [--commands]`.
 
 It makes the data in FOLDER: N pairs of synthetic sentences, or N files of small images in 1,000 classes. Then two
 processes, one after the other, load them as `rdrop train` does and make one update each. The first finds no cache. The
 records, one line for each process, go to benchmarks/results/large.jsonl; `python -m benchmarks.pages` writes them into
 docs/speed.md. 10 million pairs take about half an hour and 12 GB of disk.
+
+`--commands` times the commands that train nothing, from a short comparison in FOLDER.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -125,11 +128,34 @@ def measure(kind: str, size: int, folder: Path, command: str) -> list[dict[str, 
     return records
 
 
+def measure_commands(folder: Path, command: str) -> list[dict[str, Any]]:
+    """Starts each command five times and takes the median, so the files are in the memory of the system."""
+    program, runs = [sys.executable, "-m", "rdrop"], str(folder / "runs")
+    short = ["updates=40", "warmup_steps=4", "evaluate_every=10"]
+    subprocess.run([*program, "compare", "digits", "--seeds", "2", "--runs", runs, *short], check=True)
+    records = []
+    for arguments in (["--help"], ["list"], ["compare", "--help"], ["report", runs]):
+        wall, processor = [], []
+        for _ in range(5):
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
+            wall.append(time.perf_counter() - started)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            processor.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        what = " ".join(["rdrop", *arguments]).replace(runs, "runs")
+        seconds = {"seconds": statistics.median(wall), "processor_seconds": statistics.median(processor)}
+        load = {"kind": "command", "what": what, "load_before": os.getloadavg()[0]}
+        records.append(load | seconds | origin("cpu", 1, command))
+        print(json.dumps(records[-1]))
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, nargs="*", default=[])
     parser.add_argument("--images", type=int, nargs="*", default=[])
+    parser.add_argument("--commands", action="store_true")
     parser.add_argument("--start", choices=("pairs", "images"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
@@ -139,6 +165,9 @@ def main() -> None:
         for size in getattr(arguments, kind):
             command = shlex.join(["python", "-m", "benchmarks.large_data", "FOLDER", f"--{kind}", str(size)])
             append(measure(kind, size, arguments.folder, command), RESULTS)
+    if arguments.commands:
+        command = "python -m benchmarks.large_data FOLDER --commands"
+        append(measure_commands(arguments.folder, command), RESULTS)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,12 @@ def test_the_forms_from_hidden_states_compute_the_same_loss_and_gradient(name, o
     torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-6)
 
 
+def test_the_products_alone_are_those_of_a_loss_whose_gradient_is_the_logits():
+    hidden, weight, labels = linear.problem(20, 8, 30, QUICK)
+    _, gradient = loss_and_gradient(linear.forms(weight, QUICK)["products"], hidden, labels)
+    torch.testing.assert_close(gradient, hidden @ weight.T @ weight)
+
+
 def test_without_compile_and_names_all_forms_but_the_reference_are_measured():
     names = set(rows.forms(Conditions()))
     assert {"cross_entropy_compiled", "tidy_compiled", "official", "ours", "ours_overwriting"} <= names

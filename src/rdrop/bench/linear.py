@@ -39,6 +39,20 @@ class _Parameter(torch.autograd.Function):
         return None, None
 
 
+class _NoLoss(torch.autograd.Function):
+    """A number whose gradient in the logits is there already: the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return logits  # type: ignore[no-any-return]
+
+
 def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
     """Returns the forms by name, in the order of the tables. Each takes hidden states `(2N, D)` and labels `(N,)`."""
 
@@ -49,6 +63,10 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
     def after_linear(loss: Form, through: Callable[..., Any] = lambda whole: whole) -> Form:
         whole = through(lambda hidden, weight, labels: loss(F.linear(hidden, weight), labels))
         return lambda hidden, labels: whole(hidden, parameter(), labels)
+
+    def products(hidden: Tensor, labels: Tensor) -> Tensor:
+        """Computes the three matrix products that any form without padding needs, and nothing else."""
+        return _NoLoss.apply(F.linear(hidden, parameter()))  # type: ignore[no-any-return, no-untyped-call]
 
     def torch_linear_cross_entropy(hidden: Tensor, labels: Tensor) -> Tensor:
         """Computes plain cross-entropy of the same rows by PyTorch, in chunks, which exclude label smoothing."""
@@ -79,6 +97,7 @@ def forms(weight: Tensor, conditions: Conditions) -> dict[str, Form]:
         "ours": ours,
         "ours_30_percent_padding": ours_padded,
         "ours_cross_entropy": partial(ours, alpha=0.0),
+        "products": products,
     }
     if conditions.device == "cuda":
         table |= peers.from_hidden(parameter, SMOOTHING)

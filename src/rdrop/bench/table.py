@@ -61,6 +61,7 @@ LAYOUTS = {
             "ours": "`linear_rdrop_loss`",
             "ours_30_percent_padding": "`linear_rdrop_loss`, 30 % padding",
             "ours_cross_entropy": "plain cross-entropy by our technique",
+            "products": "the three matrix products alone",
             "liger": "plain cross-entropy of Liger, from hidden states",
             "cut_cross_entropy": "cut cross-entropy, no label smoothing",
         },
