@@ -187,7 +187,7 @@ def _images_of(folder: Path) -> list[str]:
     if not entries:
         raise DataError(f"{folder}: the class has no images; add some, or delete the folder")
     for entry in entries:
-        if Path(entry.name).suffix.lower() not in SUFFIXES:
+        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             shown = " ".join(sorted(SUFFIXES))
             raise DataError(f"{entry.path}: is no image by its name ({shown}); move it away")
         if not _is_regular_file(entry):

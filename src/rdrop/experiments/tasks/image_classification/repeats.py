@@ -22,7 +22,7 @@ def count_repeated(
     """Counts the rows of `second` whose image is stored byte for byte as one of `first`; None: too many to compare."""
     if len(first_rows) + len(second_rows) > MOST_IMAGES:
         return None
-    first_sizes, second_sizes = first.sizes[first_rows], second.sizes[second_rows]
+    first_sizes, second_sizes = first.sizes(first_rows), second.sizes(second_rows)
     # Only images of the same size are read.
     first_alike, second_alike = np.isin(first_sizes, second_sizes), np.isin(second_sizes, first_sizes)
     if first_sizes[first_alike].sum() + second_sizes[second_alike].sum() > MOST_BYTES:
@@ -33,9 +33,10 @@ def count_repeated(
 
 def are_the_same(first: Source, second: Source, size: int) -> bool:
     """Whether two sets of `size` images are the same, in any order; of sets that are too large to compare, no."""
-    if 2 * size > MOST_IMAGES or first.sizes.sum() + second.sizes.sum() > MOST_BYTES:
+    if 2 * size > MOST_IMAGES:
         return False
-    if not np.array_equal(np.sort(first.sizes), np.sort(second.sizes)):
+    sizes, others = (np.sort(source.sizes(np.arange(size))) for source in (first, second))
+    if sizes.sum() + others.sum() > MOST_BYTES or not np.array_equal(sizes, others):
         return False
     return Counter(_digests(first, range(size))) == Counter(_digests(second, range(size)))
 

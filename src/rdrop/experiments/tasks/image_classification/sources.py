@@ -30,9 +30,8 @@ class Source(Protocol):
     def stored(self, index: int) -> bytes:
         """Returns the bytes that the image is kept as: those of its file, or its pixels."""
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """The number of these bytes, of each image, `(N,)`: found without reading them."""
+    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the number of these bytes of some images, as many as there are `rows`: found without reading them."""
 
 
 class Files:
@@ -50,9 +49,9 @@ class Files:
     def stored(self, index: int) -> bytes:
         return _of_file(self._root / self._names[index], Path.read_bytes)
 
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        return np.array([_of_file(self._root / name, os.path.getsize) for name in self._names], dtype=np.int64)
+    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        paths = (self._root / self._names[row] for row in rows.tolist())
+        return np.array([_of_file(path, os.path.getsize) for path in paths], dtype=np.int64)
 
 
 class Pixels:
@@ -71,9 +70,8 @@ class Pixels:
         pixels: NDArray[np.uint8] = self._images[index]
         return pixels.tobytes()
 
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        return np.full(len(self._images), self._images[0].nbytes)
+    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.full(len(rows), self._images[0].nbytes)
 
 
 class HubImages:
@@ -101,8 +99,11 @@ class HubImages:
         found = self._content(index)
         return found if isinstance(found, bytes) else _of_file(found, Path.read_bytes)
 
+    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._sizes[rows]
+
     @cached_property
-    def sizes(self) -> NDArray[np.int64]:
+    def _sizes(self) -> NDArray[np.int64]:
         import pyarrow.compute
 
         content = self._rows.with_format("arrow")[:][self._column]
