@@ -145,7 +145,7 @@ def measure_commands(folder: Path, command: str) -> list[dict[str, Any]]:
         what = " ".join(["rdrop", *arguments]).replace(runs, "runs")
         seconds = {"seconds": statistics.median(wall), "processor_seconds": statistics.median(processor)}
         load = {"kind": "command", "what": what, "load_before": os.getloadavg()[0]}
-        records.append(load | seconds | origin("cpu", 1, command))
+        records.append(load | seconds | {"threads": 1, **origin(), "command": command})
         print(json.dumps(records[-1]))
     return records
 

@@ -443,7 +443,7 @@ def test_two_mutated_files_are_paired_line_by_line_or_one_of_them_is_refused_wit
         sides = ["".join(f"{SENTENCES[(row + side) % len(SENTENCES)]}\n" for row in range(rows)) for side in (0, 1)]
         contents = [mutated(side.encode(), chance) if chance.random() < 0.4 else side.encode() for side in sides]
         source, target = (write(tmp_path / f"{side}{suffix}", contents[side]) for side in (0, 1))
-        found, problem = outcome(read_parallel, source, target)
+        found, problem = outcome(read_pairs, source, target)
         refused += found is None
         if found is None:
             place = rf"({re.escape(str(source))}|{re.escape(str(target))}):\d+: .+; .+"
@@ -456,6 +456,10 @@ def test_two_mutated_files_are_paired_line_by_line_or_one_of_them_is_refused_wit
     assert pairs // 10 < refused < pairs
     record_property("files", 2 * pairs)
     record_property("pairs refused", refused)
+
+
+def read_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
+    return list(ParallelText(source, target))
 
 
 def outcome(read: Callable[..., Any], *arguments: object) -> tuple[Any, str | None]:
