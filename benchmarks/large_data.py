@@ -134,7 +134,7 @@ def measure_commands(folder: Path, command: str) -> list[dict[str, Any]]:
     short = ["updates=40", "warmup_steps=4", "evaluate_every=10"]
     subprocess.run([*program, "compare", "digits", "--seeds", "2", "--runs", runs, *short], check=True)
     records = []
-    for arguments in (["--help"], ["list"], ["compare", "--help"], ["report", runs]):
+    for arguments in (["--help"], ["list"], ["compare", "--help"], ["report", "--help"], ["report", runs]):
         wall, processor = [], []
         for _ in range(5):
             before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
