@@ -2,7 +2,8 @@
 
 It makes the data in FOLDER: N pairs of synthetic sentences, or N files of small images in 1,000 classes. Then two
 processes, one after the other, load them as `rdrop train` does and make one update each. The first finds no cache. The
-records, one line for each process, go to benchmarks/results/large.jsonl. 10 million pairs take about half an hour and 12 GB of disk.
+records, one line for each process, go to benchmarks/results/large.jsonl. 10 million pairs take about
+half an hour and 12 GB of disk.
 
 `--commands` times the commands that train nothing, from a short comparison in FOLDER.
 """
