@@ -2,8 +2,8 @@
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
-steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/accuracy.py --record`:
-accuracy-cpu.json and accuracy-linear.json.
+steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/large_data.py`: large.jsonl. From
+`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def soft_records() -> list[Record]:
     return read(RESULTS / "soft.jsonl")
 
 
+def large_records() -> list[Record]:
+    return read(RESULTS / "large.jsonl")
+
+
 def gpu_records() -> list[Record]:
     path = RESULTS / "gpu.jsonl"
     return read(path) if path.exists() else []
@@ -59,6 +63,9 @@ def speed_parts() -> dict[str, str]:
     found["figures"] = figures_table(records)
     found["soft labels"] = _soft_labels(soft_records())
     found["gpu"] = _gpu(gpu_records())
+    large = large_records()
+    found["large data"] = _large_data([record for record in large if record["kind"] != "command"])
+    found["commands"] = _commands([record for record in large if record["kind"] == "command"])
     return found
 
 
@@ -119,6 +126,41 @@ def _soft_labels(records: Sequence[Record]) -> str:
             cells = f"{1e3 * indices.median:.1f} | {1e3 * soft.median:.1f} | {number(soft.median / indices.median)}"
             rows.append(f"| {indices.words}, {of_size[0]['dtype']} | {cells} |")
     return "\n".join(rows) + f"\n\n{_origin(found)}"
+
+
+def _large_data(records: Sequence[Record]) -> str:
+    """Processor seconds and memory of each start, by kind and size."""
+    rows = [
+        "| data | start | reading | up to the first update | memory | per further token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in sorted(records, key=lambda r: (r["kind"] == "images", r["size"], r["start"])):
+        of_kind = [r for r in records if (r["kind"], r["start"]) == (record["kind"], record["start"])]
+        least = min(of_kind, key=lambda r: int(r["size"]))
+        tokens, per_token = "", ""
+        if record["tokens"]:
+            tokens = f", {record['tokens'] / 1e6:,.0f} million tokens"
+            if record is not least:
+                growth = record["peak_bytes"] - least["peak_bytes"]
+                per_token = f"{growth / (record['tokens'] - least['tokens']):.1f} bytes"
+        seconds = record["processor_seconds"]
+        figures = (f"{seconds[1]:.1f} s", f"{sum(seconds):.1f} s", f"{record['peak_bytes'] / 1e9:.1f} GB", per_token)
+        rows.append(f"| {record['size']:,} {record['kind']}{tokens} | {record['start']} | {' | '.join(figures)} |")
+    return "\n".join(rows) + f"\n\n{_origin_of_starts(records)}"
+
+
+def _commands(records: Sequence[Record]) -> str:
+    rows = ["| command | processor time |", "|---|---|"]
+    rows += [f"| `{record['what']}` | {record['processor_seconds']:.2f} s |" for record in records]
+    return "\n".join(rows) + f"\n\n{_origin_of_starts(records)}"
+
+
+def _origin_of_starts(records: Sequence[Record]) -> str:
+    first = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    dates = " and ".join(sorted({record["date"][:10] for record in records}))
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(record["command"] for record in records))
+    return f"{first['device']}, processor time, 1 thread for torch; {versions}; {dates}; by {commands}."
 
 
 def _gpu(records: list[Record]) -> str:

@@ -48,6 +48,29 @@ def test_soft_labels_cost_at_most_twice_as_much_as_class_indices():
         assert seconds[form, dtype] <= 2 * seconds[form.removesuffix("_soft_labels"), dtype]
 
 
+@pytest.mark.parametrize(
+    "record", pages.large_records(), ids=lambda r: f"{r.get('what', r.get('size'))}-{r.get('start')}"
+)
+def test_a_committed_record_of_a_start_names_machine_date_versions_and_command(record):
+    for key in ("device", "date", "versions", "commit", "command", "threads"):
+        assert record[key], key
+    assert record["command"].startswith("python -m benchmarks.large_data FOLDER --")
+
+
+def test_the_second_start_on_ten_million_pairs_reads_in_less_than_ten_seconds_and_eight_bytes_a_token():
+    pairs = {(r["size"], r["start"]): r for r in pages.large_records() if r["kind"] == "pairs"}
+    least, most = (pairs[size, "second"] for size in (100_000, 10_000_000))
+    assert sum(most["processor_seconds"][:2]) < 10
+    assert most["peak_bytes"] - least["peak_bytes"] < 8 * (most["tokens"] - least["tokens"])
+
+
+def test_commands_that_neither_train_nor_draw_take_less_than_a_second():
+    commands = {r["what"]: r["processor_seconds"] for r in pages.large_records() if r["kind"] == "command"}
+    drawn = commands.pop("rdrop report runs")
+    assert len(commands) == 4
+    assert max(commands.values()) < 1 < drawn
+
+
 def test_figures_are_compared_with_what_they_name():
     facts = {"benchmark": "rows", "pairs": 1024, "classes": 32_768, "dtype": "float32"}
     records = [
