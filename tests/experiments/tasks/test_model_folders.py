@@ -140,6 +140,13 @@ def test_quantized_weights_are_refused(write: Write) -> None:
         load("language", write("language", quantization_config={"quant_method": "mxfp4"}))
 
 
+@pytest.mark.parametrize("number", [1_001, 10**30, 10**400])
+def test_layers_without_end_are_refused_before_they_are_built(number: float, kind: str, write: Write) -> None:
+    key = {"language": "n_layer", "summary": "decoder_layers"}.get(kind, "num_hidden_layers")
+    with pytest.raises(RecipeError, match=rf"asks for {key} 1e\+\d+, and 1000 is the most; get it again"):
+        load(kind, write(kind, **{key: number}))
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     "content",

@@ -18,6 +18,9 @@ LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 SPARE_ROWS, SPARE_SHARE = 128, 0.04
 """How many rows of an embedding may be without an entry of the tokenizer: some models have a round number of rows."""
 
+MOST_LAYERS = 1_000
+"""Several times as many as any model has."""
+
 IMPLEMENTATIONS = {
     "attn_implementation": (None, "eager", "sdpa"),
     "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
@@ -50,7 +53,7 @@ def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
     """Loads the configuration of a model that `model_class`, such as `AutoModelForCausalLM`, knows to be a `kind`."""
     with loading(name):
         settings, _ = PreTrainedConfig.get_config_dict(name)
-    _require_no_program(settings, name)
+    _require_sane(settings, name)
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in model_class._model_mapping:
@@ -58,8 +61,11 @@ def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
     return config
 
 
-def _require_no_program(settings: Any, name: str) -> None:
-    """Refuses what lets transformers fetch a kernel, which is a program, and run it: at any depth of a config.json."""
+def _require_sane(settings: Any, name: str) -> None:
+    """Refuses a config.json that, at any depth, asks for a program or for layers without end.
+
+    Of some kernels transformers fetches the program, and runs it. Layers are built one by one until memory ends.
+    """
     if isinstance(settings, list):
         settings = dict(enumerate(settings))
     if not isinstance(settings, dict):
@@ -70,7 +76,12 @@ def _require_no_program(settings: Any, name: str) -> None:
             raise RecipeError("model.name", rule, value=name)
         if key == "quantization_config" and value is not None:
             raise RecipeError("model.name", "is quantized, and such weights are not trained; give others", value=name)
-        _require_no_program(value, name)
+        if "layer" in str(key) and isinstance(value, (int, float)) and value > MOST_LAYERS:
+            rule = (
+                f"its config.json asks for {key} {min(value, 1e300):.0e}, and {MOST_LAYERS} is the most; get it again"
+            )
+            raise RecipeError("model.name", rule, value=name)
+        _require_sane(value, name)
 
 
 def pretrained_tokenizer(name: str, config: Any) -> Any:
