@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rdrop.experiments.tasks import sequence_to_sequence
 from rdrop.experiments.tasks.sequence_to_sequence import source_use
+from rdrop.experiments.tasks.share import ALONE
 
 SIZE, VOCABULARY = 7, 5
 SOURCES = torch.arange(SIZE) % VOCABULARY
@@ -37,7 +38,7 @@ def batch_of(rows: list[int], sources: list[int]) -> dict[str, Tensor]:
 
 
 def test_a_model_of_the_targets_alone_uses_nothing_of_its_source() -> None:
-    assert source_use(Reader(0.0), logits, batch_of, LENGTHS, 3) == {"source_use": 0.0}
+    assert source_use(Reader(0.0), logits, batch_of, LENGTHS, 3, ALONE) == {"source_use": 0.0}
 
 
 def test_the_rise_is_that_of_the_mean_loss_of_a_label_where_none_has_its_own_source() -> None:
@@ -48,17 +49,17 @@ def test_the_rise_is_that_of_the_mean_loss_of_a_label_where_none_has_its_own_sou
             seen.update(zip(rows, sources, strict=True))
         return batch_of(rows, sources)
 
-    found = source_use(Reader(2.0), logits, watched, LENGTHS, 3)["source_use"]
+    found = source_use(Reader(2.0), logits, watched, LENGTHS, 3, ALONE)["source_use"]
     assert sorted(seen.values()) == sorted(seen) == list(range(SIZE))
     assert all(row != source for row, source in seen.items())
     # A right source makes the label's logit 2 and the others 0, a wrong one the reverse: the loss rises by 2.
     wrong = sum(int(LENGTHS[row]) for row, source in seen.items() if SOURCES[row] != SOURCES[source])
     assert found == pytest.approx(2.0 * wrong / LENGTHS.sum(), rel=1e-6)
-    assert source_use(Reader(2.0), logits, batch_of, LENGTHS, 2)["source_use"] == pytest.approx(found, rel=1e-6)
+    assert source_use(Reader(2.0), logits, batch_of, LENGTHS, 2, ALONE)["source_use"] == pytest.approx(found, rel=1e-6)
 
 
 def test_one_example_has_no_other_source() -> None:
-    assert source_use(Reader(1.0), logits, batch_of, LENGTHS[:1], 3) == {}
+    assert source_use(Reader(1.0), logits, batch_of, LENGTHS[:1], 3, ALONE) == {}
 
 
 def test_of_a_large_split_the_first_examples_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +70,5 @@ def test_of_a_large_split_the_first_examples_are_measured(monkeypatch: pytest.Mo
         rows_seen.update(rows, sources)
         return batch_of(rows, sources)
 
-    source_use(Reader(1.0), logits, watched, LENGTHS, 2)
+    source_use(Reader(1.0), logits, watched, LENGTHS, 2, ALONE)
     assert rows_seen == {0, 1, 2}

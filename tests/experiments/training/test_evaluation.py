@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +253,22 @@ def test_one_run_as_json(compared: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(out) == [{"run": str(run), "scores": finished(run).result["test"]}]
     table, _ = shown([run], capsys)
     assert "accuracy %" in table
+
+
+def test_of_several_processes_the_first_shows(
+    compared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert shown([compared], capsys) == ("", "")
+
+
+@pytest.mark.long
+def test_two_processes_score_as_one_does(compared: Path) -> None:
+    run = compared / DIGITS_VIT.name / DIGITS_VIT.replace(alpha=0.0, updates=20, evaluate_every=10).digest()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rdrop"]
+    command = [sys.executable, *launcher, "evaluate", str(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [{"run": str(run), "scores": finished(run).result["test"]}]
 
 
 def test_mistakes_are_one_line(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -320,12 +320,15 @@ def evaluate(
 ) -> None:
     """Score the test split again with the weights of finished runs: on another file, with another search.
 
-    It writes no file. Several runs are compared, as in `compare`, by the new scores.
+    It writes no file. Several runs are compared, as in `compare`, by the new scores. Processes that torchrun started
+    share the examples.
     """
     if recipe is not None:
         find_recipe(recipe)  # which imports the class that reads the recipes of its task
     scored, failures = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
-    if as_json:
+    if not _is_first_process():
+        pass  # of several, which have all scores
+    elif as_json:
         found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     elif len(scored) == 1 and scored[0].result is not None:
@@ -487,7 +490,7 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    console = Terminal(stderr=True, highlight=False)
+    console = Terminal(stderr=True, highlight=False, quiet=not _is_first_process())
     _show_unusable(unusable, console)
     quiet_transformers()
     scored, failures = [], []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_sequences import batches_by_length
 
@@ -36,8 +37,10 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
 def search_and_loss(
     model: nn.Module,
     forward: Callable[[nn.Module, Batch], Tensor],
-    batches: Iterable[tuple[list[int], Batch]],
+    batches: Iterable[list[int]],
+    batch_of: Callable[[list[int]], Batch],
     search: Callable[[list[int]], list[list[int]]] | None,
+    share: Share,
 ) -> tuple[dict[int, list[int]], float, int]:
     """Searches an output for each row of the batches, and adds up the loss of their labels.
 
@@ -46,13 +49,17 @@ def search_and_loss(
     Returns: the output of each row (none without a search); the sum of the loss; the number of labels.
     """
     device = next(model.parameters()).device
+
+    def of_batch(rows: list[int]) -> tuple[float, int, dict[int, list[int]]]:
+        batch = {name: tensor.to(device) for name, tensor in batch_of(rows).items()}
+        loss, count = _loss(model, forward, batch)
+        return loss, count, {} if search is None else dict(zip(rows, search(rows), strict=True))
+
     found: dict[int, list[int]] = {}
     total, tokens = 0.0, 0
-    for rows, batch in batches:
-        loss, count = _loss(model, forward, {name: tensor.to(device) for name, tensor in batch.items()})
+    for loss, count, outputs in share.map(of_batch, list(batches)):
         total, tokens = total + loss, tokens + count
-        if search is not None:
-            found |= zip(rows, search(rows), strict=True)
+        found |= outputs
     return found, total, tokens
 
 
@@ -63,6 +70,7 @@ def source_use(
     batch_of: Callable[[list[int], list[int]], Batch],
     lengths: NDArray[np.int64],
     batch_size: int,
+    share: Share,
 ) -> dict[str, float]:
     """Measures by how many nats the mean loss of a label rises where each example gets the source of another one.
 
@@ -79,12 +87,18 @@ def source_use(
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)  # one cycle through all: none gets its own
     device = next(model.parameters()).device
-    rise, labels = 0.0, 0
-    for rows in batches_by_length(lengths, range(size), batch_size):
-        for sources, sign in ((rows, -1), (other[rows].tolist(), 1)):
+
+    def of_batch(rows: list[int]) -> tuple[float, float, int]:
+        losses = []
+        for sources in (rows, other[rows].tolist()):
             batch = {name: tensor.to(device) for name, tensor in batch_of(rows, sources).items()}
             loss, count = _loss(model, forward, batch)
-            rise += sign * loss
+            losses.append(loss)
+        return losses[0], losses[1], count
+
+    rise, labels = 0.0, 0
+    for own, of_another, count in share.map(of_batch, list(batches_by_length(lengths, range(size), batch_size))):
+        rise = rise - own + of_another
         labels += count
     return {"source_use": rise / labels}
 

@@ -12,6 +12,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions
+from rdrop.experiments.tasks.share import Share
 from rdrop.terms import Divergence, TaskLoss
 
 Batch = dict[str, Any]
@@ -111,6 +112,14 @@ class KeepsPredictions(Protocol):
 
     predictions: Predictions | None
     """Those of the last `evaluate` of "test"."""
+
+
+@runtime_checkable
+class SharesEvaluation(Protocol):
+    """A task of whose `evaluate` several processes compute a part each. Any other task computes all in each of them."""
+
+    share: Share
+    """This process's part, for the `evaluate` that follows; a task begins as `ALONE`."""
 
 
 @runtime_checkable

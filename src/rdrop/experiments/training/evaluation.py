@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.randomness import seed_all
@@ -16,7 +17,8 @@ from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import load_recipe
 from rdrop.experiments.run_folder import RECIPE, ResultsError, what_is_damaged_in_result
-from rdrop.experiments.tasks.task import KnowsConstant, load_task
+from rdrop.experiments.tasks.share import Share
+from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
 
@@ -49,7 +51,10 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             "the weights would mean something else. Put them back, or name them by data.folder."
         )
     seed_all(recipe.seed, "evaluate", run.result["updates"])
-    model = task.build_model().to(torch.accelerator.current_accelerator() or "cpu").eval()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if isinstance(task, SharesEvaluation):
+        task.share = Share(state.process_index, state.num_processes)
+    model = task.build_model().to(state.device).eval()
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
     checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     scores = task.evaluate(model, "test")

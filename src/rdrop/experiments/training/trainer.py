@@ -41,11 +41,13 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import FAILURE, FORMAT, RunFolder, read_result, saved
 from rdrop.experiments.run_folder.predictions import write_predictions
+from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import (
     Batch,
     KeepsPredictions,
     KnowsConstant,
     LearnsFromUnlabeled,
+    SharesEvaluation,
     ShowsLearning,
     load_task,
 )
@@ -434,13 +436,18 @@ class _Training:
             )
 
     def score(self, split: Literal["valid", "test"]) -> dict[str, float]:
-        """The task's scores of the model as it is. Every process computes them all: they need no exchange."""
+        """The task's scores of the model as it is, the same in every process."""
         seed_all(self.recipe.seed, "evaluate", self.state.step)
-        hook = self.model.register_forward_pre_hook(self.stop.poll)
-        try:
+        accelerator, poll = self.accelerator, self.stop.poll
+        if accelerator.num_processes > 1 and isinstance(self.task, SharesEvaluation):
+            self.task.share = Share(accelerator.process_index, accelerator.num_processes, poll)
             scores = self.task.evaluate(self.model.eval(), split)
-        finally:
-            hook.remove()
+        else:
+            hook = self.model.register_forward_pre_hook(poll)
+            try:
+                scores = self.task.evaluate(self.model.eval(), split)
+            finally:
+                hook.remove()
         with _refusals():
             metrics.rows(scores)
         wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]

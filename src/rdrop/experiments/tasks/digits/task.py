@@ -22,6 +22,7 @@ from rdrop.experiments.tasks.class_scores import (
     prediction_spread,
     top_class_confidence,
 )
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import stratified_draw
 from rdrop.experiments.tasks.task import Batch
 
@@ -44,6 +45,7 @@ class Digits:
     metric = "accuracy"
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
+    share = ALONE
 
     def __init__(self, recipe: "DigitsRecipe") -> None:
         self.predictions: Predictions | None = None
@@ -122,11 +124,12 @@ class Digits:
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         rows = self.splits[split]
         device = next(model.parameters()).device
-        logits = [
-            self.logits(model, {"pixel_values": self._images[part].to(device)})
-            for part in torch.split(rows, EVALUATION_BATCH)
-        ]
-        scores, labels = torch.cat(logits).float().cpu(), self._labels[rows]
+
+        def of_batch(part: Tensor) -> Tensor:
+            return self.logits(model, {"pixel_values": self._images[part].to(device)}).float().cpu()
+
+        scores = torch.cat(self.share.map(of_batch, torch.split(rows, EVALUATION_BATCH)))
+        labels = self._labels[rows]
         predicted = scores.argmax(-1)
         is_right = predicted == labels
         if split == "valid":

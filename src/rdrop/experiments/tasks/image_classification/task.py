@@ -43,6 +43,7 @@ from rdrop.experiments.tasks.image_classification.images import read_unlabeled
 from rdrop.experiments.tasks.image_classification.sources import Source
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
 from rdrop.experiments.tasks.pretrained import loading, pretrained_config, pretrained_model
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import few_labels, note_on_few
 from rdrop.experiments.tasks.task import Batch
 
@@ -75,6 +76,7 @@ class ImageClassification:
     metric = "accuracy"
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
+    share = ALONE
 
     def __init__(self, recipe: ImageClassificationRecipe, test: str | None = None) -> None:
         self.predictions: Predictions | None = None
@@ -201,19 +203,24 @@ class ImageClassification:
         device = next(model.parameters()).device
         images, rows = self.splits[split]
         labels = torch.from_numpy(images.labels[rows])
+
+        def of_batch(part: NDArray[np.int64]) -> Tensor:
+            pixel_values = self._whole_images(Split(images, rows[part]), pool)
+            return self.logits(model, {"pixel_values": pixel_values.to(device)}).float().cpu()
+
+        batches = np.array_split(np.arange(len(rows)), -(-len(rows) // EVALUATION_BATCH))
         loss, predicted, confidence, kept, valid = 0.0, [], [], [], []
         with ThreadPoolExecutor(DECODERS) as pool:
-            for part in np.array_split(np.arange(len(rows)), -(-len(rows) // EVALUATION_BATCH)):
-                pixel_values = self._whole_images(Split(images, rows[part]), pool)
-                logits = self.logits(model, {"pixel_values": pixel_values.to(device)}).float().cpu()
-                loss += F.cross_entropy(logits, labels[part], reduction="sum").item()
-                predicted.append(logits.argmax(-1))
-                confidence.append(top_class_confidence(logits.numpy()))
-                if split == "valid":
-                    valid.append(logits.numpy())
-                if split == "test":
-                    names = map(images.name, rows[part].tolist())
-                    kept += class_rows(names, logits.numpy(), images.labels[rows[part]])
+            outputs = self.share.map(of_batch, batches)
+        for part, logits in zip(batches, outputs, strict=True):
+            loss += F.cross_entropy(logits, labels[part], reduction="sum").item()
+            predicted.append(logits.argmax(-1))
+            confidence.append(top_class_confidence(logits.numpy()))
+            if split == "valid":
+                valid.append(logits.numpy())
+            if split == "test":
+                names = map(images.name, rows[part].tolist())
+                kept += class_rows(names, logits.numpy(), images.labels[rows[part]])
         says = torch.cat(predicted)
         is_right = says == labels
         if split == "valid":

@@ -35,6 +35,7 @@ from rdrop.experiments.tasks.pretrained import (
     require_rows,
     set_rates,
 )
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.tokenizing import mostly_unknown
@@ -73,6 +74,7 @@ class LanguageModeling:
     metric = "perplexity"
     task_loss: TaskLoss
     divergence: Divergence
+    share = ALONE
 
     def __init__(self, recipe: LanguageModelingRecipe, test: str | None = None) -> None:
         self._data, self._model = recipe.data, recipe.model
@@ -141,13 +143,17 @@ class LanguageModeling:
         """
         device = next(model.parameters()).device
         tokens = self._tokens[split]
-        total = 0.0
-        for some in self._evaluation_batches(len(tokens.ids)):
-            batch = {name: tensor.to(device) for name, tensor in self._batch(split, some).items()}
+
+        def of_batch(windows: list[Window]) -> float:
+            batch = {name: tensor.to(device) for name, tensor in self._batch(split, windows).items()}
             labels = batch.pop("labels")
             counted = labels != IGNORE_INDEX
             logits = self.logits(model, batch)[counted].float()
-            total += self.task_loss(logits, labels[counted]).sum(dtype=torch.float64).item()
+            return self.task_loss(logits, labels[counted]).sum(dtype=torch.float64).item()
+
+        total = 0.0
+        for loss in self.share.map(of_batch, list(self._evaluation_batches(len(tokens.ids)))):
+            total += loss
         return {"loss": total / len(tokens.ids), "perplexity": _exp(total / tokens.units)}
 
     def constant_scores(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss, source_use
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.summarization.data import Example, load_examples
 from rdrop.experiments.tasks.summarization.models import (
@@ -48,6 +49,7 @@ class Summarization:
     metric = "rougeL"
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
+    share = ALONE
 
     def __init__(self, recipe: SummarizationRecipe, test: str | None = None) -> None:
         self._data, self._model, self._decoding = recipe.data, recipe.model, recipe.decoding
@@ -114,8 +116,8 @@ class Summarization:
         return {"loss": loss} | mean_rouge(scores)
 
     def _signs(self, model: nn.Module) -> dict[str, float]:
-        lengths = self._summaries["valid"].lengths
-        return source_use(model, self.logits, partial(self._batch, "valid"), lengths, self._decoding.batch_size)
+        lengths, size = self._summaries["valid"].lengths, self._decoding.batch_size
+        return source_use(model, self.logits, partial(self._batch, "valid"), lengths, size, self.share)
 
     def summarize(self, model: nn.Module, split: str) -> list[str]:
         """Writes the summaries that are scored: one of each document of the split, in its order."""
@@ -127,8 +129,10 @@ class Summarization:
         found, total, tokens = search_and_loss(
             model,
             self.logits,
-            ((rows, self._batch(split, rows)) for rows in batches),
+            batches,
+            partial(self._batch, split),
             lambda rows: decoder([documents[row] for row in rows], self._decoding.max_length),
+            self.share,
         )
         written = [found[row] for row in range(len(found))]
         texts: list[str] = self._tokenizer.batch_decode(written, skip_special_tokens=True)

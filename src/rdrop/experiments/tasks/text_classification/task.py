@@ -16,6 +16,7 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
 from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes, prediction_spread
 from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import few_labels, note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
@@ -49,6 +50,7 @@ class TextClassification:
 
     task_loss: TaskLoss
     divergence: Divergence
+    share = ALONE
 
     def __init__(self, recipe: TextClassificationRecipe, test: str | None = None) -> None:
         self.predictions: Predictions | None = None
@@ -142,11 +144,13 @@ class TextClassification:
     def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         device = next(model.parameters()).device
         order = np.argsort(_lengths(self._inputs[split]), kind="stable")  # length bucketing: little padding
-        outputs = []
-        for rows in np.array_split(order, -(-len(order) // EVALUATION_BATCH)):
-            batch = self._batch(split, rows.tolist())
-            outputs.append(self.logits(model, {name: value.to(device) for name, value in batch.items()}).float().cpu())
-        logits, labels = torch.cat(outputs), self._labels[split][order]
+
+        def of_batch(rows: NDArray[np.int64]) -> Tensor:
+            batch = {name: value.to(device) for name, value in self._batch(split, rows.tolist()).items()}
+            return self.logits(model, batch).float().cpu()
+
+        batches = np.array_split(order, -(-len(order) // EVALUATION_BATCH))
+        logits, labels = torch.cat(self.share.map(of_batch, batches)), self._labels[split][order]
         if split == "valid":
             self.signs = prediction_spread(logits.numpy(), labels.numpy())
         if split == "test":

@@ -28,6 +28,7 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
     search_and_loss,
     source_use,
 )
+from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
 from rdrop.experiments.tasks.token_cache import cached, file_digest
@@ -73,6 +74,7 @@ class Translation:
 
     task_loss = staticmethod(cross_entropy)
     divergence = staticmethod(symmetric_kl)
+    share = ALONE
 
     def __init__(self, recipe: TranslationRecipe, test: str | None = None) -> None:
         data = recipe.data
@@ -158,7 +160,8 @@ class Translation:
 
     def _signs(self, model: nn.Module) -> dict[str, float]:
         pairs = self._splits["valid"]
-        return source_use(model, self.logits, partial(make_batch, pairs), pairs[1].lengths, self._decoding.batch_size)
+        size, batch_of = self._decoding.batch_size, partial(make_batch, pairs)
+        return source_use(model, self.logits, batch_of, pairs[1].lengths, size, self.share)
 
     def translate(self, model: nn.Module, split: str) -> list[str]:
         """Writes the translations of the test score: one of each sentence of the split, in its order."""
@@ -172,7 +175,7 @@ class Translation:
         search = None if beams is None or not rows else self._search(model, pairs[0], beams)
         batches = batches_by_length(pairs[0].lengths, rows, self._decoding.batch_size)
         found, total, tokens = search_and_loss(
-            model, self.logits, ((some, make_batch(pairs, some)) for some in batches), search
+            model, self.logits, batches, partial(make_batch, pairs), search, self.share
         )
         return self.subwords.decode([found[row] for row in rows if row in found]), (total, tokens)
 
