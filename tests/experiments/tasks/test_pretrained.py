@@ -116,6 +116,34 @@ def test_the_tokenizer_of_a_model_with_a_larger_vocabulary_is_refused(task: str,
     load_task(recipe_of(task, tmp_path, saved(tmp_path / "round", MODELS[task](rows=128), tokenizer())))
 
 
+BROKEN: dict[str, tuple[tuple[str, object], ...]] = {
+    "text-classification": (("num_attention_heads", -1), ("num_hidden_layers", "x"), ("vocab_size", 5)),
+    "language-modeling": (("n_head", -1), ("n_embd", "x"), ("pad_token_id", 10**30)),
+    "summarization": (
+        *(("decoder_attention_heads", -1), ("encoder_attention_heads", -1), ("decoder_layers", -1), ("d_model", [8])),
+        *(("decoder_start_token_id", value) for value in (-1, 10**30)),
+        *(("eos_token_id", value) for value in (None, -1, 0, 10**30, [8])),
+        *(("pad_token_id", value) for value in (None, -1)),
+        ("is_encoder_decoder", None),
+    ),
+}
+"""Values of a config.json, some of which only a forward or a search stumbles on."""
+
+
+@EACH
+def test_a_configuration_with_which_nothing_can_be_computed_is_one_line_about_the_model(
+    task: str, tmp_path: Path
+) -> None:
+    name = saved(tmp_path / "model", MODELS[task](), tokenizer())
+    path, recipe = tmp_path / "model/config.json", recipe_of(task, tmp_path, name)
+    good = json.loads(path.read_text())
+    for key, value in BROKEN[task]:
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(RecipeError, match=r"^model\.name=.*: cannot be loaded \(.*\); give") as found:
+            load_task(recipe).build_model()
+        assert "\n" not in str(found.value), key
+
+
 @EACH
 def test_ids_beyond_the_embedding_are_refused(task: str, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", MODELS[task](rows=10), tokenizer())

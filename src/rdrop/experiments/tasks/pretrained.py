@@ -129,6 +129,16 @@ def most_tokens(model: nn.Module, run: Callable[[int], object], longest: int) ->
     return readable
 
 
+@torch.no_grad()
+def try_out(model: nn.Module, name: str, run: Callable[[], object]) -> None:
+    """Calls `run` with the pre-trained model in eval mode: a config.json may be what no forward or search can do."""
+    training = model.training
+    model.eval()
+    with loading(name):
+        run()
+    model.train(training)
+
+
 def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -> Any:
     """Loads the weights in fp32, whatever type they are stored in."""
     with loading(name):

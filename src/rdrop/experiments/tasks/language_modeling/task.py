@@ -34,6 +34,7 @@ from rdrop.experiments.tasks.pretrained import (
     pretrained_tokenizer,
     require_rows,
     set_rates,
+    try_out,
 )
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import notes_on_repeats
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 LONG_LINE = 20  # characters; shorter ones, such as headings, recur in any text
+TRIED_TOKENS = 8  # of a pre-trained model's first forward
 EVALUATION_LOGITS = 2**25  # computed at once: 128 MB
 LONGEST_EVALUATION_BATCH = 64
 
@@ -94,6 +96,8 @@ class LanguageModeling:
         if model.name is not None:
             pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
             require_rows(pretrained, model.name, max(int(tokens.ids.max()) for tokens in self._tokens.values()))
+            inputs = {"input_ids": self.train_batch([0], 0)["input_ids"][:, :TRIED_TOKENS]}
+            try_out(pretrained, model.name, lambda: self.logits(pretrained, inputs))
             return pretrained
         if self._clusters is None:
             return GPT2LMHeadModel(self._gpt2_config(self._vocabulary.size))

@@ -15,9 +15,10 @@ from rdrop import cross_entropy, symmetric_kl
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, excerpt, text_predictions
 from rdrop.experiments.tasks.decoding.choice import decoder_of
+from rdrop.experiments.tasks.decoding.generate import TransformersDecoder
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError
-from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates
+from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates, try_out
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss, source_use
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
@@ -77,7 +78,14 @@ class Summarization:
         if self._model.name is not None:
             tokens = [*self._documents.values(), *self._summaries.values()]
             require_rows(model, self._model.name, max(int(own.ids.max()) for own in tokens))
+            try_out(model, self._model.name, lambda: self._write_a_little(model))
         return model
+
+    def _write_a_little(self, model: nn.Module) -> None:
+        self.logits(model, self.train_batch([0], 0))
+        search = Search(beams=1, length_penalty=1.0, prefix=target_prefix(self._tokenizer, self._config))
+        first = self._documents["train"][0]
+        TransformersDecoder(model, search)([first, first[:1]], min(8, self._decoding.max_length))
 
     def train_size(self) -> int:
         return len(self._documents["train"])

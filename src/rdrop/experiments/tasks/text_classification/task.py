@@ -15,7 +15,7 @@ from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions, class_rows, number_predictions
 from rdrop.experiments.tasks.class_scores import note_on_predictions, notes_on_classes, prediction_spread
-from rdrop.experiments.tasks.pretrained import most_tokens, require_rows
+from rdrop.experiments.tasks.pretrained import most_tokens, require_rows, try_out
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.spelling import note_on_case
 from rdrop.experiments.tasks.splits import few_labels, note_on_few, notes_on_repeats
@@ -96,6 +96,7 @@ class TextClassification:
         model = classifier(name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
         if name is not None:
             self._require_room(model, name)
+            try_out(model, name, lambda: self.logits(model, self.train_batch([0], 0)))
         if self._model.start_at_mean and not self.classes:
             start_at(model, float(self._labels["train"].mean()), name)
         return model
