@@ -28,6 +28,7 @@ from rdrop.experiments.tasks.image_classification.images import read_class_folde
 from rdrop.experiments.tasks.pretrained import pretrained_config, pretrained_tokenizer
 from rdrop.experiments.tasks.translation.subwords import read_codes
 from rdrop.experiments.training.checkpoints import CheckpointError, load_newest_good
+from rdrop.integrations.transformers.durable import MANIFEST, why_damaged
 
 REFUSALS = (DataError, RecipeError, ResultsError, CheckpointError)
 
@@ -83,6 +84,7 @@ def payloads(canary: Path) -> dict[str, bytes]:
             }
         ).encode(),
         "nested JSON": b"[" * 50_000,
+        "a number of 5,000 digits": b'{"runs": ' + b"9" * 5_000 + b', "files": ' + b"9" * 5_000 + b"}\n",
         "model settings": json.dumps(
             {"model_type": "bert", "auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation": "someone/kernel"}
         ).encode(),
@@ -111,6 +113,12 @@ def checkpoint(path: Path) -> None:
     for name in ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"):
         (folder / name).write_bytes(path.read_bytes())
     load_newest_good(path.with_suffix(""))
+
+
+def durable_checkpoint(path: Path) -> None:
+    path.with_suffix("").mkdir()
+    (path.with_suffix("") / MANIFEST).write_bytes(path.read_bytes())
+    assert why_damaged(path.with_suffix("")) is not None
 
 
 def images(path: Path) -> None:
@@ -143,6 +151,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".run": run_folder,
     ".remembered": remembered,
     ".checkpoint": checkpoint,
+    ".durable": durable_checkpoint,
     ".model": model_folder,
 }
 

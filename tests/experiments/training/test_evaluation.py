@@ -277,6 +277,7 @@ def test_mistakes_are_one_line(compared: Path, tmp_path: Path, capsys: pytest.Ca
         ([tmp_path / "none"], 2, f"rdrop: {tmp_path / 'none'} is not a folder."),
         ([compared / "other"], 2, "unfinished, last row at step 0. Run it again to resume it."),
         ([compared, "alpha=2"], 2, "rdrop: alpha="),
+        ([compared, 'data.test="x'], 2, "rdrop: data.test="),
         ([compared, "--test", "x.npz"], 2, "rdrop: data.test="),
     ):
         out, err = shown(command, capsys, status)

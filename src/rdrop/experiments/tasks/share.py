@@ -12,7 +12,7 @@ Found = TypeVar("Found")
 
 
 class Share:
-    """What one of several processes computes of an evaluation: every so many batches, those after it in turn.
+    """A process's part of an evaluation that several processes share: one batch in every turn.
 
     Each batch is computed as one process would, and the results have its order: sums over them are the same to the bit.
     `poll` is called by all processes at the same batches, and may raise in all of them.
@@ -26,12 +26,18 @@ class Share:
         if self.processes == 1:
             return [function(part) for part in parts]
         own = []
-        for turn in range(self.process, self.process + len(parts), self.processes):
+        for turn in range(-(-len(parts) // self.processes)):
             self.poll()
-            if turn < len(parts):
-                own.append(function(parts[turn]))
+            place = turn * self.processes + self._at(turn, self.process)
+            if place < len(parts):
+                own.append(function(parts[place]))
         found = self.gather(own)
-        return [found[place % self.processes][place // self.processes] for place in range(len(parts))]
+        turns = (divmod(place, self.processes) for place in range(len(parts)))
+        return [found[self._at(turn, at)][turn] for turn, at in turns]
+
+    def _at(self, turn: int, process: int) -> int:
+        """The place of a process in a turn, and the process at a place: they alternate, for batches come by size."""
+        return process if turn % 2 == 0 else self.processes - 1 - process
 
     def gather(self, own: list[Found]) -> list[list[Found]]:
         """Returns what each process has, in every process."""

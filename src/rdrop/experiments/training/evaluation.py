@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from accelerate import PartialState
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
-from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import load_recipe
 from rdrop.experiments.run_folder import RECIPE, ResultsError, what_is_damaged_in_result
 from rdrop.experiments.tasks.share import Share
@@ -75,8 +74,8 @@ def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str
     if isinstance(recipe.data, DataFiles) and recipe.data.test is None:
         for setting in [setting for setting in settings if setting.startswith("data.test=")]:
             settings.remove(setting)
-            text = setting.removeprefix("data.test=")
-            test = json.loads(text) if text.startswith('"') else text
+            value = read_settings([setting], ["data.test"])["data.test"]
+            test = value if isinstance(value, str) else setting.removeprefix("data.test=")
     changed = override(recipe, settings)
     for setting in settings:
         key, _, text = setting.partition("=")

@@ -177,7 +177,7 @@ def why_damaged(checkpoint: Path) -> str | None:
         expected = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so this is not a checkpoint of DurableCheckpoints"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error!r})"
     for name, (size, digest) in expected.items():
         path = checkpoint / name

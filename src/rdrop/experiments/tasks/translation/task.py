@@ -151,12 +151,19 @@ class Translation:
         if is_valid:
             self.signs = self._signs(model)
         if split == "test":
-            counts = self._bleu.counts_of_each(hypotheses, self._references[split])
+            counts = self._counts_of_each(hypotheses, self._references[split])
             references = [[reference] for reference in self._references[split]]
             self.predictions = text_predictions(self._sources, hypotheses, references, bleu=counts)
         self.notes |= {f"signature of {name}": signature for name, signature in self._bleu.signatures.items()}
         total, tokens = loss[0] + rest_loss[0], loss[1] + rest_loss[1]
         return {"loss": total / tokens} | scores
+
+    def _counts_of_each(self, hypotheses: list[str], references: list[str]) -> list[dict[str, list[int]]]:
+        def of_rows(rows: list[int]) -> list[dict[str, list[int]]]:
+            return self._bleu.counts_of_each([hypotheses[row] for row in rows], [references[row] for row in rows])
+
+        parts = list(in_parts(range(len(hypotheses)), self._decoding.batch_size))
+        return list(chain.from_iterable(self.share.map(of_rows, parts)))
 
     def _signs(self, model: nn.Module) -> dict[str, float]:
         pairs = self._splits["valid"]
