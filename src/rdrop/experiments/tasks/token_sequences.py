@@ -33,7 +33,7 @@ class TokenSequences:
     def load(cls, path: Path) -> TokenSequences:
         """Opens what a `TokenWriter` wrote to `path`. The ids stay on disk until they are read."""
         self = cls.__new__(cls)
-        self._set(np.memmap(path / IDS, dtype=np.int32, mode="r"), np.load(path / LENGTHS))
+        self._set(np.memmap(path / IDS, dtype=np.int32, mode="r"), np.load(path / LENGTHS, allow_pickle=False))
         return self
 
     def _set(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:

@@ -113,7 +113,7 @@ class CodedSubwords:
     def load(cls, folder: Path) -> CodedSubwords:
         """Reads those that `save` wrote."""
         self = cls.__new__(cls)
-        self._use(Tokenizer.from_file(str(folder / TOKENIZER)), np.load(folder / USED))
+        self._use(Tokenizer.from_file(str(folder / TOKENIZER)), np.load(folder / USED, allow_pickle=False))
         return self
 
     def save(self, folder: Path) -> None:

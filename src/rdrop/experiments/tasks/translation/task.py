@@ -258,7 +258,7 @@ def encode_train(data: TranslationData, train: Pairs) -> EncodedTrain:
     return EncodedTrain(
         (LearnedSubwords if codes is None else CodedSubwords).load(folder),
         (TokenSequences.load(folder / "source"), TokenSequences.load(folder / "target")),
-        np.load(folder / KEYS),
+        np.load(folder / KEYS, allow_pickle=False),
     )
 
 
