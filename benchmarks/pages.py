@@ -1,9 +1,11 @@
-"""The tables and plots of docs/speed.md and docs/accuracy.md from the committed records: `python -m benchmarks.pages`.
+"""The tables and plots of these pages from the committed records: `python -m benchmarks.pages`.
+
+docs/speed.md, docs/accuracy.md and docs/reliability.md.
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
 steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/large_data.py`: large.jsonl. From
-`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json.
+`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From `make test-long`: long.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from rdrop.bench.table import compare, layout_of, markdown_table, number
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS = ROOT / "benchmarks/results", ROOT / "docs/plots"
-SPEED, ACCURACY = ROOT / "docs/speed.md", ROOT / "docs/accuracy.md"
+SPEED, ACCURACY, RELIABILITY = (ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "reliability"))
 
 
 def cpu_records() -> list[Record]:
@@ -48,7 +50,11 @@ def gpu_records() -> list[Record]:
 
 def parts() -> dict[Path, dict[str, str]]:
     """Of each page, by the name they have in it."""
-    return {SPEED: speed_parts(), ACCURACY: {f"accuracy {name}": _accuracy(name) for name in ("cpu", "linear")}}
+    return {
+        SPEED: speed_parts(),
+        ACCURACY: {f"accuracy {name}": _accuracy(name) for name in ("cpu", "linear")},
+        RELIABILITY: {"long tests": long_tests_table(read(RESULTS / "long.jsonl"))},
+    }
 
 
 def speed_parts() -> dict[str, str]:
@@ -173,6 +179,45 @@ def _gpu(records: list[Record]) -> str:
         )
     by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)
+
+
+# ---------------------------------------------------------------------------------------------- the long tests
+
+
+def long_tests_table(outcomes: Sequence[Record]) -> str:
+    """What each long test counted, over its parts, and how many of these passed; of a part its last outcome."""
+    last = {outcome["test"]: outcome for outcome in outcomes}
+    found: dict[tuple[str, str], list[Record]] = {}
+    for test, outcome in sorted(last.items()):
+        file, _, name = test.partition("::")
+        # What counts nothing is many small tests of one file.
+        sentence = _as_sentence(name.partition("[")[0]) if outcome["counted"] else ""
+        found.setdefault((file.removeprefix("tests/"), sentence), []).append(outcome)
+    rows = ["| file | test | counted | passed | minutes | date |", "|---|---|---|---|---|---|"]
+    for (file, sentence), parts in found.items():
+        passed = sum(part["outcome"] == "passed" for part in parts)
+        minutes = sum(part["seconds"] for part in parts) / 60
+        dates = " and ".join(sorted({part["date"][:10] for part in parts}))
+        cells = (f"`{file}`", sentence, _counted(parts), f"{passed} of {len(parts)}", f"{minutes:.1f}", dates)
+        rows.append(f"| {' | '.join(cells)} |")
+    devices = " and ".join(dict.fromkeys(outcome["device"] for outcome in last.values()))
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in outcome["versions"].items()) for outcome in last.values()
+    )
+    return "\n".join(rows) + f"\n\n{devices}, one thread; {' and '.join(versions)}; by `make test-long`."
+
+
+def _as_sentence(name: str) -> str:
+    words = name.removeprefix("test_").replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _counted(parts: Sequence[Record]) -> str:
+    totals: dict[str, float] = {}
+    for part in parts:
+        for what, count in part["counted"].items():
+            totals[what] = totals.get(what, 0) + count
+    return "; ".join(f"{count:,} {what}" for what, count in totals.items())
 
 
 # ---------------------------------------------------------------------------------------------- performance targets

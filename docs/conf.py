@@ -24,7 +24,7 @@ PAGES = {
         "docs/tasks/language_modeling",
         "docs/tasks/image_classification",
     ],
-    "Measured": ["docs/results", "docs/accuracy", "docs/speed"],
+    "Measured": ["docs/results", "docs/accuracy", "docs/speed", "docs/reliability"],
     "API reference": [
         "docs/api/loss",
         "docs/api/passes",

@@ -1,4 +1,4 @@
-"""The pages on speed and accuracy say what the committed records say."""
+"""The pages on speed, accuracy and reliability say what the committed records say."""
 
 import re
 

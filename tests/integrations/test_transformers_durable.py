@@ -215,8 +215,12 @@ def test_a_run_killed_at_five_moments_ends_in_the_bits_of_the_whole_one(tmp_path
 
 
 @pytest.mark.long
-def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(tmp_path: Path):
-    assert assert_resumed(tmp_path, ["all"]) >= 60
+def test_a_run_killed_at_every_moment_ends_in_the_bits_of_the_whole_one(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+):
+    kills = assert_resumed(tmp_path, ["all"])
+    assert kills >= 60
+    record_property("kills", kills)
 
 
 def assert_resumed(folder: Path, kill_at: list[str]) -> int:

@@ -8,7 +8,7 @@ import random
 import resource
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,9 @@ def test_all_damaged_is_an_error_and_never_a_new_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flips", [60, pytest.param(1500, marks=pytest.mark.long)])
-def test_every_flipped_bit_is_found(tmp_path: Path, flips: int) -> None:
+def test_every_flipped_bit_is_found(
+    tmp_path: Path, flips: int, record_property: Callable[[str, object], None]
+) -> None:
     save_steps(tmp_path, 1)
     chance = random.Random(0)
     for _ in range(flips):
@@ -190,6 +192,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, flips: int) -> None:
             load(tmp_path, 1)
         flip_a_bit(path, position)
     load(tmp_path, 1)
+    record_property("flipped bits", flips)
 
 
 def test_training_goes_on_from_the_older_checkpoint_to_the_same_bits(
