@@ -179,9 +179,7 @@ def test_all_damaged_is_an_error_and_never_a_new_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flips", [60, pytest.param(1500, marks=pytest.mark.long)])
-def test_every_flipped_bit_is_found(
-    tmp_path: Path, flips: int, record_property: Callable[[str, object], None]
-) -> None:
+def test_every_flipped_bit_is_found(tmp_path: Path, flips: int, record_property: Callable[[str, object], None]) -> None:
     save_steps(tmp_path, 1)
     chance = random.Random(0)
     for _ in range(flips):
