@@ -27,7 +27,6 @@ class Outcomes:
 
     def __init__(self, file: Path, config: pytest.Config) -> None:
         self.file, self.writes = file, not hasattr(config, "workerinput")
-        self.sources: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         passed = {(kept["test"], kept["sources"]) for kept in read(self.file) if kept["outcome"] == "passed"}

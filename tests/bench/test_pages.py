@@ -35,6 +35,18 @@ def test_a_committed_record_names_machine_date_versions_and_command(record):
     assert record["p20"] <= record["median"] <= record["p80"]
 
 
+def test_a_long_test_is_a_row_with_the_last_outcome_of_each_of_its_parts():
+    origin = {"device": "a CPU", "versions": {"torch": "2"}, "date": "2026-11-29T08:00:00+00:00", "seconds": 30.0}
+    parts = [("test_it_holds[1]", "failed", 3), ("test_it_holds[1]", "passed", 5), ("test_it_holds[2]", "failed", 7)]
+    outcomes = [
+        origin
+        | {"test": f"tests/a/test_b.py::{name}", "outcome": outcome, "counted": {"kills": kills} if kills else {}}
+        for name, outcome, kills in parts
+    ]
+    row = "| `a/test_b.py` | It holds | 12 kills | 1 of 2 | 1.0 | 2026-11-29 |"
+    assert row in pages.long_tests_table(outcomes).splitlines()
+
+
 def test_a_page_without_a_part_is_refused():
     with pytest.raises(ValueError, match="must have one part <!-- gpu -->"):
         pages.page_with("nothing", {"gpu": "text"})
