@@ -5,7 +5,8 @@ docs/speed.md, docs/accuracy.md and docs/reliability.md.
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
 steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/large_data.py`: large.jsonl. From
-`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From `make test-long`: long.jsonl.
+`benchmarks/sft.py`: sft.jsonl. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From
+`make test-long`: long.jsonl.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ def large_records() -> list[Record]:
     return read(RESULTS / "large.jsonl")
 
 
+def sft_records() -> list[Record]:
+    return read(RESULTS / "sft.jsonl")
+
+
 def gpu_records() -> list[Record]:
     path = RESULTS / "gpu.jsonl"
     return read(path) if path.exists() else []
@@ -66,6 +71,7 @@ def speed_parts() -> dict[str, str]:
     }
     found["dtypes"] = _dtypes(records)
     found["steps"] = _table_with_origin(_of(records, benchmark="steps"))
+    found["sft"] = _table_with_origin(comparisons(sft_records()))
     found["figures"] = figures_table(records)
     found["soft labels"] = _soft_labels(soft_records())
     found["gpu"] = _gpu(gpu_records())

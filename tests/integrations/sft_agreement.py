@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from gradient_agreement import HEADS_OF_EXPERTS, Gradients, PassScale, PassScaleOfRows, gradients_of, softmax_terms
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -139,6 +140,20 @@ def drawn(model: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
     return model.to(dtype)
 
 
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**({"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM"} | settings))
+
+
+def adapted(passes: int = 2) -> Any:
+    """With both factors of LoRA at random: the second is 0 as it comes, and the first has no gradient then."""
+    model = get_peft_model(with_stand_in(llama(), passes), lora())
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    drawn(model)
+    for parameter, is_trained in zip(model.parameters(), trained, strict=True):
+        parameter.requires_grad_(is_trained)
+    return model
+
+
 # ------------------------------------------------------------------------------------------- TRL, and the loss by hand
 
 
@@ -201,12 +216,24 @@ def rdrop(model: Any, case: Sft, folder: str, settings: Any = None, **method: An
     return tune(RDropSFTTrainer, model, case, folder, settings, **({"alpha": ALPHA} | method))
 
 
+def update_of_lora(accumulation: int, folder: str) -> dict[str, Any]:
+    """Returns gradients and logs of one update of LoRA, with checkpointing, over four ragged examples."""
+    case = replace(SFT["completions"], rows=PAIRS[:4])
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    settings |= {"activation_checkpointing": True, "ddp_find_unused_parameters": False}
+    return _results_of(rdrop(adapted(), case, folder, settings, fused=True))
+
+
 def update_of_experts(accumulation: int, folder: str) -> dict[str, Any]:
     """Returns gradients and logs of one update over four ragged examples, with a router's loss."""
     case = replace(SFT["completions"], rows=PAIRS[:4])
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     settings |= {"router_aux_loss_coef": COEFFICIENT, "ddp_find_unused_parameters": True}
     trained = rdrop(with_stand_in(experts()), case, folder, settings, fused=True)
+    return _results_of(trained)
+
+
+def _results_of(trained: Any) -> dict[str, Any]:
     names = ("loss", "task_loss", "divergence", "auxiliary_loss", "num_tokens")
     logs = {name: row[name] for row in trained.state.log_history for name in names if name in row}
     return {"logs": logs, "gradients": {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}}

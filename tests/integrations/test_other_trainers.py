@@ -7,6 +7,7 @@ out here must end in the same weights.
 import os
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,93 @@ def trained_by_fastai(example: dict[str, Any], alpha: float) -> tuple[nn.Module,
     return learner.model, learner.validate()[1]
 
 
+def test_an_accumulated_update_of_ignite_is_that_of_the_mean_of_its_batches() -> None:
+    model, other = Model(), Model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    example = example_of("ignite", "ignite_trainer.py")
+    example["rdrop_trainer"](model, optimizer, ALPHA, gradient_accumulation_steps=2).run(BATCHES[:2], max_epochs=1)
+    for images, labels in BATCHES[:2]:
+        (rdrop_loss(other(repeat_batch(images)), labels, alpha=ALPHA).loss / 2).backward()
+    for found, before in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, before - 0.5 * before.grad)
+
+
+def test_ignite_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """From the states of trainer, model and optimizer that its `Checkpoint` saves, masks seeded."""
+    from ignite.engine import Events
+    from ignite.handlers import Checkpoint, DiskSaver
+
+    example = example_of("ignite", "ignite_trainer.py")
+
+    def parts() -> dict[str, Any]:
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        return {"model": model, "optimizer": optimizer, "trainer": example["rdrop_trainer"](model, optimizer, ALPHA)}
+
+    whole = parts()
+    checkpoint = Checkpoint(
+        whole, DiskSaver(str(tmp_path)), global_step_transform=lambda *_: whole["trainer"].state.epoch
+    )
+    whole["trainer"].add_event_handler(Events.EPOCH_COMPLETED(once=1), checkpoint)
+    whole["trainer"].run(BATCHES, max_epochs=2)
+    resumed = parts()
+    Checkpoint.load_objects(resumed, torch.load(tmp_path / "checkpoint_1.pt"))
+    resumed["trainer"].run(BATCHES, max_epochs=2)
+    assert all(map(torch.equal, resumed["model"].parameters(), whole["model"].parameters()))
+
+
+def test_skorch_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """From the module and the optimizer that skorch saves, masks seeded."""
+    example = example_of("skorch", "skorch_search.py")
+
+    def net() -> Any:
+        settings = {"max_epochs": 1, "lr": 0.5, "batch_size": 16, "verbose": 0, "train_split": None}
+        return example["RDropClassifier"](Model, alpha=ALPHA, optimizer__momentum=0.9, **settings).initialize()
+
+    data = IMAGES.numpy(), LABELS.numpy()
+    files = {"f_params": tmp_path / "module.pt", "f_optimizer": tmp_path / "optimizer.pt"}
+    whole, resumed = net(), net()
+    whole.partial_fit(*data)
+    whole.save_params(**files)
+    whole.partial_fit(*data)
+    resumed.load_params(**files)
+    resumed.partial_fit(*data)
+    assert all(map(torch.equal, resumed.module_.parameters(), whole.module_.parameters()))
+
+
+def fastai_learner(example: dict[str, Any], folder: Path, **options: Any) -> Any:
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import SGD
+
+    loaders = DataLoaders(loader(), loader(), device="cpu")
+    made = Learner(
+        loaders,
+        Model(),
+        nn.CrossEntropyLoss(),
+        opt_func=partial(SGD, mom=0.9),
+        path=folder,
+        moms=(0.9, 0.9, 0.9),
+        **options,
+    )
+    made.add_cb(example["RDrop"](ALPHA))
+    return made
+
+
+def test_fastai_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """From the weights and the optimizer that fastai saves, masks seeded."""
+    example = example_of("fastai", "fastai_learner.py")
+    whole, resumed = fastai_learner(example, tmp_path), fastai_learner(example, tmp_path)
+    with whole.no_logging(), resumed.no_logging():
+        whole.fit(1, 0.5, wd=0.0)
+        whole.save("first")
+        whole.fit(1, 0.5, wd=0.0)
+        resumed.create_opt()
+        resumed.load("first")
+        resumed.fit(1, 0.5, wd=0.0)
+    assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
+
+
 TRAINERS = {
     "ignite": ("ignite_trainer.py", trained_by_ignite),
     "skorch": ("skorch_search.py", trained_by_skorch),
@@ -132,7 +220,7 @@ def test_another_trainer_evaluates_with_one_pass_and_no_dropout(library: str) ->
     assert float(score) == pytest.approx(right.item(), abs=1e-6)
 
 
-def keras_model(alpha: float) -> Any:
+def keras_model(alpha: float, accumulation: int | None = None, momentum: float = 0.0) -> Any:
     pytest.importorskip("keras", reason="keras is of the extra dev")
     import keras
 
@@ -141,7 +229,8 @@ def keras_model(alpha: float) -> Any:
     keras.utils.set_random_seed(0)
     model = runpy.run_path(str(EXAMPLES / "keras_fit.py"), run_name="example")["build_model"](alpha)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=keras.optimizers.SGD(0.5), loss=loss, metrics=["accuracy"])
+    optimizer = keras.optimizers.SGD(0.5, momentum=momentum, gradient_accumulation_steps=accumulation)
+    model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     return model
 
 
@@ -170,6 +259,37 @@ def test_at_alpha_zero_keras_trains_as_without_rdrop_to_the_bit() -> None:
         torch.manual_seed(1)
         each.train_on_batch(IMAGES.numpy(), LABELS.numpy())
     for found, expected in zip(model.trainable_weights, plain.trainable_weights, strict=True):
+        assert torch.equal(found.value, expected.value)
+
+
+def test_an_accumulated_update_of_keras_is_that_of_the_mean_of_its_batches() -> None:
+    """Two batches of 16, whose masks are drawn alike."""
+    model, other = keras_model(ALPHA, accumulation=2), keras_model(ALPHA)
+    for images, labels in BATCHES[:2]:
+        torch.manual_seed(1)
+        model.train_on_batch(images.numpy(), labels.numpy())
+        torch.manual_seed(1)
+        (rdrop_loss(other(repeat_batch(images), training=True), labels, alpha=ALPHA).loss / 2).backward()
+    for found, before in zip(model.trainable_weights, other.trainable_weights, strict=True):
+        torch.testing.assert_close(found.value, before.value - 0.5 * before.value.grad)
+
+
+def test_keras_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """From the weights and the optimizer's state that Keras saves, masks seeded."""
+    whole, first, second = (keras_model(ALPHA, momentum=0.9) for _ in range(3))
+
+    def train(model: Any, batches: list[Any]) -> None:
+        for images, labels in batches:
+            torch.manual_seed(1)
+            model.train_on_batch(images.numpy(), labels.numpy())
+
+    train(whole, BATCHES[:2])
+    train(first, BATCHES[:1])
+    first.save_weights(tmp_path / "model.weights.h5")
+    second.optimizer.build(second.trainable_variables)
+    second.load_weights(tmp_path / "model.weights.h5")
+    train(second, BATCHES[1:2])
+    for found, expected in zip(second.trainable_weights, whole.trainable_weights, strict=True):
         assert torch.equal(found.value, expected.value)
 
 

@@ -82,6 +82,33 @@ def test_the_loss_and_its_gradient_are_those_written_out(make_model: Any, case: 
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_an_accumulated_update_is_that_of_the_mean_of_its_batches(make_model: Any, tmp_path: Path) -> None:
+    """Two batches of two pairs, by the trainer; its one step is of SGD with rate 1."""
+    rows = [{"query": q, "number": n, "label": y} for q, n, y in zip(*PAIRS, [0, 2, 1, 1], strict=True)]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, "max_grad_norm": 0}
+    trained, model = make_model(3), make_model(3).train()
+    seen: list[Any] = []
+
+    class Seeded(RDropCrossEntropyLoss):  # the same masks in every batch
+        def forward(self, inputs: Any, labels: Tensor, **options: Any) -> Tensor:
+            torch.manual_seed(1)
+            seen.append((inputs, labels))
+            return super().forward(inputs, labels, **options)
+
+    CrossEncoderTrainer(
+        model=trained,
+        args=CrossEncoderTrainingArguments(str(tmp_path), learning_rate=1.0, **settings, **quiet),
+        train_dataset=Dataset.from_list(rows),
+        loss=Seeded(trained, alpha=ALPHA),
+    ).train()
+    for batch in seen[:2]:
+        (Seeded(model, alpha=ALPHA)(*batch) / 2).backward()
+    for found, before in zip(trained.parameters(), model.parameters(), strict=True):
+        gradient = torch.zeros_like(before) if before.grad is None else before.grad
+        torch.testing.assert_close(found, before - gradient, rtol=1e-3, atol=1e-5)
+
+
 @losses
 def test_at_alpha_zero_it_is_the_loss_of_the_library_to_the_bit(make_model: Any, case: str) -> None:
     num_labels, plain_class, rdrop_class, labels = LOSSES[case]

@@ -10,16 +10,18 @@ from gradient_agreement import (
     CASES,
     VOCABULARY,
     PassScaleOfRows,
+    arguments,
     build,
     gpt2_config,
     gradients_of,
     llama_config,
     loss_by_hand,
+    only_item,
     train,
     worst_difference,
 )
 from torch import Tensor
-from transformers import BertForMaskedLM, DataCollatorWithFlattening, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertForMaskedLM, DataCollatorWithFlattening, GPT2LMHeadModel, LlamaForCausalLM, Trainer
 
 from rdrop.integrations.transformers import RDropTrainer
 from rdrop.integrations.transformers.packed import cut_packed
@@ -34,9 +36,13 @@ def sequences() -> list[dict[str, list[int]]]:
     return [{"input_ids": some} for some in ids]
 
 
-def packed_row() -> dict[str, Any]:
+def packed_row(start: int = 0, stop: int = len(LENGTHS)) -> dict[str, Any]:
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
-    return dict(collator(sequences(), return_tensors="pt"))
+    return dict(collator(sequences()[start:stop], return_tensors="pt"))
+
+
+def two_rows() -> list[dict[str, Any]]:
+    return [packed_row(0, 2), packed_row(2)]
 
 
 def alone() -> list[dict[str, Tensor]]:
@@ -77,6 +83,49 @@ def test_a_packed_row_has_the_gradient_of_its_sequences(method: Any, settings: A
     loss, *_ = loss_by_hand(LLAMA, model, alone(), alpha=ALPHA, passes=passes, label_smoothing=smoothing)
     loss.backward()
     assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-12
+
+
+def test_packed_rows_of_an_update_have_the_gradient_of_all_their_sequences(folder: str) -> None:
+    """Two accumulation steps, of 2 and of 3 sequences."""
+    settings = {"gradient_accumulation_steps": 2}
+    found = train(RDropTrainer, llama(), two_rows(), folder, settings, alpha=ALPHA)
+    model = llama()
+    loss_by_hand(LLAMA, model, alone(), alpha=ALPHA, passes=2)[0].backward()
+    assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-12
+
+
+def with_dropout() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(llama_config(attention_dropout=0.3, attn_implementation="eager"))
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_at_alpha_zero_packed_rows_are_those_of_the_stock_trainer_to_the_bit(folder: str) -> None:
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    stock = train(Trainer, with_dropout(), two_rows() * 2, folder, settings)
+    ours = train(RDropTrainer, with_dropout(), two_rows() * 2, folder, settings, alpha=0.0)
+    assert same_weights(ours.model, stock.model)
+
+
+def test_packed_rows_are_evaluated_by_the_stock_trainer(folder: str) -> None:
+    options = {"args": arguments(folder, per_device_eval_batch_size=1), "data_collator": only_item}
+    options |= {"model": with_dropout(), "eval_dataset": two_rows()}
+    assert RDropTrainer(alpha=1.0, **options).evaluate()["eval_loss"] == Trainer(**options).evaluate()["eval_loss"]
+
+
+def test_training_on_packed_rows_resumes_to_the_same_bits(folder: str) -> None:
+    def trainer() -> RDropTrainer:
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        options = {"train_dataset": two_rows(), "data_collator": only_item}
+        return RDropTrainer(model=with_dropout(), args=arguments(folder, **settings), alpha=5.0, **options)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    assert same_weights(resumed.model, whole.model)
 
 
 def test_packed_rows_are_cut_between_sequences_into_parts_of_like_length() -> None:

@@ -9,9 +9,10 @@ import torch
 from gradient_agreement import worst_difference
 from sharded import OF_FSDP2
 from tests.several_processes import environments
-from two_processes import TRAININGS, all_updates
+from two_processes import OTHERS, TRAININGS, all_updates
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of PEFT
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,12 @@ def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_are_one_process(folder_of_two: Path, tmp_path: Path) -> None:
     """R-Drop; plain training of a model that ignores the count of labels; R-Drop in unequal micro-batches, where every
-    forward is joint; plain training of a model that divides by the count; fused R-Drop; with unlabeled
-    examples; TRL's, with a router's loss. An update that one process finds infinite is left out by both.
+    forward is joint; plain training of a model that divides by the count; fused R-Drop; and those of
+    `OTHERS`. An update that one process finds infinite is left out by both.
     """
     together = torch.load(folder_of_two / "result.pt")
     alone = all_updates(accumulation=4, folder=str(tmp_path))
-    for training, two, one in zip(
-        [*TRAININGS, "with unlabeled examples", "fine-tuning of TRL"], together, alone, strict=True
-    ):
+    for training, two, one in zip([*TRAININGS, *OTHERS], together, alone, strict=True):
         assert worst_difference(two["gradients"], one["gradients"]) < 1e-6, training
         assert two["logs"] == pytest.approx(one["logs"], rel=1e-6), training
     assert set(together[0]["logs"]) == {"loss", "task_loss", "divergence"}

@@ -11,19 +11,21 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from gradient_agreement import Gradients, PassScale, gradients_of, worst_difference
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from sft_agreement import (
     ALPHA,
     COEFFICIENT,
     OF_EVERY_MODEL,
     SFT,
     TURNS,
+    adapted,
     by_hand,
     config,
     drawn,
     experts,
     ids_of,
     llama,
+    lora,
     rdrop,
     tokenizer,
     tune,
@@ -37,7 +39,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
-from trl import RewardConfig, SFTTrainer
+from trl import RewardConfig, RewardTrainer, SFTTrainer
 
 from rdrop.integrations.transformers import RDropTrainer
 from rdrop.integrations.trl import RDropSFTTrainer
@@ -82,20 +84,6 @@ def test_the_gradient_under_autocast_is_that_by_hand_to_its_rounding(folder: str
     with torch.autocast("cpu", torch.bfloat16):
         expected = by_hand(with_stand_in(drawn(llama(), torch.float32)), ANSWERS)
     assert worst_difference(found.gradients[0], expected) < 0.03
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**({"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM"} | settings))
-
-
-def adapted(passes: int = 2) -> Any:
-    """With both factors of LoRA at random: the second is 0 as it comes, and the first has no gradient then."""
-    model = get_peft_model(with_stand_in(llama(), passes), lora())
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    drawn(model)
-    for parameter, is_trained in zip(model.parameters(), trained, strict=True):
-        parameter.requires_grad_(is_trained)
-    return model
 
 
 @pytest.mark.parametrize("case", [ANSWERS, SFT["packed, best fit, completions"]], ids=["padded", "packed"])
@@ -169,11 +157,12 @@ OF_BOTH = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
         (lambda: drawn(llama(**DROPOUT)), SFT["packed, best fit, completions"], {"alpha": 0.0}),
         (lambda: experts(**DROPOUT), TEXT, {"alpha": 0.0}),
         (lambda: drawn(llama(**DROPOUT)), ANSWERS, {"every": 4, "micro_batches": 2}),
+        (lambda: adapted_with_dropout(), ANSWERS, {"alpha": 0.0}),
     ],
-    ids=["text", "packed", "experts", "updates that every leaves out"],
+    ids=["text", "packed", "experts", "updates that every leaves out", "LoRA with checkpointing"],
 )
 def test_at_alpha_zero_fine_tuning_is_trls_to_the_bit(model: Any, case: Any, method: Any, folder: str) -> None:
-    settings = {"max_steps": 3, "gradient_accumulation_steps": 2}
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "activation_checkpointing": case is ANSWERS}
     stock = tune(SFTTrainer, model(), case, folder, settings)
     ours = rdrop(model(), case, folder, settings, **method)
     assert same_bits(stock.model, ours.model)
@@ -181,11 +170,25 @@ def test_at_alpha_zero_fine_tuning_is_trls_to_the_bit(model: Any, case: Any, met
         assert logged(ours, name) == logged(stock, name) != []
 
 
-def test_the_evaluation_of_fine_tuning_is_trls(folder: str) -> None:
+WITH_DROPOUT = {
+    "Llama": lambda: drawn(llama(**DROPOUT)),
+    "LoRA": lambda: adapted_with_dropout(),
+    "experts": lambda: experts(**DROPOUT),
+}
+
+
+def adapted_with_dropout() -> Any:
+    return get_peft_model(drawn(llama(attn_implementation="eager")), lora(lora_dropout=0.3))
+
+
+@pytest.mark.parametrize("model", WITH_DROPOUT)
+def test_the_evaluation_of_fine_tuning_is_trls(model: str, folder: str) -> None:
+    made = WITH_DROPOUT[model]()
+
     def evaluated(trainer_class: type, **method: Any) -> dict[str, float]:
         trainer = trainer_class(
-            model=drawn(llama(**DROPOUT)),
-            args=config(folder, packing=True, max_length=12),
+            model=made,
+            args=config(folder, packing=model == "Llama", max_length=12),
             train_dataset=Dataset.from_list(TEXT.rows[:2]),
             eval_dataset=Dataset.from_list(TEXT.rows),
             processing_class=tokenizer(),
@@ -214,18 +217,29 @@ def test_trls_metrics_are_those_of_the_first_pass(case: Any, method: Any, folder
     assert logged(found, "mean_token_accuracy") == [pytest.approx(sum(right) / len(right))]
 
 
-def test_fine_tuning_resumes_to_the_same_bits(folder: str) -> None:
+@pytest.mark.parametrize("model", WITH_DROPOUT)
+def test_fine_tuning_resumes_to_the_same_bits(model: str, folder: str) -> None:
+    """With an alpha that rises."""
+    case = PACKED if model == "Llama" else ANSWERS
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
-    whole_run = rdrop(drawn(llama(**DROPOUT)), PACKED, folder, settings, alpha=1.0)
+    settings["activation_checkpointing"] = model == "LoRA"
+    torch.manual_seed(0)
+    whole_run = rdrop(WITH_DROPOUT[model](), case, folder, settings, alpha="auto")
+    torch.manual_seed(0)
+    made = WITH_DROPOUT[model]()
+    if model == "experts":  # whose weights have other names in files, and which the Trainer therefore does not load
+        eager = {"experts_implementation": "eager", "attn_implementation": "eager", "dtype": torch.float64}
+        made = type(made).from_pretrained(f"{folder}/checkpoint-2", **eager)
     resumed = RDropSFTTrainer(
-        model=drawn(llama(**DROPOUT)),
-        args=config(folder, **(PACKED.settings | settings)),
-        train_dataset=Dataset.from_list(PACKED.rows),
+        model=made,
+        args=config(folder, **(case.settings | settings)),
+        train_dataset=Dataset.from_list(case.rows),
         processing_class=tokenizer(),
-        alpha=1.0,
+        alpha="auto",
     )
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     assert same_bits(resumed.model, whole_run.model)
+    assert logged(resumed, "alpha") == [0.25, 1.0, 2.25, 4.0]
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -351,20 +365,57 @@ def margins_loss_by_hand(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def test_the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand(reward: Any, folder: str) -> None:
-    pairs = [{"chosen": asked, "rejected": answered, "margin": 0.25} for asked, answered in TURNS]
-    gradients = Gradients()
+def reward_trainer(trainer_class: Any, model: Any, folder: str, settings: Any, **options: Any) -> Any:
     names = ("use_cpu", "report_to", "save_strategy", "max_grad_norm", "max_steps", "activation_checkpointing")
-    reward["RDropRewardTrainer"](
-        model=reward_model(ScaleOfPairs(2)),
-        args=RewardConfig(
-            folder, per_device_train_batch_size=5, **{name: getattr(config(folder), name) for name in names}
-        ),
-        train_dataset=Dataset.from_list(pairs),
+    quiet = {name: getattr(config(folder), name) for name in names}
+    data = Dataset.from_list(CHOICES)
+    return trainer_class(
+        model=model,
+        args=RewardConfig(folder, **(quiet | {"bf16": False, "disable_tqdm": True} | settings)),
+        train_dataset=data,
+        eval_dataset=data,
         processing_class=tokenizer(),
-        callbacks=[gradients],
-        alpha=ALPHA,
-    ).train()
+        **options,
+    )
+
+
+CHOICES = [{"chosen": asked, "rejected": answered, "margin": 0.25} for asked, answered in TURNS[:4]]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand(
+    reward: Any, accumulation: int, folder: str
+) -> None:
+    """Of the mean over the pairs; with accumulation too, where batches have as many pairs."""
+    gradients = Gradients()
+    settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    options = {"callbacks": [gradients], "alpha": ALPHA}
+    reward_trainer(reward["RDropRewardTrainer"], reward_model(ScaleOfPairs(2)), folder, settings, **options).train()
     model = reward_model(PassScale(2))
-    margins_loss_by_hand(model, pairs).backward()
+    margins_loss_by_hand(model, CHOICES).backward()
     assert worst_difference(gradients.updates[0], gradients_of(model)) < 1e-6  # the margins are float32
+
+
+def rewarding(trainer_class: Any, folder: str, settings: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**(OF_EVERY_MODEL | DROPOUT | {"num_labels": 1})))
+    return reward_trainer(trainer_class, model, folder, {"per_device_train_batch_size": 2} | settings, **options)
+
+
+def test_at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit(reward: Any, folder: str) -> None:
+    stock = rewarding(RewardTrainer, folder, {"max_steps": 2})
+    stock.train()
+    ours = rewarding(reward["RDropRewardTrainer"], folder, {"max_steps": 2}, alpha=0.0)
+    ours.train()
+    assert same_bits(ours.model, stock.model)
+    ours.alpha = 1.0
+    assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+
+
+def test_reward_modeling_resumes_to_the_same_bits(reward: Any, folder: str) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole_run = rewarding(reward["RDropRewardTrainer"], folder, settings, alpha=1.0)
+    whole_run.train()
+    resumed = rewarding(reward["RDropRewardTrainer"], folder, settings, alpha=1.0)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    assert same_bits(resumed.model, whole_run.model)

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gradient_agreement import ALPHA, CASES, build, train
-from sft_agreement import update_of_experts
+from gradient_agreement import ALPHA, CASES, build, llama_config, train
+from sft_agreement import drawn, update_of_experts, update_of_lora, with_stand_in
 from sharded import differences_of_fsdp2, refusal_of_fsdp2
 from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
 from rdrop.integrations.transformers import RDropTrainer
 from rdrop.integrations.transformers.nonfinite import NonfiniteUpdateWarning
 
-LOGGED = ("loss", "task_loss", "divergence")
+LOGGED = ("loss", "task_loss", "divergence", "unlabeled_divergence")
 
 
 def one_update(case_name: str, method: dict[str, Any], accumulation: int, folder: str) -> dict[str, Any]:
@@ -29,9 +30,7 @@ def one_update(case_name: str, method: dict[str, Any], accumulation: int, folder
     if "fused" not in method:
         run_forwards_jointly(model)
     trained = train(RDropTrainer, model, case.batches, folder, settings, **method)
-    logs = {name: row[name] for row in trained.state.log_history for name in LOGGED if name in row}
-    gradients: dict[str, Tensor] = {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}
-    return {"logs": logs, "gradients": gradients}
+    return results_of(trained)
 
 
 def run_forwards_jointly(model: nn.Module) -> None:
@@ -62,19 +61,36 @@ def update_with_unlabeled(accumulation: int, folder: str) -> dict[str, Any]:
     settings = {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
     method = {"alpha": ALPHA, "micro_batches": 2, "unlabeled_dataset": examples}
     trained = train(RDropTrainer, build(case), case.batches, folder, settings, **method)
-    logs = {
-        name: row[name]
-        for row in trained.state.log_history
-        for name in (*LOGGED, "unlabeled_divergence")
-        if name in row
-    }
-    gradients = {name.removeprefix("module."): part for name, part in trained.gradients[0].items()}
+    return results_of(trained)
+
+
+def update_of_packed_rows(accumulation: int, folder: str) -> dict[str, Any]:
+    """Of four packed rows, two of which hold one sequence and two of which hold two."""
+    pack = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    texts = [{"input_ids": [2 + (3 * place + length) % 9 for place in range(length)]} for length in (5, 3, 2, 6, 4, 7)]
+    rows = [dict(pack(some, return_tensors="pt")) for some in (texts[:1], texts[1:3], texts[3:4], texts[4:])]
+    model = with_stand_in(drawn(LlamaForCausalLM(llama_config())))
+    settings = {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
+    return results_of(train(RDropTrainer, model, rows, folder, settings, alpha=ALPHA))
+
+
+def results_of(trained: Any) -> dict[str, Any]:
+    logs = {name: row[name] for row in trained.state.log_history for name in LOGGED if name in row}
+    gradients: dict[str, Tensor] = {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}
     return {"logs": logs, "gradients": gradients}
+
+
+OTHERS = {
+    "with unlabeled examples": update_with_unlabeled,
+    "packed rows": update_of_packed_rows,
+    "TRL's, LoRA with checkpointing": update_of_lora,
+    "TRL's, with a router's loss": update_of_experts,
+}
 
 
 def all_updates(accumulation: int, folder: str) -> list[dict[str, Any]]:
     trained = [one_update(name, method, accumulation, folder) for name, method in TRAININGS]
-    return [*trained, update_with_unlabeled(accumulation, folder), update_of_experts(accumulation, folder)]
+    return [*trained, *(update(accumulation, folder) for update in OTHERS.values())]
 
 
 def left_out_by_both(folder: str) -> bool:

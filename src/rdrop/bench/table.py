@@ -86,6 +86,18 @@ LAYOUTS = {
         memory_base="plain",
         size=lambda r: r["model"] + (f", V = {r['classes']:,}" if r["model"] == "translation" else ""),
     ),
+    "sft": Layout(
+        heading="step of supervised fine-tuning",
+        words={
+            "sft": "`SFTTrainer`, on B",
+            "sft_twice_the_batch": "`SFTTrainer`, on 2B",
+            "rdrop": "`RDropSFTTrainer`, on B",
+            "rdrop_micro_batches": "the same, `micro_batches=2`",
+        },
+        time_base="sft_twice_the_batch",
+        memory_base="sft",
+        size=lambda r: f"{r['model']}, V = {r['classes']:,}",
+    ),
 }
 
 
