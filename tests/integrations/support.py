@@ -162,7 +162,7 @@ SUPPORT: dict[str, tuple[Cell, ...]] = {
     "sentence-transformers, cross-encoders": (
         ("exact", f"{ENCODERS}the_loss_and_its_gradient_are_those_written_out"),
         (BATCH_MEANS, f"{ENCODERS}an_accumulated_update_is_that_of_the_mean_of_its_batches"),
-        NOT_TRIED,
+        (BATCH_MEANS, TRAINER_OF_TWO),
         ("to the bit", f"{ENCODERS}at_alpha_zero_it_is_the_loss_of_the_library_to_the_bit"),
         ("the library's", f"{ENCODERS}the_trainer_evaluates_as_with_the_loss_of_the_library"),
         ("to the bit", f"{ENCODERS}alpha_rises_with_the_updates_of_the_trainer_and_resumes_to_the_same_bits"),

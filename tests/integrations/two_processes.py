@@ -2,22 +2,29 @@
 
 import os
 import re
+import runpy
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from gradient_agreement import ALPHA, CASES, build, llama_config, train
+from datasets import Dataset
+from gradient_agreement import ALPHA, CASES, Gradients, PassScale, build, llama_config, train
+from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sft_agreement import drawn, update_of_experts, update_of_lora, with_stand_in
 from sharded import differences_of_fsdp2, refusal_of_fsdp2
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
+from rdrop.integrations.sentence_transformers import RDropBinaryCrossEntropyLoss
 from rdrop.integrations.transformers import RDropTrainer
 from rdrop.integrations.transformers.nonfinite import NonfiniteUpdateWarning
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LOGGED = ("loss", "task_loss", "divergence", "unlabeled_divergence")
 
 
@@ -80,7 +87,40 @@ def results_of(trained: Any) -> dict[str, Any]:
     return {"logs": logs, "gradients": gradients}
 
 
+def update_of_cross_encoder(accumulation: int, folder: str) -> dict[str, Any]:
+    """Of four pairs, one in each micro-batch, whose mean the library's trainer makes of them."""
+    example = runpy.run_path(str(EXAMPLES / "cross_encoder.py"), run_name="example")
+    place = Path(folder) / "cross-encoder"
+    place.mkdir(exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":  # the other saves nothing
+        example["new_model"](place)
+    if dist.is_initialized():
+        dist.barrier()
+    model = drawn(CrossEncoder(str(place)))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    stand_in = model[0].stand_in = PassScale(2)
+    first = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    first.register_forward_hook(lambda module, inputs, output: stand_in(output))
+    gradients = Gradients()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1}
+    trainer = CrossEncoderTrainer(
+        model=model,
+        args=CrossEncoderTrainingArguments(
+            folder, max_grad_norm=0, save_strategy="no", ddp_find_unused_parameters=False, **settings, **quiet
+        ),
+        train_dataset=Dataset.from_list(example["PAIRS"][:4]),
+        loss=RDropBinaryCrossEntropyLoss(model, alpha=ALPHA),
+        callbacks=[gradients],
+    )
+    trainer.train()
+    return results_of(SimpleNamespace(state=trainer.state, gradients=gradients.updates))
+
+
 OTHERS = {
+    "sentence-transformers": update_of_cross_encoder,
     "with unlabeled examples": update_with_unlabeled,
     "packed rows": update_of_packed_rows,
     "TRL's, LoRA with checkpointing": update_of_lora,
