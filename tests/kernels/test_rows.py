@@ -219,6 +219,15 @@ def test_a_likeliest_class_that_is_an_outlier_costs_no_digits(kernel):
     torch.testing.assert_close(divergence.double(), in_float64(case)[1], rtol=1e-6, atol=0)
 
 
+def test_bfloat16_logits_of_which_some_are_100_000_times_smaller_cost_no_digits(kernel):
+    g = torch.Generator().manual_seed(0)
+    small, large = 2**-16 * torch.rand(50, 3, generator=g), torch.full((50, 3), 0.75)
+    large[torch.arange(50), torch.randint(3, (50,), generator=g)] += 2**-8  # large - small has more than 24 bits
+    case = Case("", torch.cat([small, large]).bfloat16(), torch.zeros(50, dtype=torch.long), 0.0, None)
+    divergence = terms_and_gradient(case, implementation=kernel)[1]
+    torch.testing.assert_close(divergence.double(), in_float64(case)[1], rtol=1e-6, atol=0)
+
+
 def test_the_labels_entry_of_a_bfloat16_gradient_is_rounded_once(kernel):
     case = random_case(64, 50, dtype=torch.bfloat16)
     valid = (case.labels != IGNORED).repeat(2)

@@ -280,16 +280,14 @@ INLINE Offset two_difference(float a, float b) {  // Knuth
 }
 
 // d_a = (z_a - z_1) - offset.
-template <Path kPath, class T>
+template <Path kPath>
 INLINE Float difference(Float z, Float first, Offset offset) {
   const Float high = z - first;
   Float d = high - offset.high;
   if (kPath == kDirect) return d;
-  if (sizeof(T) == 4) {  // logits of 8 significant bits have exact differences
-    const Float taken = high - z;
-    const Float low = (z - (high - taken)) - (first + taken);
-    d += low - offset.low;
-  }
+  const Float taken = high - z;
+  const Float low = (z - (high - taken)) - (first + taken);
+  d += low - offset.low;
   return z + first == -kInfinity ? Float{} : d;
 }
 
@@ -339,7 +337,7 @@ INLINE Range<M, T> range_of(const Position<M, T>& position) {
     if (a == 0) continue;
     const float offset = range.base[a] - range.base[0], highest = largest(rise[a]), deepest = smallest(fall[a]);
     near &= highest - offset <= 40 && offset - deepest <= 40;
-    direct &= sizeof(T) == 2 || std::abs(offset) <= highest - deepest;
+    direct &= std::abs(offset) <= highest - deepest;
   }
   range.path = !near ? kFar : direct ? kDirect : kCompensated;
   return range;
@@ -413,7 +411,7 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
       Float d[kCapacity], d_mean{};
       for (int a = 1; a < m; ++a) {
         const Float z = classes_of(slice, position.row[a], i, classes, kMinusInfinity<T>);
-        d[a] = difference<kPart ? kCompensated : kPath, T>(z, first, offset[a]);
+        d[a] = difference<kPart ? kCompensated : kPath>(z, first, offset[a]);
         d_mean += d[a];
       }
       d_mean = d_mean * (1.0f / m);
@@ -594,7 +592,7 @@ struct NearGradient {
     Float d[kCapacity], v[kCapacity];
     for (int a = 1; a < m; ++a) {
       const Float z = classes_of(slice, position.row[a], i, position.classes, kMinusInfinity<T>);
-      d[a] = difference<S::kPart ? kCompensated : kPath, T>(z, first, offset[a]);
+      d[a] = difference<S::kPart ? kCompensated : kPath>(z, first, offset[a]);
       v[a] = (expm1(d[a]) - growth[a]) * shrink[a];
     }
     Float d_mean = d[1], v_mean = v[1];  // the sums, at first
