@@ -102,7 +102,7 @@ def test_a_recipe_has_what_was_typed_and_nothing_else_has_changed(
     taken: list[bool] = []
 
     @seed(part)
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples)
     @given(recipes_with_settings())
     def check(drawn: tuple[Recipe, list[str]]) -> None:
         recipe, typed = drawn
@@ -136,7 +136,7 @@ def test_a_recipe_file_is_read_as_it_stands_or_refused_by_its_path(
     path, taken = tmp_path / "recipe.json", []
 
     @seed(part)
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples)
     @given(recipe_files())
     def check(content: bytes) -> None:
         path.write_bytes(content)

@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_told_in_its_update_and_reaches_no_weight(
     tried = []
 
     @seed(part)
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples)
     @given(POISONS)
     def check(poison: Poison) -> None:
         kind = poison.alpha, poison.precision
