@@ -253,7 +253,7 @@ def encode_train(data: TranslationData, train: Pairs) -> EncodedTrain:
     codes = None if data.codes is None else _codes(data, data.codes)
     settings = (data.vocabulary, data.tokenized) if codes is None else file_digest(codes)
     content = {"pairs": train.content(), "lowercase": data.lowercase, "subwords": settings}
-    versions = {"format": 1, "tokenizers": tokenizers.__version__}
+    versions = {"format": 1, "tokenizers": tokenizers.__version__}  # format: of what `_write_train` makes
     folder = cached(content | versions, partial(_write_train, data, train))
     return EncodedTrain(
         (LearnedSubwords if codes is None else CodedSubwords).load(folder),
