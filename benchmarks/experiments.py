@@ -6,8 +6,8 @@
 `add` puts the result of every finished run below RUNS into benchmarks/results/experiments.jsonl, one a line, with the
 command that made it; a run of the same recipe that is there already is replaced. Which arms belong together, where the
 runs alone do not say it, and their churn go into benchmarks/results/arms.jsonl, one comparison a line. `pages` writes
-each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again; a test holds that it is what
-the records give.
+each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again, and draws the plot of
+benchmarks/gains.py; a test holds that they are what the records give.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+from benchmarks import gains
 
 from rdrop.experiments.comparison import sentences
 from rdrop.experiments.comparison.arms import Arm
@@ -169,8 +171,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "add":
         add(options.runs, options.command)
+    found = recorded_comparisons()
     for page in PAGES:
-        page.write_text(rewritten(page.read_text(encoding="utf-8"), recorded_comparisons()), encoding="utf-8")
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    gains.PLOT.write_text(gains.draw(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import experiments
+from benchmarks import experiments, gains
 from torch import nn
 
 import rdrop
@@ -152,6 +152,20 @@ def test_the_results_in_the_pages_are_those_of_the_records(page):
     assert "digits" in [name for _, name, _ in experiments.PART.findall(text)]
     made = experiments.rewritten(text, experiments.recorded_comparisons())
     assert made == text, "run: python benchmarks/experiments.py pages"
+
+
+def test_the_plot_of_gains_is_that_of_the_records():
+    svgs = gains.PLOT.read_text(encoding="utf-8"), gains.draw(experiments.recorded_comparisons())
+    drawn = [re.findall(r"<text [^>]*>([^<]*)</text>", svg) for svg in svgs]
+    assert drawn[0] == drawn[1] != []
+
+
+def test_gains_are_sorted_by_pairs_and_have_the_mean_in_their_interval():
+    found = gains.gains(experiments.recorded_comparisons())
+    assert list(found) == ["baseline", "baseline, twice the batch"]
+    for points in found.values():
+        assert [point.pairs for point in points] == sorted({point.pairs for point in points})
+        assert all(point.low < point.mean < point.high for point in points)
 
 
 def test_every_recorded_experiment_stands_in_the_page_of_results_with_its_seeds():
