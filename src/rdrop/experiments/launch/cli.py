@@ -78,6 +78,9 @@ Trackers = Annotated[
     list[str] | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ...; may be given twice.")
 ]
 RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the folders of the runs are.")]
+NoDoubleBatch = Annotated[
+    bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
+]
 Jobs = Annotated[
     str,
     typer.Option("--jobs", metavar="N|auto", help="Runs at a time, a process each; a GPU each, if there are several."),
@@ -194,9 +197,7 @@ def compare(
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
-    no_double_batch: Annotated[
-        bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
-    ] = False,
+    no_double_batch: NoDoubleBatch = False,
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -261,9 +262,7 @@ def tune(
     model: ModelName = None,
     tracker: Trackers = None,
     runs: RunsFolder = DEFAULT_RUNS,
-    no_double_batch: Annotated[
-        bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
-    ] = False,
+    no_double_batch: NoDoubleBatch = False,
     jobs: Jobs = "1",
 ) -> None:
     """Find the best settings of R-Drop and of plain training on valid; compare the two on seeds they have not seen.
