@@ -183,9 +183,17 @@ def test_the_arms_of_a_seed_follow_each_other_and_differ_in_the_method_alone(
     assert len({r.replace(seed=0, alpha=1.0, batch_size=batch).digest() for r in trained}) == 1
 
 
-def test_five_seeds_by_default(trained: list[Recipe], tmp_path: Path) -> None:
-    assert cli.run(["compare", "digits-vit", "--no-double-batch", "--runs", str(tmp_path)]) == 0
-    assert [recipe.seed for recipe in trained] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+@pytest.mark.parametrize(
+    ("arms", "seeds"),
+    [(["--no-double-batch"], 6), ([], 7), ([part for n in "23456" for part in ("--arm", f"alpha={n}")], 8)],
+)
+def test_by_default_there_are_as_many_seeds_as_can_show_a_difference(
+    trained: list[Recipe], tmp_path: Path, arms: list[str], seeds: int
+) -> None:
+    assert cli.run(["compare", "digits-vit", *arms, "--runs", str(tmp_path)]) == 0
+    assert sorted({recipe.seed for recipe in trained}) == list(range(seeds))
+    contests = len(trained) // seeds - 1
+    assert 2 / 2**seeds * contests <= 0.05 < 2 / 2 ** (seeds - 1) * contests
 
 
 def test_the_larger_batch_has_as_many_examples_as_rdrop_has_passes(tmp_path: Path) -> None:

@@ -188,7 +188,13 @@ def train(
 def compare(
     recipe: RecipeName,
     settings: Settings = None,
-    seeds: Annotated[str, typer.Option(metavar="N|A,B,...", help="How many seeds, from 0; or which ones.")] = "5",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|A,B,...",
+            help="How many seeds, from 0; or which ones. Not given: the fewest that can show a difference.",
+        ),
+    ] = None,
     data: DataFolder = None,
     train: TrainFile = None,
     valid: ValidFile = None,
@@ -222,7 +228,7 @@ def compare(
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
     arms = plan_arms(chosen, arm or (), larger_batch=not no_double_batch)
-    plan = arms.runs(parse_seeds(seeds), runs)
+    plan = arms.runs(parse_seeds(str(arms.least_seeds) if seeds is None else seeds), runs)
     if arms.designs() and _is_first_process():
         record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))

@@ -58,6 +58,13 @@ class Plan:
     is_standard: bool
     """Whether the runs alone say that they belong together: the recipe, its baseline and that with a larger batch."""
 
+    @property
+    def least_seeds(self) -> int:
+        """The least number of seeds that can show a difference between the recipe and each of the other arms."""
+        from rdrop.experiments.comparison.statistics import least_seeds  # it imports scipy, which --help need not
+
+        return least_seeds(len(self.arms) - 1)
+
     def runs(self, seeds: Iterable[int], root: Path) -> list[Run]:
         """Returns all runs, seed by seed, so that a comparison that is stopped has whole seeds to show."""
         return [
