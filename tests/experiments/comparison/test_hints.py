@@ -1,5 +1,6 @@
 """What the curves of finished runs say: each hint where it applies, and where it does not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.comparison.hints import (
     alpha_too_large,
+    best_early,
     hints,
     no_divergence,
     nothing_to_regularize,
     of_the_data,
     still_learning,
 )
+from rdrop.experiments.launch.plan import plan_arms
 from rdrop.experiments.recipe.method import Method
+from rdrop.experiments.recipes import find_recipe
 
 OVERFITS = [2.0, 1.5, 1.2, 1.0, 1.1, 1.2, 1.3, 1.4]
 FALLS = [2.0, 1.5, 1.2, 1.0, 0.9, 0.85, 0.82, 0.81]
@@ -84,6 +88,43 @@ def test_a_divergence_of_zero_says_that_r_drop_does_nothing() -> None:
 @pytest.mark.parametrize("divergence", [[0.0, 0.001], [0.1, 0.0], []])
 def test_a_divergence_that_rose_once_or_is_not_known_says_nothing(divergence: list[float]) -> None:
     assert no_divergence(arm(1.0, run(1.0, divergence=divergence))) is None
+
+
+def with_best(run: FinishedRun, step: int, **recipe: Any) -> FinishedRun:
+    return replace(run, recipe=run.recipe | recipe, result=run.result | {"best_step": step})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings"),
+    [
+        ({"updates": 100, "warmup_updates": 9}, "updates=50 warmup_updates=4"),
+        ({"updates": None, "epochs": 5.0, "warmup_updates": 0}, "epochs=2.5"),  # an epoch is 10 updates
+        ({"updates": None, "epochs": 15.0, "evaluate_every": None}, "epochs=7.5"),
+    ],
+)
+def test_a_baseline_past_its_best_early_is_told_of_a_shorter_one_which_ends_the_hint(
+    lengths: dict[str, Any], settings: str
+) -> None:
+    baseline = arm(0.0, *(with_best(run(0.0, seed), 10 * (1 + seed), **lengths) for seed in (0, 1)))
+    said = best_early(baseline, [baseline])
+    assert said is not None
+    assert f'Set it beside: --arm "alpha=0 {settings}" (docs/when-it-helps.md).' in said
+    recipe = find_recipe("digits").replace(**{"alpha": 1.0, "epochs": None} | lengths)
+    _, shorter, _ = plan_arms(recipe, [f"alpha=0 {settings}"], larger_batch=False).arms.values()
+    planned = {key: value for key, value in shorter.saved().items() if key in lengths}
+    other = arm(0.0, *(with_best(run(0.0, seed), 10, **planned) for seed in (0, 1)))
+    assert best_early(baseline, [baseline, other]) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths"),
+    [((10, 60), {"updates": 100}), ((10, 10), {"epochs": 5.0, "evaluate_every": 7}), ((None, 10), {"updates": 100})],
+)
+def test_a_baseline_whose_best_is_late_once_or_not_known_says_nothing_of_a_shorter_one(
+    steps: tuple[Any, ...], lengths: dict[str, Any]
+) -> None:
+    baseline = arm(0.0, *(with_best(run(0.0, seed), step, **lengths) for seed, step in enumerate(steps)))
+    assert best_early(baseline, [baseline]) is None
 
 
 SLOW = [2.0, 1.9, 1.8, 1.2]

@@ -5,8 +5,10 @@ Each function looks at one thing and returns a sentence, or None where it does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm
@@ -22,8 +24,11 @@ RISING = 0.03
 """A score still rises where its last three values add this share of all that was gained."""
 FAR_ABOVE = 0.25
 """A training loss is far above another where it has made up this share less of the way down."""
+EARLY = 0.5
+"""Plain training is at its best early where its weights are from this share of its updates or less."""
 NO_DIVERGENCE = 1e-4
 """A divergence is 0 where it stays below this share of the task loss."""
+_LENGTHS = ("updates", "epochs")
 
 
 def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str) -> list[str]:
@@ -35,6 +40,7 @@ def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str) -> list[str]:
     if baseline is not None:
         found += [still_learning(baseline, metric), nothing_to_regularize(baseline)]
         found += [alpha_too_large(arm, baseline, metric) for arm in rdrop]
+        found.append(best_early(baseline, arms))
     return [*filter(None, found), *of_the_data(arms)]
 
 
@@ -99,6 +105,41 @@ def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
         f"The training loss of {arm.label} ends at {high:.3g}, far above {low:.3g} of {baseline.phrase}: alpha is too "
         f"large. Lower it, or let it rise (alpha_schedule=quadratic) ({PAGE})."
     )
+
+
+def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
+    """Says that plain training is past its best early on every seed, where no arm trains plainly for less long."""
+    lengths = [_planned_updates(run) for run in baseline.runs]
+    bests = [run.result.get("best_step") for run in baseline.runs]
+    shares = [best / length for best, length in zip(bests, lengths, strict=True) if best and length]
+    if not shares or len(shares) < len(baseline.runs) or max(shares) > EARLY:
+        return None
+    recipe = baseline.runs[0].recipe
+    if any(arm.method.is_plain and _is_shorter(arm.runs[0].recipe, recipe) for arm in arms if arm.runs):
+        return None
+    halved = [f"{key}={_half(recipe[key])}" for key in (*_LENGTHS, "warmup_updates") if recipe.get(key)]
+    return (
+        f"The weights of {baseline.phrase} are from the first {math.ceil(100 * max(shares))} % of its updates on each "
+        "seed. A training that is planned to be shorter, so that its learning rate falls in time, may do as well as "
+        f'R-Drop for less. Set it beside: --arm "alpha=0 {" ".join(halved)}" ({PAGE}).'
+    )
+
+
+def _planned_updates(run: FinishedRun) -> float | None:
+    """Returns the length of the training had nothing ended it early; None where epochs are not told by the scores."""
+    updates, epochs = run.recipe.get("updates"), run.recipe.get("epochs")
+    if updates or not epochs or run.recipe.get("evaluate_every") is not None:
+        return updates or None
+    scored = [row["step"] for row in run.metrics if row.get("kind") == "valid"]  # after every epoch
+    return epochs * min(scored) if scored else None
+
+
+def _is_shorter(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return any(recipe[key] < other[key] for key in _LENGTHS if recipe.get(key) and other.get(key))
+
+
+def _half(length: float) -> str:
+    return f"{length / 2:g}" if isinstance(length, float) else str(length // 2)
 
 
 def of_the_data(arms: Sequence[Arm]) -> list[str]:
