@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, train_test_split
 from skorch import NeuralNetClassifier
-from torch import nn
+from torch import Tensor, nn
 
 from rdrop import check_rdrop, rdrop_loss, repeat_batch
 
@@ -20,28 +20,32 @@ def build_model() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10))
 
 
-class RDropClassifier(NeuralNetClassifier):
-    """A `NeuralNetClassifier` whose training steps have R-Drop. alpha 0 is plain training.
+class RDrop:
+    """Written before a class of skorch, gives its training steps R-Drop. alpha 0 is plain training.
 
     `predict`, `predict_proba` and the validation loss are skorch's own: one pass, no dropout.
     """
 
-    def __init__(
-        self, module: Any, *, alpha: float = 1.0, criterion: Any = nn.CrossEntropyLoss, **options: Any
-    ) -> None:
+    def __init__(self, module: Any, alpha: float = 1.0, criterion: Any = nn.CrossEntropyLoss, **options: Any) -> None:
         super().__init__(module, criterion=criterion, **options)
         self.alpha = alpha
 
+    def infer(self, x: Any, **fit_params: Any) -> Any:
+        repeats = self.module_.training and self.alpha > 0  # one forward of [x; x]: two dropout masks
+        return super().infer(repeat_batch(x) if repeats else x, **fit_params)
+
+    def get_loss(self, y_pred: Tensor, y_true: Tensor, *args: Any, training: bool = False, **options: Any) -> Tensor:
+        if training and self.alpha > 0:
+            return rdrop_loss(y_pred, y_true.to(y_pred.device), alpha=self.alpha).loss
+        return super().get_loss(y_pred, y_true, *args, training=training, **options)
+
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
-        """Called by skorch for every batch."""
-        if self.alpha == 0:
-            return super().train_step_single(batch, **fit_params)
-        self._set_training(True)
-        images, labels = batch
-        logits = self.infer(repeat_batch(images), **fit_params)  # one forward of [x; x]: two dropout masks
-        loss = rdrop_loss(logits, labels.to(logits.device), alpha=self.alpha).loss
-        loss.backward()
-        return {"loss": loss, "y_pred": logits[: len(labels)]}
+        step = super().train_step_single(batch, **fit_params)
+        return step | {"y_pred": step["y_pred"][: len(batch[1])]}  # the first pass, for skorch's scores
+
+
+class RDropClassifier(RDrop, NeuralNetClassifier):
+    pass
 
 
 def main() -> None:

@@ -50,7 +50,6 @@ def train(alpha: float, updates: int = 120) -> dict[str, float]:
                 learning_rate=1e-2,
                 logging_steps=50,
                 save_strategy="no",
-                report_to=[],
                 disable_tqdm=True,
                 use_cpu=True,
                 bf16=False,

@@ -1,19 +1,18 @@
-"""The environment of processes that train together, as torchrun makes it, without its launcher."""
-
-from __future__ import annotations
+"""Processes that train together, started as torchrun starts them, without its launcher."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
 
-@contextmanager
-def environments(processes: int) -> Iterator[list[dict[str, str]]]:
-    """Yields the environment of each of several processes, which meet at a store of this one.
+def outputs_of(processes: int, *command: str, **environment: str) -> list[str]:
+    """Runs `python *command` in several processes at once and returns what each said; all must end well.
 
-    The store chooses its port and has it before they start, so nothing else can take it in between.
+    They meet at a store of this process. It chooses its port and has it before they start, so nothing else can take it
+    in between.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -25,5 +24,23 @@ def environments(processes: int) -> Iterator[list[dict[str, str]]]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCH_GLOO_LAZY_INIT": "1",
         "OMP_NUM_THREADS": "1",
+        **environment,
     }
-    yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        outputs = [process.communicate()[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
+    return outputs

@@ -34,20 +34,12 @@ def model() -> nn.Module:
 
 
 def main() -> None:
-    examples = EXAMPLE["sentences"](24, seed=3)
-    batches = [EXAMPLE["padded"](examples[start : start + 6]) for start in range(0, 24, 6)]
-    for batch in batches[1::2]:  # of two processes, the second has nothing to learn
-        batch["labels"].fill_(EXAMPLE["IGNORED"])
-
-    whole = EXAMPLE["padded"](
-        [
-            {"tokens": tokens, "labels": labels}
-            for batch in batches
-            for tokens, labels in zip(batch["tokens"], batch["labels"], strict=True)
-        ]
-    )
+    tokens, labels = EXAMPLE["sentences"](24, seed=3)[:]
+    batches = list(zip(tokens.split(6), labels.split(6), strict=True))
+    for _, of_batch in batches[1::2]:  # of two processes, the second has nothing to learn
+        of_batch.fill_(-100)
     expected = model()
-    rdrop_loss(expected(repeat_batch(whole["tokens"])), whole["labels"], alpha=ALPHA).loss.backward()
+    rdrop_loss(expected(repeat_batch(tokens)), labels, alpha=ALPHA).loss.backward()
 
     accelerator = Accelerator(cpu=True)
     trained = accelerator.prepare(model())

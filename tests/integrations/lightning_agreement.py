@@ -55,17 +55,16 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 
 def ragged(count: int) -> list[Batch]:
-    """`count` batches of sentences of 3 to 20 tokens, 2 to 5 in each; the second has no label at all."""
-    batches = []
-    for number in range(count):
-        batches.append(LIGHTNING["padded"](LIGHTNING["sentences"](2 + number % 4, seed=number)))
+    """`count` batches of 2 to 5 sentences, of 3 to 20 tokens each; the second has no label at all."""
+    batches = [LIGHTNING["sentences"](2 + number % 4, seed=number)[:] for number in range(count)]
     for _, labels in batches[1:2]:
         labels.fill_(-100)
     return batches
 
 
 def whole(batches: list[Batch]) -> Batch:
-    return LIGHTNING["padded"]([row for batch in batches for row in zip(*batch, strict=True)])
+    tokens, labels = map(torch.cat, zip(*batches, strict=True))
+    return tokens, labels
 
 
 def expected_gradients(batches: list[Batch], alpha: float) -> Gradients:
@@ -83,8 +82,9 @@ def difference(found: Gradients, expected: Gradients) -> float:
     return max(float((own - right).norm() / right.norm()) for own, right in pairs)
 
 
-def trainer(accumulation: int) -> L.Trainer:
+def trainer(model: Tagger, accumulation: int) -> L.Trainer:
     return L.Trainer(
+        callbacks=[model.rdrop],
         accelerator="cpu",
         devices=PROCESSES,
         strategy="ddp" if PROCESSES > 1 else "auto",
@@ -103,7 +103,7 @@ def of_lightning(accumulation: int, alpha: float = ALPHA) -> tuple[float, L.Trai
     batches = ragged(PROCESSES * accumulation)
     rank = int(os.environ.get("RANK", 0))
     model = Tagger(batches[rank::PROCESSES], alpha)
-    trained = trainer(accumulation)
+    trained = trainer(model, accumulation)
     trained.fit(model)
     return difference(model.gradients[0], expected_gradients(batches, alpha)), trained
 

@@ -221,7 +221,7 @@ def update_of_lora(accumulation: int, folder: str) -> dict[str, Any]:
     case = replace(SFT["completions"], rows=PAIRS[:4])
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     settings |= {"activation_checkpointing": True, "ddp_find_unused_parameters": False}
-    return _results_of(rdrop(adapted(), case, folder, settings, fused=True))
+    return results_of(rdrop(adapted(), case, folder, settings, fused=True))
 
 
 def update_of_experts(accumulation: int, folder: str) -> dict[str, Any]:
@@ -230,10 +230,10 @@ def update_of_experts(accumulation: int, folder: str) -> dict[str, Any]:
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     settings |= {"router_aux_loss_coef": COEFFICIENT, "ddp_find_unused_parameters": True}
     trained = rdrop(with_stand_in(experts()), case, folder, settings, fused=True)
-    return _results_of(trained)
+    return results_of(trained)
 
 
-def _results_of(trained: Any) -> dict[str, Any]:
+def results_of(trained: Any) -> dict[str, Any]:
     names = ("loss", "task_loss", "divergence", "auxiliary_loss", "num_tokens")
     logs = {name: row[name] for row in trained.state.log_history for name in names if name in row}
     return {"logs": logs, "gradients": {n.removeprefix("module."): g for n, g in trained.gradients[0].items()}}

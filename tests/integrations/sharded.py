@@ -16,14 +16,18 @@ from gradient_agreement import (
     ALPHA,
     CASES,
     ENCODER_DECODERS,
+    arguments,
     build,
     cast,
     gradients_of,
+    llama_config,
     loss_by_hand,
+    only_item,
     train,
     worst_difference,
 )
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Trainer
 
 from rdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer
 
@@ -44,6 +48,8 @@ OF_DEEPSPEED = [
     (TAG, 1, {"alpha": 0.0}),
 ]
 """The case, the stage of ZeRO, the method."""
+
+OF_SGD = {"optim": "sgd", "learning_rate": 1.0}
 
 
 @contextmanager
@@ -76,12 +82,18 @@ def gradient_by_hand(name: str, batches: Any, method: Any, dtype: torch.dtype) -
     return gradients_of(model)
 
 
+def of_fsdp2(wrap: str) -> dict[str, Any]:
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "auto_wrap_policy": wrap, "state_dict_type": "SHARDED_STATE_DICT"},
+    }
+
+
 def differences_of_fsdp2(folder: str) -> dict[str, float]:
     """Of two accumulated batches in each of two processes, ragged and of unequal size; float64."""
     found = {}
     for what, (name, wrap, method) in OF_FSDP2.items():
-        config = {"version": 2, "auto_wrap_policy": wrap}
-        settings = {"fsdp": True, "fsdp_config": config, "gradient_accumulation_steps": 2}
+        settings = of_fsdp2(wrap) | {"gradient_accumulation_steps": 2}
         batches = CASES[name].batches
         with fsdp_on_cpus():
             run = trained(name, build(CASES[name]), batches, folder, settings, method)
@@ -91,13 +103,56 @@ def differences_of_fsdp2(folder: str) -> dict[str, float]:
 
 
 def refusal_of_fsdp2(folder: str) -> str:
-    settings = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": WRAPPED}}
     try:
         with fsdp_on_cpus():
-            trained(LLAMA, build(CASES[LLAMA]), CASES[LLAMA].batches[:2], folder, settings, {"fused": True})
+            trained(LLAMA, build(CASES[LLAMA]), CASES[LLAMA].batches[:2], folder, of_fsdp2(WRAPPED), {"fused": True})
     except ValueError as error:
         return str(error)
     return "none"
+
+
+def evaluated_and_resumed(folder: str, settings: Any) -> tuple[float, float, bool]:
+    """The loss in evaluation, ours and the stock Trainer's of the same weights; whether a resumed training has the bits
+    of the whole one.
+    """
+    batches = CASES[LLAMA].batches
+
+    def trainer() -> Any:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(llama_config(attention_dropout=0.3, attn_implementation="eager"))
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **OF_SGD}
+        args = arguments(folder, **(saving | settings))
+        data = {"train_dataset": batches, "eval_dataset": batches, "data_collator": only_item}
+        return RDropTrainer(model=model, args=args, alpha=ALPHA, **data)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    is_same = all(torch.equal(whole_of(one), whole_of(other)) for one, other in pairs)
+    ours = whole.evaluate()["eval_loss"]
+    whole.__class__ = Trainer
+    return ours, whole.evaluate()["eval_loss"], is_same
+
+
+def evaluated_and_resumed_by_fsdp2(folder: str) -> tuple[float, float, bool]:
+    with fsdp_on_cpus():
+        return evaluated_and_resumed(f"{folder}/fsdp", of_fsdp2(WRAPPED))
+
+
+def whole_of(weight: Any) -> Tensor:
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
 
 
 def differences_of_deepspeed(folder: str) -> dict[str, float]:
@@ -108,15 +163,12 @@ def differences_of_deepspeed(folder: str) -> dict[str, float]:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     found = {}
     for name, stage, method in OF_DEEPSPEED:
-        config = {
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": 0.0,
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
+        settings = {
+            "deepspeed": deepspeed_config(stage),
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "gradient_accumulation_steps": 2,
         }
-        settings = {"deepspeed": config, "optim": "sgd", "learning_rate": 1.0, "gradient_accumulation_steps": 2}
         batches = [cast(batch, torch.float32) for batch in CASES[name].batches]
         model = build(CASES[name], dtype=torch.float32)
         before = {weight: part.detach().clone() for weight, part in model.named_parameters()}
@@ -129,6 +181,7 @@ def differences_of_deepspeed(folder: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    result = differences_of_deepspeed(sys.argv[1])
+    settings = {"deepspeed": deepspeed_config(1)}
+    result = differences_of_deepspeed(sys.argv[1]), evaluated_and_resumed(f"{sys.argv[1]}/zero", settings)
     if os.environ["RANK"] == "0":
         torch.save(result, f"{sys.argv[1]}/result.pt")

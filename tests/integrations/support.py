@@ -11,11 +11,11 @@ EMPTY = ("", "")
 LOOP = ("your loop's", "")
 NONE = ("none in the library", "")
 COLUMNS = ("gradient", "accumulation", "2 processes", "alpha 0", "evaluation", "resumed", "program")
-NOT_TRIED = ("not tried", "")
 
 LIGHTNING = "test_lightning.py::test_"
 
 ENCODERS = "test_sentence_transformers.py::test_"
+OF_TWO = "test_transformers_processes.py::test_"
 OTHER = "test_other_trainers.py::test_"
 TWO_PROCESSES = "test_two_processes_have_the_gradient_of_the_whole_batch_and_resume_to_the_same_bits"
 BATCH_MEANS = "mean of batches"
@@ -29,7 +29,7 @@ def of_another_trainer(accumulation: Cell, resumed: Cell) -> tuple[Cell, ...]:
     return (
         ("exact", f"{OTHER}an_epoch_of_another_trainer_ends_in_the_weights_of_a_loop_of_ones_own"),
         accumulation,
-        NOT_TRIED,
+        (BATCH_MEANS, f"{OF_TWO}an_update_of_two_processes_of_another_trainer_is_that_of_the_mean_of_their_batches"),
         ("to the bit", f"{OTHER}at_alpha_zero_another_trainer_ends_in_the_weights_of_plain_training_to_the_bit"),
         ("the library's", f"{OTHER}another_trainer_evaluates_with_one_pass_and_no_dropout"),
         resumed,
@@ -38,11 +38,11 @@ def of_another_trainer(accumulation: Cell, resumed: Cell) -> tuple[Cell, ...]:
 
 
 TRAINER = "test_transformers.py::test_"
-TRAINER_OF_TWO = "test_transformers_processes.py::test_two_processes_are_one_process"
+TRAINER_OF_TWO = f"{OF_TWO}two_processes_are_one_process"
 PACKED = "test_transformers_packed.py::test_"
 UNLABELED = "test_transformers_unlabeled.py::test_"
 DEEPSPEED = "test_transformers_deepspeed.py::test_"
-FSDP2 = "test_transformers_processes.py::test_an_update_of_fsdp2_is_that_of_the_loss_by_hand"
+FSDP2 = f"{OF_TWO}an_update_of_fsdp2_is_that_of_the_loss_by_hand"
 TRL = "test_trl.py::test_"
 ACCELERATE = "test_accelerate_example.py::test_"
 SUPPORT: dict[str, tuple[Cell, ...]] = {
@@ -66,13 +66,15 @@ SUPPORT: dict[str, tuple[Cell, ...]] = {
     ),
     "Hugging Face Trainer, FSDP2": (
         *[("exact", FSDP2)] * 4,
-        *[NOT_TRIED] * 2,
+        ("the library's", f"{OF_TWO}fsdp2_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),
+        ("to the bit", f"{OF_TWO}fsdp2_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),
         EMPTY,
     ),
     "Hugging Face Trainer, FSDP2, `fused`": (("refused", FSDP2), *[EMPTY] * 6),
     "Hugging Face Trainer, DeepSpeed": (
         *[("exact", f"{DEEPSPEED}an_update_of_zero_is_that_of_the_loss_by_hand")] * 4,
-        *[NOT_TRIED] * 2,
+        ("the library's", f"{DEEPSPEED}deepspeed_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),
+        ("to the bit", f"{DEEPSPEED}deepspeed_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),
         EMPTY,
     ),
     'Hugging Face Trainer, DeepSpeed: `micro_batches`, `unlabeled_dataset`, `on_nonfinite="skip"`': (
@@ -126,7 +128,7 @@ SUPPORT: dict[str, tuple[Cell, ...]] = {
     "TRL, `RewardTrainer`, by the program": (
         ("exact", f"{TRL}the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand"),
         (BATCH_MEANS, f"{TRL}the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand"),
-        NOT_TRIED,
+        (BATCH_MEANS, TRAINER_OF_TWO),
         ("to the bit", f"{TRL}at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit"),
         ("the library's", f"{TRL}at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit"),
         ("to the bit", f"{TRL}reward_modeling_resumes_to_the_same_bits"),
@@ -172,8 +174,17 @@ SUPPORT: dict[str, tuple[Cell, ...]] = {
         (BATCH_MEANS, f"{OTHER}an_accumulated_update_of_ignite_is_that_of_the_mean_of_its_batches"),
         ("to the bit", f"{OTHER}ignite_resumes_to_the_same_bits"),
     ),
-    "skorch": of_another_trainer(NONE, ("to the bit", f"{OTHER}skorch_resumes_to_the_same_bits")),
-    "fastai": of_another_trainer(NOT_TRIED, ("to the bit", f"{OTHER}fastai_resumes_to_the_same_bits")),
+    "skorch": of_another_trainer(
+        (
+            "not possible",
+            f"{OTHER}accumulation_of_skorch_by_accelerate_loses_all_batches_but_the_last_without_rdrop_too",
+        ),
+        ("to the bit", f"{OTHER}skorch_resumes_to_the_same_bits"),
+    ),
+    "fastai": of_another_trainer(
+        ("exact", f"{OTHER}an_accumulated_update_of_fastai_is_that_of_all_its_examples"),
+        ("to the bit", f"{OTHER}fastai_resumes_to_the_same_bits"),
+    ),
     "Keras 3 on torch": (
         ("exact", f"{OTHER}an_update_of_keras_is_that_of_the_gradient_written_out"),
         (BATCH_MEANS, f"{OTHER}an_accumulated_update_of_keras_is_that_of_the_mean_of_its_batches"),

@@ -237,9 +237,10 @@ def test_validation_of_lightning_is_the_modules_own(agreement: Any) -> None:
     trainer = L.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False
     )
-    [scores] = trainer.validate(model, verbose=False)
+    data = agreement.LIGHTNING["sentences"](64, seed=2)
+    [scores] = trainer.validate(model, torch.utils.data.DataLoader(data, 16), verbose=False)
     model.eval()
-    tokens, labels = agreement.LIGHTNING["padded"](agreement.LIGHTNING["VALID"])
+    tokens, labels = data[:]
     with torch.no_grad():
         right = (model(tokens).argmax(-1) == labels)[labels != -100]
     assert scores["accuracy"] == pytest.approx(right.float().mean().item(), abs=1e-6)
@@ -248,13 +249,14 @@ def test_validation_of_lightning_is_the_modules_own(agreement: Any) -> None:
 def test_the_lightning_example_learns_with_and_without_rdrop_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     for epochs in (2, 3):
-        monkeypatch.setattr(sys, "argv", ["lightning_loop.py", "--epochs", str(epochs), "--folder", str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["lightning_loop.py", "1", str(epochs)])
         runpy.run_path(str(EXAMPLES / "lightning_loop.py"), run_name="__main__")
-    scores = re.findall(r"alpha (\d): accuracy (\d\.\d+)", capsys.readouterr().out)
+    scores = re.findall(r"alpha (\d): accuracy on other sentences (\d\.\d+)", capsys.readouterr().out)
     assert [alpha for alpha, _ in scores] == ["0", "1"] * 2
     assert min(float(score) for _, score in scores) > 0.9  # chance is about 0.5
-    assert torch.load(tmp_path / "alpha-1" / "last.ckpt")["epoch"] == 2
+    assert torch.load(tmp_path / "runs/lightning/alpha-1/last.ckpt")["epoch"] == 2
 
 
 def test_the_fabric_example_learns_with_and_without_rdrop(

@@ -13,15 +13,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from other_trainers import (
+    ALPHA,
+    BATCHES,
+    EXAMPLES,
+    IMAGES,
+    LABELS,
+    OF_SKORCH,
+    PROGRAMS,
+    RATE,
+    TRAINERS,
+    Model,
+    accelerated_by_skorch,
+    example_of,
+    fastai_learner,
+    fitted,
+    ignited,
+    trained_by_hand,
+)
+from torch import nn
 
 from rdrop import rdrop_loss, repeat_batch
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-ALPHA = 20.0
-DRAW = torch.Generator().manual_seed(0)
-IMAGES, LABELS = torch.rand(40, 64, generator=DRAW), torch.randint(10, (40,), generator=DRAW)
-BATCHES = list(zip(IMAGES.split(16), LABELS.split(16), strict=True))  # the last is short
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported
 pytestmark = [  # of the libraries' own code
@@ -31,75 +43,40 @@ pytestmark = [  # of the libraries' own code
 ]
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        return self.layers(images)
+REASONS = {"fastai": "fastai asks for torchvision, which does not fit every build of torch: pip install fastai"}
+libraries = pytest.mark.parametrize("library", TRAINERS)
 
 
-def trained_by_hand(alpha: float) -> nn.Module:
-    model = Model().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for images, labels in BATCHES:
-        if alpha == 0:
-            loss = nn.functional.cross_entropy(model(images), labels)
-        else:
-            loss = rdrop_loss(model(repeat_batch(images)), labels, alpha=alpha).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
+@pytest.fixture(autouse=True)
+def installed(request: pytest.FixtureRequest) -> None:
+    for library in TRAINERS:
+        if library in request.node.name:
+            pytest.importorskip(library, reason=REASONS.get(library, f"{library} is of the extra dev"))
 
 
-def loader() -> Any:
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), 16)
-
-
-def trained_by_ignite(example: dict[str, Any], alpha: float) -> tuple[nn.Module, float]:
-    from ignite.engine import create_supervised_evaluator
-    from ignite.metrics import Accuracy
-
-    model = Model()
-    example["rdrop_trainer"](model, torch.optim.SGD(model.parameters(), lr=0.5), alpha).run(loader(), max_epochs=1)
-    scores = create_supervised_evaluator(model, {"accuracy": Accuracy()}).run(loader()).metrics
-    return model, scores["accuracy"]
-
-
-def trained_by_skorch(example: dict[str, Any], alpha: float) -> tuple[nn.Module, float]:
-    settings = {"max_epochs": 1, "lr": 0.5, "batch_size": 16, "verbose": 0, "train_split": None}
-    net = example["RDropClassifier"](Model, alpha=alpha, **settings)
-    net.fit(IMAGES.numpy(), LABELS.numpy())
-    return net.module_, net.score(IMAGES.numpy(), LABELS.numpy())
-
-
-def trained_by_fastai(example: dict[str, Any], alpha: float) -> tuple[nn.Module, float]:
-    from fastai.data.core import DataLoaders
-    from fastai.learner import Learner
-    from fastai.metrics import accuracy
-    from fastai.optimizer import SGD
-
-    loaders = DataLoaders(loader(), loader(), device="cpu")
-    options = {"opt_func": SGD, "metrics": accuracy, "cbs": example["RDrop"](alpha)}
-    learner = Learner(loaders, Model(), nn.CrossEntropyLoss(), **options)
-    with learner.no_logging():
-        learner.fit(1, 0.5, wd=0.0)
-    return learner.model, learner.validate()[1]
+def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_accumulated_update_of_ignite_is_that_of_the_mean_of_its_batches() -> None:
-    model, other = Model(), Model().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    example = example_of("ignite", "ignite_trainer.py")
-    example["rdrop_trainer"](model, optimizer, ALPHA, gradient_accumulation_steps=2).run(BATCHES[:2], max_epochs=1)
-    for images, labels in BATCHES[:2]:
-        (rdrop_loss(other(repeat_batch(images)), labels, alpha=ALPHA).loss / 2).backward()
-    for found, before in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(found, before - 0.5 * before.grad)
+    found = ignited(Model(), ALPHA, BATCHES[1:], gradient_accumulation_steps=2)
+    assert_same_weights(found, trained_by_hand(ALPHA, [[(1 / 2, batch) for batch in BATCHES[1:]]]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+def test_accumulation_of_skorch_by_accelerate_loses_all_batches_but_the_last_without_rdrop_too(alpha: float) -> None:
+    """skorch 1.4 zeroes the gradients before the batch that ends an update."""
+    found = accelerated_by_skorch(alpha, gradient_accumulation_steps=2)
+    assert_same_weights(found, trained_by_hand(alpha, [[(1 / 2, BATCHES[1])]]))
+
+
+def test_an_accumulated_update_of_fastai_is_that_of_all_its_examples() -> None:
+    """Of three batches, the last of which is short."""
+    from fastai.callback.training import GradientAccumulation
+
+    found = fitted(fastai_learner(ALPHA, cbs=[example_of("fastai")["RDrop"](ALPHA), GradientAccumulation(40)])).model
+    assert_same_weights(found, trained_by_hand(ALPHA, [[(len(batch[1]) / 40, batch) for batch in BATCHES]]))
 
 
 def test_ignite_resumes_to_the_same_bits(tmp_path: Path) -> None:
@@ -107,11 +84,11 @@ def test_ignite_resumes_to_the_same_bits(tmp_path: Path) -> None:
     from ignite.engine import Events
     from ignite.handlers import Checkpoint, DiskSaver
 
-    example = example_of("ignite", "ignite_trainer.py")
+    example = example_of("ignite")
 
     def parts() -> dict[str, Any]:
         model = Model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
         return {"model": model, "optimizer": optimizer, "trainer": example["rdrop_trainer"](model, optimizer, ALPHA)}
 
     whole = parts()
@@ -128,11 +105,10 @@ def test_ignite_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_skorch_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """From the module and the optimizer that skorch saves, masks seeded."""
-    example = example_of("skorch", "skorch_search.py")
 
     def net() -> Any:
-        settings = {"max_epochs": 1, "lr": 0.5, "batch_size": 16, "verbose": 0, "train_split": None}
-        return example["RDropClassifier"](Model, alpha=ALPHA, optimizer__momentum=0.9, **settings).initialize()
+        momentum = {"optimizer__momentum": 0.9}
+        return example_of("skorch")["RDropClassifier"](Model, alpha=ALPHA, **momentum, **OF_SKORCH).initialize()
 
     data = IMAGES.numpy(), LABELS.numpy()
     files = {"f_params": tmp_path / "module.pt", "f_optimizer": tmp_path / "optimizer.pt"}
@@ -145,76 +121,39 @@ def test_skorch_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert all(map(torch.equal, resumed.module_.parameters(), whole.module_.parameters()))
 
 
-def fastai_learner(example: dict[str, Any], folder: Path, **options: Any) -> Any:
-    from fastai.data.core import DataLoaders
-    from fastai.learner import Learner
-    from fastai.optimizer import SGD
-
-    loaders = DataLoaders(loader(), loader(), device="cpu")
-    made = Learner(
-        loaders,
-        Model(),
-        nn.CrossEntropyLoss(),
-        opt_func=partial(SGD, mom=0.9),
-        path=folder,
-        moms=(0.9, 0.9, 0.9),
-        **options,
-    )
-    made.add_cb(example["RDrop"](ALPHA))
-    return made
-
-
 def test_fastai_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """From the weights and the optimizer that fastai saves, masks seeded."""
-    example = example_of("fastai", "fastai_learner.py")
-    whole, resumed = fastai_learner(example, tmp_path), fastai_learner(example, tmp_path)
-    with whole.no_logging(), resumed.no_logging():
-        whole.fit(1, 0.5, wd=0.0)
-        whole.save("first")
-        whole.fit(1, 0.5, wd=0.0)
+    from fastai.optimizer import SGD
+
+    options = {"opt_func": partial(SGD, mom=0.9), "path": tmp_path, "moms": (0.9, 0.9, 0.9)}
+    whole, resumed = (fastai_learner(ALPHA, **options) for _ in range(2))
+    with resumed.no_logging():
+        fitted(whole).save("first")
         resumed.create_opt()
         resumed.load("first")
-        resumed.fit(1, 0.5, wd=0.0)
+    fitted(whole)
+    fitted(resumed)
     assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
 
 
-TRAINERS = {
-    "ignite": ("ignite_trainer.py", trained_by_ignite),
-    "skorch": ("skorch_search.py", trained_by_skorch),
-    "fastai": ("fastai_learner.py", trained_by_fastai),
-}
-REASONS = {
-    "fastai": "fastai asks for torchvision, which does not fit every build of torch: pip install fastai",
-}
-
-
-def example_of(library: str, file: str) -> dict[str, Any]:
-    pytest.importorskip(library, reason=REASONS.get(library, f"{library} is of the extra dev"))
-    return runpy.run_path(str(EXAMPLES / file), run_name="example")
-
-
-@pytest.mark.parametrize("library", TRAINERS)
+@libraries
 def test_an_epoch_of_another_trainer_ends_in_the_weights_of_a_loop_of_ones_own(library: str) -> None:
-    file, train = TRAINERS[library]
-    found, _ = train(example_of(library, file), ALPHA)
+    found, _ = TRAINERS[library](ALPHA)
     expected, plain = trained_by_hand(ALPHA), trained_by_hand(0.0)
-    for one, other, without in zip(found.parameters(), expected.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
-        assert (other - without).abs().max() > 1e-3  # R-Drop did something
+    assert_same_weights(found, expected)
+    for with_rdrop, without in zip(expected.parameters(), plain.parameters(), strict=True):
+        assert (with_rdrop - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("library", TRAINERS)
+@libraries
 def test_at_alpha_zero_another_trainer_ends_in_the_weights_of_plain_training_to_the_bit(library: str) -> None:
-    file, train = TRAINERS[library]
-    found, _ = train(example_of(library, file), 0.0)
-    for one, other in zip(found.parameters(), trained_by_hand(0.0).parameters(), strict=True):
-        assert torch.equal(one, other)
+    found, _ = TRAINERS[library](0.0)
+    assert all(map(torch.equal, found.parameters(), trained_by_hand(0.0).parameters()))
 
 
-@pytest.mark.parametrize("library", TRAINERS)
+@libraries
 def test_another_trainer_evaluates_with_one_pass_and_no_dropout(library: str) -> None:
-    file, train = TRAINERS[library]
-    _, score = train(example_of(library, file), ALPHA)
+    _, score = TRAINERS[library](ALPHA)
     model = trained_by_hand(ALPHA).eval()
     right = (model(IMAGES).argmax(-1) == LABELS).float().mean()
     assert float(score) == pytest.approx(right.item(), abs=1e-6)
@@ -301,14 +240,11 @@ def test_keras_evaluates_with_one_pass_and_no_dropout() -> None:
     assert score == pytest.approx(right.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("library", "file"),
-    [*((library, file) for library, (file, _) in TRAINERS.items()), ("keras", "keras_fit.py")],
-)
-def test_the_example_of_another_trainer_learns(library: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("library", [*TRAINERS, "keras"])
+def test_the_example_of_another_trainer_learns(library: str, capsys: pytest.CaptureFixture[str]) -> None:
     if library == "keras":
         keras_model(0.0)
-    example_of(library, file)["main"]()
+    runpy.run_path(str(EXAMPLES / (PROGRAMS | {"keras": "keras_fit.py"})[library]), run_name="__main__")
     scores = re.findall(r"accuracy[a-z -]* (\d\.\d+)", capsys.readouterr().out)
     assert len(scores) >= 2
     assert min(map(float, scores)) > 0.7  # chance is 0.1

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_cell_of_the_table_names_a_test_that_exists() -> None:
-    claims = ("exact", "to the bit", "the library's", "refused", "runs", support.BATCH_MEANS)
+    claims = ("exact", "to the bit", "the library's", "refused", "not possible", "runs", support.BATCH_MEANS)
     for library, cells in support.SUPPORT.items():
         assert len(cells) == len(support.COLUMNS), library
         for seen, test in cells:
@@ -23,6 +23,13 @@ def test_every_cell_of_the_table_names_a_test_that_exists() -> None:
 def test_the_table_in_the_page_is_this_one() -> None:
     page = support.PAGE.read_text(encoding="utf-8")
     assert support.rewritten(page) == page, "run: python tests/integrations/support.py"
+
+
+def test_a_program_has_at_most_80_lines() -> None:
+    programs = [path for path in (ROOT / "examples").glob("*.py") if path.name != "quickstart.py"]
+    assert len(programs) >= 12
+    for path in programs:
+        assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 80, path.name
 
 
 def test_every_program_of_the_page_is_an_example_included_and_not_copied() -> None:

@@ -1,39 +1,42 @@
 """DeepSpeed with `RDropTrainer` on two CPU processes, where it is installed: pip install deepspeed."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gradient_agreement import CASES, build, train
 from sharded import OF_DEEPSPEED
-from tests.several_processes import environments
+from tests.several_processes import outputs_of
 
 from rdrop.integrations.transformers import RDropTrainer
 
 HERE = Path(__file__).parent
 
 
-def test_an_update_of_zero_is_that_of_the_loss_by_hand(tmp_path: Path) -> None:
-    """ZeRO 0, 1, 2 and 3, ragged batches in two accumulation steps; and plain training."""
+@pytest.fixture(scope="module")
+def found_by_two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two processes have found, one thing after the other: to start them takes most of the time."""
+    tmp_path = tmp_path_factory.mktemp("deepspeed")
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not among the extras: pip install deepspeed")
-    command = [sys.executable, str(HERE / "sharded.py"), str(tmp_path)]
-    with environments(2) as ranks:
-        of_cpu = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes = [subprocess.Popen(command, env=rank | of_cpu, **pipes) for rank in ranks]  # type: ignore[call-overload]
-        try:
-            outputs = [process.communicate()[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    found = torch.load(tmp_path / "result.pt")
+    outputs_of(2, str(HERE / "sharded.py"), str(tmp_path), DS_ACCELERATOR="cpu", LOCAL_SIZE="2")
+    return torch.load(tmp_path / "result.pt")
+
+
+def test_an_update_of_zero_is_that_of_the_loss_by_hand(found_by_two: Any) -> None:
+    """ZeRO 0, 1, 2 and 3, ragged batches in two accumulation steps; and plain training."""
+    found, _ = found_by_two
     assert len(found) == len(OF_DEEPSPEED)
     assert max(found.values()) < 1e-6, found
+
+
+def test_deepspeed_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits(found_by_two: Any) -> None:
+    """ZeRO 1."""
+    _, (loss, of_stock, is_resumed_the_same) = found_by_two
+    assert loss == of_stock
+    assert is_resumed_the_same
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Two processes with DDP do what one process does with the same data."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gradient_agreement import worst_difference
+from other_trainers import ALPHA, BATCHES, TOGETHER, trained_by_hand
 from sharded import OF_FSDP2
-from tests.several_processes import environments
+from tests.several_processes import outputs_of
 from two_processes import OTHERS, TRAININGS, all_updates
 
 HERE = Path(__file__).parent
@@ -19,18 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they trained, one after the other: to start them takes most of the time."""
     tmp_path = tmp_path_factory.mktemp("two")
-    command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path)]
-    with environments(2) as ranks:
-        processes = [
-            subprocess.Popen(command, env=rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in ranks
-        ]
-        try:
-            outputs = [process.communicate()[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    outputs_of(2, str(HERE / "two_processes.py"), str(tmp_path))
     return tmp_path
 
 
@@ -49,7 +37,26 @@ def test_two_processes_are_one_process(folder_of_two: Path, tmp_path: Path) -> N
 
 def test_an_update_of_fsdp2_is_that_of_the_loss_by_hand(folder_of_two: Path) -> None:
     """Two processes with sharded parameters; ragged batches in two accumulation steps, of unequal size."""
-    differences, refusal = torch.load(folder_of_two / "sharded.pt")
+    differences, refusal, _ = torch.load(folder_of_two / "sharded.pt")
     assert differences.keys() == OF_FSDP2.keys()
     assert max(differences.values()) < 1e-12, differences
     assert "DeepSpeed and FSDP have the whole output layer at hand only while it runs. Leave `fused` out" in refusal
+
+
+def test_fsdp2_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits(folder_of_two: Path) -> None:
+    """With checkpoints of the shards."""
+    _, _, (loss, of_stock, is_resumed_the_same) = torch.load(folder_of_two / "sharded.pt")
+    assert loss == of_stock
+    assert is_resumed_the_same
+
+
+@pytest.mark.parametrize("library", TOGETHER)
+def test_an_update_of_two_processes_of_another_trainer_is_that_of_the_mean_of_their_batches(
+    library: str, folder_of_two: Path
+) -> None:
+    found = torch.load(folder_of_two / "others.pt")
+    if library not in found:
+        pytest.skip(f"{library} is not installed")
+    expected = trained_by_hand(ALPHA, [[(1 / 2, batch) for batch in BATCHES[:2]]])
+    for one, other in zip(found[library], expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

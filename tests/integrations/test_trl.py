@@ -2,16 +2,23 @@
 
 import re
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from gradient_agreement import Gradients, PassScale, gradients_of, worst_difference
+from gradient_agreement import PassScale, gradients_of, worst_difference
 from peft import get_peft_model
+from reward_agreement import (
+    CHOICES,
+    REWARD,
+    RDropRewardTrainer,
+    margins_loss_by_hand,
+    reward_model,
+    reward_trainer,
+    rewarded,
+)
 from sft_agreement import (
     ALPHA,
     COEFFICIENT,
@@ -23,7 +30,6 @@ from sft_agreement import (
     config,
     drawn,
     experts,
-    ids_of,
     llama,
     lora,
     rdrop,
@@ -39,7 +45,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
-from trl import RewardConfig, RewardTrainer, SFTTrainer
+from trl import RewardTrainer, SFTTrainer
 
 from rdrop.integrations.transformers import RDropTrainer
 from rdrop.integrations.trl import RDropSFTTrainer
@@ -322,78 +328,19 @@ def test_the_example_of_fine_tuning_learns_with_and_without_rdrop(capsys: Any) -
         assert ("divergence" in capsys.readouterr().out) == (alpha > 0)
 
 
-@pytest.fixture
-def reward(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield runpy.run_path(str(EXAMPLES / "trl_reward.py"))
-    sys.modules.pop("trl_sft", None)
-
-
-def test_the_example_of_reward_modeling_learns_with_and_without_rdrop(reward: Any) -> None:
+def test_the_example_of_reward_modeling_learns_with_and_without_rdrop() -> None:
     for alpha in (0.0, 1.0):
-        assert reward["train"](alpha)["eval_accuracy"] > 0.8
-
-
-class ScaleOfPairs(PassScale):
-    """The stand-in where rows are the chosen answers of both passes, then the rejected ones."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        first, second, third, fourth = x.chunk(4)
-        first, third, second, fourth = super().forward(torch.cat([first, third, second, fourth])).chunk(4)
-        return torch.cat([first, second, third, fourth])
-
-
-def reward_model(stand_in: PassScale) -> Any:
-    model = LlamaForSequenceClassification(LlamaConfig(**(OF_EVERY_MODEL | {"num_labels": 1})))
-    return with_stand_in(drawn(model), stand_in=stand_in)
-
-
-def margins_loss_by_hand(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
-    losses = []
-    for pair in pairs:
-        chosen, rejected = (
-            model.train()(input_ids=torch.tensor([ids_of(f"{pair[name]} <end>")] * 2)).logits.squeeze(-1)
-            for name in ("chosen", "rejected")
-        )
-        odds = chosen - rejected - pair["margin"]
-        p, q = odds.sigmoid()
-        there = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        back = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-        losses.append(-F.logsigmoid(odds).mean() + ALPHA / 2 * (there + back) / 2)
-    return torch.stack(losses).mean()
-
-
-def reward_trainer(trainer_class: Any, model: Any, folder: str, settings: Any, **options: Any) -> Any:
-    names = ("use_cpu", "report_to", "save_strategy", "max_grad_norm", "max_steps", "activation_checkpointing")
-    quiet = {name: getattr(config(folder), name) for name in names}
-    data = Dataset.from_list(CHOICES)
-    return trainer_class(
-        model=model,
-        args=RewardConfig(folder, **(quiet | {"bf16": False, "disable_tqdm": True} | settings)),
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=tokenizer(),
-        **options,
-    )
-
-
-CHOICES = [{"chosen": asked, "rejected": answered, "margin": 0.25} for asked, answered in TURNS[:4]]
+        assert REWARD["train"](alpha)["eval_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand(
-    reward: Any, accumulation: int, folder: str
-) -> None:
+def test_the_gradient_of_reward_modeling_is_that_of_the_margins_by_hand(accumulation: int, folder: str) -> None:
     """Of the mean over the pairs; with accumulation too, where batches have as many pairs."""
-    gradients = Gradients()
     settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
-    options = {"callbacks": [gradients], "alpha": ALPHA}
-    reward_trainer(reward["RDropRewardTrainer"], reward_model(ScaleOfPairs(2)), folder, settings, **options).train()
+    found = rewarded(folder, settings)
     model = reward_model(PassScale(2))
     margins_loss_by_hand(model, CHOICES).backward()
-    assert worst_difference(gradients.updates[0], gradients_of(model)) < 1e-6  # the margins are float32
+    assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-6  # the margins are float32
 
 
 def rewarding(trainer_class: Any, folder: str, settings: Any, **options: Any) -> Any:
@@ -402,20 +349,20 @@ def rewarding(trainer_class: Any, folder: str, settings: Any, **options: Any) ->
     return reward_trainer(trainer_class, model, folder, {"per_device_train_batch_size": 2} | settings, **options)
 
 
-def test_at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit(reward: Any, folder: str) -> None:
+def test_at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit(folder: str) -> None:
     stock = rewarding(RewardTrainer, folder, {"max_steps": 2})
     stock.train()
-    ours = rewarding(reward["RDropRewardTrainer"], folder, {"max_steps": 2}, alpha=0.0)
+    ours = rewarding(RDropRewardTrainer, folder, {"max_steps": 2}, alpha=0.0)
     ours.train()
     assert same_bits(ours.model, stock.model)
     ours.alpha = 1.0
     assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
 
 
-def test_reward_modeling_resumes_to_the_same_bits(reward: Any, folder: str) -> None:
+def test_reward_modeling_resumes_to_the_same_bits(folder: str) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole_run = rewarding(reward["RDropRewardTrainer"], folder, settings, alpha=1.0)
+    whole_run = rewarding(RDropRewardTrainer, folder, settings, alpha=1.0)
     whole_run.train()
-    resumed = rewarding(reward["RDropRewardTrainer"], folder, settings, alpha=1.0)
+    resumed = rewarding(RDropRewardTrainer, folder, settings, alpha=1.0)
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     assert same_bits(resumed.model, whole_run.model)

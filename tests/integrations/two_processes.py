@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from gradient_agreement import ALPHA, CASES, Gradients, PassScale, build, llama_config, train
+from other_trainers import weights_of_all
+from reward_agreement import update_of_rewards
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sft_agreement import drawn, update_of_experts, update_of_lora, with_stand_in
-from sharded import differences_of_fsdp2, refusal_of_fsdp2
+from sharded import differences_of_fsdp2, evaluated_and_resumed_by_fsdp2, refusal_of_fsdp2
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
@@ -125,6 +127,7 @@ OTHERS = {
     "packed rows": update_of_packed_rows,
     "TRL's, LoRA with checkpointing": update_of_lora,
     "TRL's, with a router's loss": update_of_experts,
+    "TRL's reward modeling": update_of_rewards,
 }
 
 
@@ -156,7 +159,9 @@ def left_out_by_both(folder: str) -> bool:
 if __name__ == "__main__":
     result = all_updates(accumulation=2, folder=sys.argv[1])
     assert left_out_by_both(sys.argv[1])
-    sharded = differences_of_fsdp2(sys.argv[1]), refusal_of_fsdp2(sys.argv[1])
+    others = weights_of_all()
+    sharded = [of(sys.argv[1]) for of in (differences_of_fsdp2, refusal_of_fsdp2, evaluated_and_resumed_by_fsdp2)]
     if os.environ["RANK"] == "0":
+        torch.save(others, f"{sys.argv[1]}/others.pt")
         torch.save(result, f"{sys.argv[1]}/result.pt")
         torch.save(sharded, f"{sys.argv[1]}/sharded.pt")

@@ -6,7 +6,6 @@ Run as a script, this file is one of these processes: `test_share.py FILE` write
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from accelerate import PartialState
-from tests.several_processes import environments
+from tests.several_processes import outputs_of
 from torch import nn
 
 from rdrop.experiments.randomness import seed_all
@@ -94,18 +93,8 @@ def test_two_shares_are_the_scores_of_one(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.long
 def test_two_processes_find_the_scores_of_one(tmp_path: Path) -> None:
-    files = [tmp_path / str(rank) for rank in range(2)]
-    with environments(2) as ranks:
-        commands = [[sys.executable, "-m", "tests.experiments.training.test_share", str(file)] for file in files]
-        root = Path(__file__).parents[3]
-        running = [
-            subprocess.Popen(command, env=rank, cwd=root, stderr=subprocess.PIPE, text=True)
-            for command, rank in zip(commands, ranks, strict=True)
-        ]
-        for process in running:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
-    first, second = (json.loads(file.read_text()) for file in files)
+    outputs_of(2, "-m", "tests.experiments.training.test_share", str(tmp_path))
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     alone = {name: found_by(*loaded(name), ALONE)["found"] for name in TASKS}
     assert first == second == json.loads(json.dumps(alone))
 
@@ -141,4 +130,4 @@ if __name__ == "__main__":
     state = PartialState(cpu=True)
     of_this_process = Share(state.process_index, state.num_processes)
     every = {name: found_by(*loaded(name), of_this_process)["found"] for name in TASKS}
-    Path(sys.argv[1]).write_text(json.dumps(every))
+    Path(sys.argv[1], str(state.process_index)).write_text(json.dumps(every))

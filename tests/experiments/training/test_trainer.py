@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from tests.experiments import tiny_runs
 from tests.experiments.signals import send
 from tests.experiments.tiny_runs import RECIPE, TinyNetwork, TinyRecipe, TinyTask, final_state
-from tests.several_processes import environments
+from tests.several_processes import outputs_of
 from torch import Tensor, nn
 
 from rdrop import rdrop_loss, squared_difference, squared_error
@@ -120,7 +118,7 @@ def test_four_microbatches_are_one_batch_though_their_label_counts_differ(tmp_pa
 
 
 def test_two_processes_make_the_updates_of_one(tmp_path: Path) -> None:
-    run_in_processes(2, tmp_path / "two", ["model.fixed=true"])
+    outputs_of(2, tiny_runs.__file__, str(tmp_path / "two"), "model.fixed=true")
     train(RECIPE.replace(**{"model.fixed": True}), tmp_path / "one")
     assert_equal_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
@@ -131,15 +129,6 @@ def assert_equal_but_for_rounding(one: Path, other: Path) -> None:
         assert row.keys() == other_row.keys()
         for key in row.keys() - {"kind", "seconds"}:
             assert other_row[key] is row[key] is None or other_row[key] == pytest.approx(row[key], rel=1e-5), key
-
-
-def run_in_processes(processes: int, folder: Path, settings: list[str]) -> None:
-    command = [sys.executable, tiny_runs.__file__, str(folder), *settings]
-    with environments(processes) as ranks:
-        running = [subprocess.Popen(command, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-        for process in running:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
 
 
 def test_bf16_runs_the_forward_in_bf16_and_keeps_loss_and_weights_in_fp32(
