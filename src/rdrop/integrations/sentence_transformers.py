@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,43 @@ from rdrop.terms import LossTerms, bernoulli_kl
 Columns = list[list[Any]]
 
 
-class RDropCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-ignore]  # where it is not installed
+class _OfPairs(nn.Module):
+    """Written before a loss of the library, repeats its pairs and replaces its criterion."""
+
+    _criterion: ClassVar[str]
+    """The name under which the loss has it."""
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        *,
+        alpha: float | Literal["auto"],
+        alpha_schedule: AlphaSchedule = "constant",
+        passes: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        plain = getattr(self, self._criterion)
+        self.schedule = _AlphaCallback(alpha, alpha_schedule)
+        setattr(self, self._criterion, _OnRepeated(plain, self._terms_of(plain), model, self.schedule, passes))
+
+    def _terms_of(self, plain: Any) -> Callable[..., LossTerms]:
+        """Returns `rdrop_loss` with the task loss that `plain` is, and its divergence."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
+        """Called by the trainer."""
+        inputs, labels = getattr(self, self._criterion).repeat(inputs, labels)
+        loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Returns what the model card says of the loss."""
+        of_library: dict[str, Any] = getattr(super(), "get_config_dict", dict)()
+        return of_library | getattr(self, self._criterion).settings
+
+
+class RDropCrossEntropyLoss(_OfPairs, CrossEntropyLoss):  # type: ignore[misc, unused-ignore]  # where it is not installed
     """Computes `rdrop_loss` of a cross-encoder with several labels, for `CrossEncoderTrainer(loss=...)`.
 
     ::
@@ -47,54 +83,23 @@ class RDropCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc, unused-igno
             if alpha rises and nobody tells the update.
     """
 
-    ce_loss: Any
+    _criterion = "ce_loss"
 
-    def __init__(
-        self,
-        model: CrossEncoder,
-        *,
-        alpha: float | Literal["auto"],
-        alpha_schedule: AlphaSchedule = "constant",
-        passes: int = 2,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, **options)
-        plain = self.ce_loss
+    def _terms_of(self, plain: Any) -> Callable[..., LossTerms]:
         settings = {name: getattr(plain, name) for name in ("weight", "ignore_index", "label_smoothing")}
-        self.schedule = _AlphaCallback(alpha, alpha_schedule)
-        self.ce_loss = _OnRepeated(plain, partial(rdrop_loss, **settings), model, self.schedule, passes)
-
-    def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
-        """Called by the trainer."""
-        inputs, labels = self.ce_loss.repeat(inputs, labels)
-        loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
-        return loss
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Returns what the model card says of the loss."""
-        return self.ce_loss.settings  # type: ignore[no-any-return]
+        return partial(rdrop_loss, **settings)
 
 
-class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc, unused-ignore]
+class RDropBinaryCrossEntropyLoss(_OfPairs, BinaryCrossEntropyLoss):  # type: ignore[misc, unused-ignore]
     """Computes `rdrop_loss` of a cross-encoder with one label, for `CrossEncoderTrainer(loss=...)`.
 
     The task loss is binary cross-entropy, the divergence `bernoulli_kl`. Arguments and errors are those of
     `RDropCrossEntropyLoss`; the options those of `sentence_transformers.cross_encoder.losses.BinaryCrossEntropyLoss`.
     """
 
-    bce_with_logits_loss: Any
+    _criterion = "bce_with_logits_loss"
 
-    def __init__(
-        self,
-        model: CrossEncoder,
-        *,
-        alpha: float | Literal["auto"],
-        alpha_schedule: AlphaSchedule = "constant",
-        passes: int = 2,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, **options)
-        plain = self.bce_with_logits_loss
+    def _terms_of(self, plain: Any) -> Callable[..., LossTerms]:
         if plain.weight is not None:
             raise ValueError("a weight per pair of one batch cannot fit the next batch: leave weight out")
 
@@ -104,21 +109,7 @@ class RDropBinaryCrossEntropyLoss(BinaryCrossEntropyLoss):  # type: ignore[misc,
                 logits, labels, pos_weight=plain.pos_weight, reduction="none"
             ).mean(-1)
 
-        terms = partial(rdrop_loss, task_loss=task_loss, divergence=bernoulli_kl)
-        self.schedule = _AlphaCallback(alpha, alpha_schedule)
-        self.bce_with_logits_loss = _OnRepeated(plain, terms, model, self.schedule, passes)
-
-    def forward(self, inputs: Columns, labels: Tensor, prompt: str | None = None, task: str | None = None) -> Tensor:
-        """Called by the trainer."""
-        inputs, labels = self.bce_with_logits_loss.repeat(inputs, labels)
-        loss: Tensor = super().forward(inputs, labels, prompt=prompt, task=task)
-        return loss
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Returns what the model card says of the loss."""
-        config: dict[str, Any] = super().get_config_dict()  # type: ignore[no-untyped-call, unused-ignore]
-        config |= self.bce_with_logits_loss.settings
-        return config
+        return partial(rdrop_loss, task_loss=task_loss, divergence=bernoulli_kl)
 
 
 class _AlphaCallback(TrainerCallback):
