@@ -7,6 +7,7 @@ and the divergence must be a good part of it.
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -141,7 +142,16 @@ def segformer_by_hand(model: Any, output: Any, batch: dict[str, Tensor], passes:
     return task, len(apart), apart.sum(), len(apart)
 
 
-def ctc_by_hand(model: Any, output: Any, batch: dict[str, Tensor], passes: int) -> Sums:
+def of_fixed_pairs(logs: Tensor) -> Tensor:
+    """The same of two passes, the target of each direction held fixed."""
+    a, b = logs
+    fixed_a, fixed_b = logs.detach()
+    return (fixed_a.exp() * (fixed_a - b) + fixed_b.exp() * (fixed_b - a)).sum(-1) / 2
+
+
+def ctc_by_hand(
+    model: Any, output: Any, batch: dict[str, Tensor], passes: int, of_pairs: Callable[[Tensor], Tensor] = of_pairs
+) -> Sums:
     lengths = [((n - 4) // 4 + 1 - 3) // 2 + 1 for n in batch["attention_mask"].sum(1).tolist()]
     task, apart = torch.zeros(()), torch.zeros(())
     for row, length in enumerate(lengths):
@@ -171,15 +181,17 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def loss_by_hand(by_hand: Any, model: nn.Module, batches: list[dict[str, Tensor]], passes: int = 2) -> Tensor:
+def loss_by_hand(
+    by_hand: Any, model: nn.Module, batches: list[dict[str, Tensor]], passes: int = 2, alpha: float = ALPHA
+) -> Tensor:
     model.train()
     sums: list[Any] = [0, 0, 0, 0]
     for batch in batches:
         output = model(**{key: torch.cat([value] * passes) for key, value in batch.items()})
         sums = [total + own for total, own in zip(sums, by_hand(model, output, batch, passes), strict=True)]
     task_loss, divergence = sums[0] / sums[1], sums[2] / sums[3]
-    loss = task_loss + ALPHA / 2 * divergence
-    assert ALPHA / 2 * divergence > SHARE_OF_DIVERGENCE * loss, (task_loss.item(), divergence.item())
+    loss = task_loss + alpha / 2 * divergence
+    assert alpha / 2 * divergence > SHARE_OF_DIVERGENCE * loss, (task_loss.item(), divergence.item())
     return loss
 
 
@@ -238,6 +250,23 @@ def test_of_ctc_with_fixed_targets_only_the_gradient_differs() -> None:
     of_kl, of_both = (torch.autograd.grad(loss, leaves[1])[0] for loss in (kls.sum(-1)[counted].mean() / 2, fixed.loss))
     (of_task,) = torch.autograd.grad(replace(target).rdrop_loss(leaves[0], alpha=0.0).loss, leaves[0])
     torch.testing.assert_close(of_both, of_task + of_kl)
+
+
+class ConsistentCTC(RDropTrainer):
+    """As docs/transformers.md has it."""
+
+    def rdrop_targets(self, inputs: Any) -> Any:
+        return [replace(target, divergence=detached_kl) for target in super().rdrop_targets(inputs)]
+
+
+def test_ctc_with_fixed_targets_and_a_rising_alpha_has_the_gradient_by_hand(tmp_path: Any) -> None:
+    batches = batches_of(sounds)[:2]
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    method = {"alpha": ALPHA, "alpha_schedule": "linear"}
+    trained = train(ConsistentCTC, build(wav2vec2), batches, str(tmp_path), settings, **method)
+    model = build(wav2vec2)
+    loss_by_hand(partial(ctc_by_hand, of_pairs=of_fixed_pairs), model, batches, alpha=ALPHA / 2).backward()
+    assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-9
 
 
 def test_what_cannot_be_exact_is_refused_with_the_remedy() -> None:

@@ -19,6 +19,7 @@ from gradient_agreement import (
     every_token,
     gpt2_config,
     gradients_of,
+    llama_config,
     loss_by_hand,
     only_item,
     train,
@@ -26,10 +27,12 @@ from gradient_agreement import (
     with_pass_scale,
     worst_difference,
 )
+from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     Seq2SeqTrainer,
     Trainer,
     ViTForImageClassification,
@@ -482,6 +485,24 @@ class UnshiftedGPT2(GPT2LMHeadModel):
 def test_labels_aligned_otherwise_are_noticed(folder: str) -> None:
     model = with_pass_scale(UnshiftedGPT2(gpt2_config()))
     refuses("UnshiftedGPT2 reports a loss", model, folder, batches=batches_of(every_token))
+
+
+def with_virtual_tokens(config: PromptLearningConfig) -> nn.Module:
+    settings = {"attention_dropout": 0.3, "attn_implementation": "eager"}
+    return get_peft_model(LlamaForCausalLM(llama_config(**settings)), config)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of PEFT
+def test_prompt_tuning_is_refused_and_prefix_tuning_trains(folder: str) -> None:
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    batches = CASES["causal LM, Llama"].batches
+    prompt, prefix = (
+        with_virtual_tokens(PromptTuningConfig(**options)),
+        with_virtual_tokens(PrefixTuningConfig(**options)),
+    )
+    refuses("Prompt tuning .* puts virtual tokens in front .* take LoRA or prefix", prompt, folder, batches=batches)
+    trained = train(RDropTrainer, prefix, batches, folder, alpha=1.0)
+    assert logged(trained, "divergence")[0] > 0
 
 
 def test_compute_loss_func_is_refused(folder: str) -> None:

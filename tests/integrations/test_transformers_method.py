@@ -148,6 +148,17 @@ def test_a_trial_of_optuna_sets_them_without_a_warning_of_unknown_fields(folder:
     assert (trainer.alpha, trainer.args.learning_rate) == (1.5, 0.25)
 
 
+def test_a_search_by_optuna_trains_every_trial_with_its_own_alpha(folder: str) -> None:
+    pytest.importorskip("optuna", reason="no extra has it: pip install optuna")
+    trainer = searching(folder)
+    trainer.eval_dataset = CLASSIFY.batches[1:2]
+    space = {"hp_space": lambda trial: {"alpha": trial.suggest_float("alpha", 0.1, 5.0)}, "backend": "optuna"}
+    best = trainer.hyperparameter_search(direction="minimize", n_trials=2, **space)
+    used = [alpha for alpha, _ in Watched.used]
+    assert len(set(used)) == 2
+    assert best.hyperparameters["alpha"] in used
+
+
 def test_alpha_among_the_arguments_of_the_trainer_is_refused_with_what_to_write(folder: str) -> None:
     """As the best trial is often set: `for name, value in best.hyperparameters.items(): setattr(args, name, value)`."""
     trainer = searching(folder)
