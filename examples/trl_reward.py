@@ -2,8 +2,8 @@
 
     python examples/trl_reward.py
 
-Needs pip install '.[trl]' in the clone. A small model from scratch learns that the larger of two numbers is preferred.
-The metrics are TRL's, of both passes: its num_tokens counts each token twice.
+Needs pip install '.[trl]' in the clone, and takes its words from trl_sft.py. A small model from scratch learns that the
+larger of two numbers is preferred. The metrics are TRL's, of both passes: its num_tokens counts each token twice.
 """
 
 import random

@@ -121,6 +121,19 @@ def test_skorch_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert all(map(torch.equal, resumed.module_.parameters(), whole.module_.parameters()))
 
 
+def test_skorch_scores_the_training_by_the_first_pass() -> None:
+    from skorch.callbacks import EpochScoring
+
+    scores = {"callbacks": [("train_acc", EpochScoring("accuracy", on_train=True, lower_is_better=False))]}
+    one_batch = OF_SKORCH | {"batch_size": 40} | scores
+    net = example_of("skorch")["RDropClassifier"](Model, alpha=ALPHA, **one_batch)
+    net.fit(IMAGES.numpy(), LABELS.numpy())
+    first_pass = Model().train()(repeat_batch(IMAGES))[:40]
+    assert net.history[0, "accuracy"] == pytest.approx(
+        (first_pass.argmax(-1) == LABELS).float().mean().item(), abs=1e-6
+    )
+
+
 def test_fastai_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """From the weights and the optimizer that fastai saves, masks seeded."""
     from fastai.optimizer import SGD
