@@ -5,13 +5,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from gradient_agreement import (
     ALPHA,
     CASES,
@@ -26,6 +22,7 @@ from gradient_agreement import (
     train,
     worst_difference,
 )
+from tests.several_processes import fsdp_on_cpus
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer
 
@@ -50,22 +47,6 @@ OF_DEEPSPEED = [
 """The case, the stage of ZeRO, the method."""
 
 OF_SGD = {"optim": "sgd", "learning_rate": 1.0}
-
-
-@contextmanager
-def fsdp_on_cpus() -> Iterator[None]:
-    own = AcceleratorState.__init__
-
-    def start(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-        own(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    AcceleratorState.__init__ = start
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__ = own
 
 
 def trained(name: str, model: nn.Module, batches: Any, folder: str, settings: Any, method: Any) -> Any:

@@ -19,11 +19,10 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdrop.experiments.run_folder import explain_failed_write, sync_folder, write_synced
 
@@ -45,6 +44,14 @@ class _DamagedError(Exception):
     """One checkpoint is not what its manifest says."""
 
 
+class Stored(Protocol):
+    """Has what a checkpoint keeps: a model or an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint, in memory: what was digested is what is restored.
@@ -57,7 +64,7 @@ class Checkpoint:
     _files: dict[str, bytes]
     _stored: dict[str, Any]
 
-    def restore_model(self, model: nn.Module) -> None:
+    def restore_model(self, model: Stored) -> None:
         """Copies the weights into `model`; its names and shapes must be those of the saved one."""
         self._load_into(model, self.weights())
 
@@ -65,7 +72,7 @@ class Checkpoint:
         """The model's tensors, each once: tied ones under their first name."""
         return safetensors.torch.load(self._files[MODEL])
 
-    def _load_into(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def _load_into(self, model: Stored, tensors: dict[str, Tensor]) -> None:
         names: dict[str, str] = self._stored["model_aliases"]
         tensors = tensors | {alias: tensors[name] for alias, name in names.items()}
         try:
@@ -73,7 +80,7 @@ class Checkpoint:
         except RuntimeError as error:
             raise CheckpointError(f"{self.path} does not fit the model of this recipe: {error}") from error
 
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def restore_optimizer(self, optimizer: Stored) -> None:
         """Restores the optimizer's memory of past gradients. Its hyper-parameters stay those it was built with."""
         state: dict[int, dict[str, Any]] = {}
         numbers: dict[str, Any] = self._stored["optimizer_numbers"]
@@ -84,9 +91,7 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
-) -> Path:
+def save(folder: Path, step: int, model: Stored, optimizer: Stored, state: dict[str, Any], *, keep: int) -> Path:
     """Writes `folder/step-<step>` and removes what is older than the `keep` newest.
 
     `state` is any JSON object. Its entries `best_step`, if it is not None, and `averaged_steps` name checkpoints that
@@ -140,7 +145,7 @@ def load(folder: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"{error}. To start the run again, delete {folder}.") from error
 
 
-def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model: nn.Module) -> None:
+def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model: Stored) -> None:
     """Copies the weights into `model` that a run is finally scored with: the mean of some, if it averages; the best."""
     if averaged_steps:
         restore_average(folder, averaged_steps, model)
@@ -148,7 +153,7 @@ def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model
         load(folder, best_step).restore_model(model)
 
 
-def restore_average(folder: Path, steps: list[int], model: nn.Module) -> None:
+def restore_average(folder: Path, steps: list[int], model: Stored) -> None:
     """Copies the mean of the weights of these checkpoints into `model`; what is no floating point, from the last."""
     *others, last = [load(folder, step) for step in steps]
     total = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in last.weights().items()}
@@ -178,7 +183,7 @@ def _saved_steps(folder: Path) -> list[int]:
     return [int(match[1]) for path in folder.iterdir() if (match := _FOLDER_NAME.fullmatch(path.name))]
 
 
-def _serialize(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, bytes]:
+def _serialize(model: Stored, optimizer: Stored, state: dict[str, Any]) -> dict[str, bytes]:
     tensors, aliases = _separate_aliases(model.state_dict())
     entries = {
         f"{index}.{key}": value

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from torch import nn
-
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
 from rdrop.experiments.tasks.task import NamesItsIds, Task
@@ -20,7 +18,7 @@ def vocabulary_digest(task: Task) -> str | None:
     return hashlib.sha256("\0".join(task.names_of_ids()).encode()).hexdigest()[:12]
 
 
-def start_from(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, str]:
+def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[str, str]:
     """Copies the weights that `init_from` names into `model`; returns a note on where they are from.
 
     Raises:

@@ -51,7 +51,7 @@ from rdrop.experiments.tasks.task import (
     ShowsLearning,
     load_task,
 )
-from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training import checkpoints, sharding
 from rdrop.experiments.training.beginning import complaints, has_begun
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
@@ -62,6 +62,7 @@ from rdrop.experiments.training.order import DataOrder, Indices, OrderError, Unl
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.training.prefetch import Prefetched
 from rdrop.experiments.training.progress import Progress as Progress
+from rdrop.experiments.training.sharding import ShardingError
 from rdrop.experiments.training.start import start_from, vocabulary_digest
 from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
@@ -183,10 +184,13 @@ class _Training:
         self.asked, self.recipe = recipe, recipe  # as it is saved; as it is trained, with its lengths in updates
         self.folder, self.on_progress, self.side_by_side = folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
+        with _refusals():
+            plugin = sharding.asked_plugin(recipe)
         # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",
+            fsdp_plugin=plugin,
             log_with=list(trackers) or None,
             project_dir=folder.path,
         )
@@ -196,7 +200,9 @@ class _Training:
         self.task = load_task(recipe)
         self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
-        self.model = self.task.build_model().to(self.accelerator.device)  # what is evaluated and saved
+        self.model = self.task.build_model()  # what is evaluated and saved
+        if plugin is None:
+            self.model.to(self.accelerator.device)
         with _refusals():
             metrics.find(self.task.metric)
             size, lengths = self.task.train_size(), self.task.train_lengths()
@@ -206,12 +212,19 @@ class _Training:
             self.unlabeled_order = self.order_unlabeled()
             self.objective = Objective(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
+        self.stored: tuple[checkpoints.Stored, checkpoints.Stored] = self.model, self.optimizer
+        if plugin is not None:
+            with _refusals():
+                self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
+            self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
+        self.is_sharded = plugin is not None
         self.state = RunState(data=fingerprint(self.task), processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         if not (self.state.step or self.state.resumed):
-            self.state.start = start_from(recipe, self.task, self.model)
-        self.parallel_model = self.accelerator.prepare_model(self.model)  # what is trained: under DDP, its wrapper
+            self.state.start = start_from(recipe, self.task, self.stored[0])
+        # What is trained: under DDP, its wrapper.
+        self.parallel_model = self.model if self.is_sharded else self.accelerator.prepare_model(self.model)
         if recipe.compile:
             self.parallel_model = torch.compile(self.parallel_model)
         if trackers:
@@ -247,7 +260,7 @@ class _Training:
                 group["lr"] = learning_rate
             terms = self.accumulate_gradient(step)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
-            loss, task_loss, divergence, gradient_norm = [*terms.tolist(), norm.item()]
+            loss, task_loss, divergence, gradient_norm = [*terms.tolist(), sharding.whole_tensor(norm).item()]
             measured = {"loss": loss, "task_loss": task_loss}
             if self.recipe.method.acts_at(step):
                 alpha = self.recipe.method.alpha_at(step, self.recipe.total_updates)
@@ -281,8 +294,9 @@ class _Training:
         for index, part in enumerate(microbatches):
             self.stop.poll()
             seed_all(recipe.seed, "step", step, index, accelerator.process_index)
-            is_last = index == len(microbatches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.parallel_model):
+            # Of a sharded model only shards of the gradient are kept, so each microbatch adds to those.
+            adds_up_now = self.is_sharded or index == len(microbatches) - 1
+            with nullcontext() if adds_up_now else accelerator.no_sync(self.parallel_model):
                 loss = self.loss(part, step, num_items[int(part.is_labeled)])
                 self.cost.sample_memory()
                 # DDP averages the gradients of the processes; the loss is their sum.
@@ -439,7 +453,8 @@ class _Training:
         """The task's scores of the model as it is, the same in every process."""
         seed_all(self.recipe.seed, "evaluate", self.state.step)
         accelerator, poll = self.accelerator, self.stop.poll
-        if accelerator.num_processes > 1 and isinstance(self.task, SharesEvaluation):
+        # A sharded model runs in all processes at once, so each computes all.
+        if accelerator.num_processes > 1 and not self.is_sharded and isinstance(self.task, SharesEvaluation):
             self.task.share = Share(accelerator.process_index, accelerator.num_processes, poll)
             scores = self.task.evaluate(self.model.eval(), split)
         else:
@@ -462,7 +477,7 @@ class _Training:
         assert state.best_step is not None  # the last update is always scored
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
-        checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.model)
+        checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.stored[0])
         valid, signs, test = self.score("valid"), self.signs(), self.score("test")
         constant = self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
         result = {
@@ -487,7 +502,8 @@ class _Training:
             "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes)
-            | ({} if self.side_by_side == 1 else {"side_by_side": self.side_by_side}),
+            | ({} if self.side_by_side == 1 else {"side_by_side": self.side_by_side})
+            | ({"sharded": "FSDP2"} if self.is_sharded else {}),
             "versions": versions(),
             "resumed": state.resumed,
         } | signs
@@ -529,12 +545,13 @@ class _Training:
         if self.state.step == self.saved_step:
             return
         self.require_finite_weights()
+        model, optimizer = (part.gathered() if isinstance(part, sharding.Whole) else part for part in self.stored)
         if self.accelerator.is_main_process:
             checkpoints.save(
                 self.checkpoint_folder,
                 self.state.step,
-                self.model,
-                self.optimizer,
+                model,
+                optimizer,
                 asdict(self.state),
                 keep=self.recipe.keep_checkpoints,
             )
@@ -542,7 +559,10 @@ class _Training:
         self.accelerator.wait_for_everyone()
 
     def require_finite_weights(self) -> None:
-        wrong = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        weights = dict(self.model.named_parameters())
+        wrong_parts = [~sharding.own_part(weight).isfinite().all() for weight in weights.values()]
+        in_any = self.sum_over_processes(torch.stack(wrong_parts).long()).tolist()
+        wrong = [name for name, count in zip(weights, in_any, strict=True) if count]
         if wrong:
             raise DivergedError(
                 self.state.step,
@@ -555,8 +575,9 @@ class _Training:
         """Takes up the newest good checkpoint, if there is one, and drops the rows written after it."""
         checkpoint = checkpoints.load_newest_good(self.checkpoint_folder)
         if checkpoint is not None:
-            checkpoint.restore_model(self.model)
-            checkpoint.restore_optimizer(self.optimizer)
+            model, optimizer = self.stored
+            checkpoint.restore_model(model)
+            checkpoint.restore_optimizer(optimizer)
             self.state = self.resumed_state(_parse_state(checkpoint))
             self.state.resumed += 1
             self.saved_step = self.state.step
@@ -666,8 +687,8 @@ def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> N
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns what data order, method and metrics refuse into a `TrainingError`."""
+    """Turns what data order, method, metrics and sharding refuse into a `TrainingError`."""
     try:
         yield
-    except (OrderError, ObjectiveError, MetricError) as error:
+    except (OrderError, ObjectiveError, MetricError, ShardingError) as error:
         raise TrainingError(str(error)) from error

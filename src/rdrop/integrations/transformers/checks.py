@@ -10,6 +10,7 @@ from torch import nn
 from rdrop.alpha import alpha_at
 from rdrop.arguments import checked_alpha
 from rdrop.integrations.targets import Batch, Target
+from rdrop.integrations.transformers.forward import WHY_NOT_SHARDED
 from rdrop.terms import cross_entropy
 
 
@@ -103,7 +104,7 @@ def why_not_fused(trainer: Any, model: nn.Module, targets: Sequence[Target], out
     if outputs_wanted:
         return "compute_loss is asked for the outputs too (return_outputs=True), and they would have no logits"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return "DeepSpeed and FSDP have the whole output layer at hand only while it runs"
+        return WHY_NOT_SHARDED
     if getattr(model, "static_graph", False):
         return "DDP with static_graph must see the whole loss inside the model's outputs"
     return None

@@ -29,6 +29,7 @@ from rdrop.terms import IGNORE_INDEX
 
 LABELS = ("labels", "shift_labels")
 NONE_OF_TRANSFORMERS = "the model is none of transformers"
+WHY_NOT_SHARDED = "DeepSpeed and FSDP have the whole output layer at hand only while it runs"
 
 
 class Fused:
