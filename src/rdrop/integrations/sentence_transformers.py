@@ -59,7 +59,8 @@ class _OfPairs(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Returns what the model card says of the loss."""
         of_library: dict[str, Any] = getattr(super(), "get_config_dict", dict)()
-        return of_library | getattr(self, self._criterion).settings
+        settings: dict[str, Any] = getattr(self, self._criterion).settings
+        return of_library | settings
 
 
 class RDropCrossEntropyLoss(_OfPairs, CrossEntropyLoss):  # type: ignore[misc, unused-ignore]  # where it is not installed
