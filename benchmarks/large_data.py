@@ -1,6 +1,7 @@
-"""How long starts take: `python -m benchmarks.large_data FOLDER [--pairs N ...] [--images N ...] [--commands]`.
+"""How long starts take: `python -m benchmarks.large_data FOLDER [--pairs N ...] [--commands]`.
 
-It makes the data in FOLDER: N pairs of synthetic sentences, or N files of small images in 1,000 classes. Then two
+It makes the data in FOLDER: with `--pairs N` pairs of synthetic sentences, with `--lines` lines of text to model, with
+`--texts` texts of two classes, with `--images` files of small images in 1,000 classes. Then two
 processes, one after the other, load them as `rdrop train` does and make one update each. The first finds no cache. The
 records, one line for each process, go to benchmarks/results/large.jsonl. 10 million pairs take about
 half an hour and 12 GB of disk.
@@ -34,25 +35,39 @@ RESULTS = Path(__file__).resolve().parent / "results/large.jsonl"
 WORDS, MEAN_LENGTH, LINES_AT_ONCE = 30_000, 12, 100_000
 CLASSES, NAMES_OF_ONE_FILE = 1_000, 1_300  # a file system allows 65,000 names of one file
 SPLITS = ("train", "valid", "test")
+KINDS = ("pairs", "lines", "texts", "images")
+
+
+def write_sentences(folder: Path, size: int, ending: str, seed: int, header: str = "", label: bool = False) -> None:
+    """Writes `train`, `valid` and `test` with words drawn by Zipf's law, of letters that are the seed's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    lengths = generator.integers(2, 10, WORDS)
+    words = np.array(["".join(generator.choice(letters, length)) for length in lengths], dtype=object)
+    weights = 1 / np.arange(1, WORDS + 1)
+    bounds = np.cumsum(weights / weights.sum())
+    for split, count in zip(SPLITS, (size, 2_000, 2_000), strict=True):
+        with (folder / f"{split}.{ending}").open("w") as file:
+            file.write(header)
+            for start in range(0, count, LINES_AT_ONCE):
+                ends = np.cumsum(generator.integers(4, 2 * MEAN_LENGTH - 3, min(LINES_AT_ONCE, count - start)))
+                drawn = words[np.searchsorted(bounds, generator.random(ends[-1])).clip(max=WORDS - 1)].tolist()
+                for a, b in pairwise([0, *ends.tolist()]):
+                    file.write(" ".join(drawn[a:b]) + (f"\t{'ab'[a % 2]}\n" if label else "\n"))
 
 
 def write_pairs(folder: Path, pairs: int) -> None:
-    """Writes `train`, `valid` and `test` with words drawn by Zipf's law, from letters of their own on each side."""
-    folder.mkdir(parents=True)
-    for number, side in enumerate(("source", "target")):
-        generator = np.random.default_rng(number)
-        letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-        lengths = generator.integers(2, 10, WORDS)
-        words = np.array(["".join(generator.choice(letters, length)) for length in lengths], dtype=object)
-        weights = 1 / np.arange(1, WORDS + 1)
-        bounds = np.cumsum(weights / weights.sum())
-        for split, size in zip(SPLITS, (pairs, 2_000, 2_000), strict=True):
-            with (folder / f"{split}.{side}").open("w") as file:
-                for start in range(0, size, LINES_AT_ONCE):
-                    ends = np.cumsum(generator.integers(4, 2 * MEAN_LENGTH - 3, min(LINES_AT_ONCE, size - start)))
-                    drawn = words[np.searchsorted(bounds, generator.random(ends[-1])).clip(max=WORDS - 1)].tolist()
-                    starts = [0, *ends.tolist()]
-                    file.writelines(" ".join(drawn[a:b]) + "\n" for a, b in pairwise(starts))
+    for seed, side in enumerate(("source", "target")):
+        write_sentences(folder, pairs, side, seed)
+
+
+def write_lines(folder: Path, lines: int) -> None:
+    write_sentences(folder, lines, "txt", 0)
+
+
+def write_texts(folder: Path, texts: int) -> None:
+    write_sentences(folder, texts, "tsv", 0, "text\tlabel\n", label=True)
 
 
 def write_images(folder: Path, images: int) -> None:
@@ -73,6 +88,12 @@ def settings_of(kind: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Returns the recipe, and the settings of a small model on the data in the folder."""
     if kind == "images":
         return "cifar-10-4k", {"data.train": str(folder), "batch_size": 64}
+    if kind == "lines":
+        return "language-modeling-from-scratch", {"data.folder": str(folder), "model.layers": 1}
+    if kind == "texts":
+        sizes = {"vocabulary": 8000, "layers": 1, "hidden_size": 64, "heads": 2, "intermediate_size": 128}
+        model = {f"model.{name}": value for name, value in ({"name": None} | sizes).items()}
+        return "text-classification", {"data.folder": str(folder), "data.max_length": 64} | model
     data = {"data.folder": str(folder), "data.vocabulary": 8000, "batch_size": None, "batch_tokens": 4096}
     return "translation", data | {"model.hidden_size": 64, "model.intermediate_size": 128}
 
@@ -90,7 +111,7 @@ def start(kind: str, folder: Path) -> dict[str, Any]:
     name, settings = settings_of(kind, folder)
     recipe = find_recipe(name).replace(**settings)
     clocks.append((time.perf_counter(), time.process_time()))
-    task = load_task(recipe)
+    task: Any = load_task(recipe)
     clocks.append((time.perf_counter(), time.process_time()))
     order = DataOrder(recipe, task.train_size(), task.train_lengths())
     epoch, rows = order.at(0)
@@ -104,9 +125,13 @@ def start(kind: str, folder: Path) -> dict[str, Any]:
     spans = [tuple(after - before for before, after in zip(*two, strict=True)) for two in pairwise(clocks)]
     wall, processor = ([span[clock] for span in spans] for clock in (0, 1))
     found = {"seconds": wall, "processor_seconds": processor, "examples": task.train_size()}
-    sides = getattr(task, "_splits", {}).get("train", ())
+    tokens = {
+        "pairs": lambda: sum(len(side.ids) for side in task._splits["train"]),
+        "lines": lambda: len(task._tokens["train"].ids),
+        "texts": lambda: len(task._inputs["train"]["input_ids"].ids),
+    }
     return found | {
-        "tokens": sum(len(side.ids) for side in sides) if kind == "pairs" else None,
+        "tokens": tokens[kind]() if kind in tokens else None,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -114,7 +139,7 @@ def start(kind: str, folder: Path) -> dict[str, Any]:
 def measure(kind: str, size: int, folder: Path, command: str) -> list[dict[str, Any]]:
     data, cache = folder / f"{kind}-{size}", folder / "cache"
     if not data.exists():
-        {"pairs": write_pairs, "images": write_images}[kind](data, size)
+        {"pairs": write_pairs, "lines": write_lines, "texts": write_texts, "images": write_images}[kind](data, size)
     shutil.rmtree(cache, ignore_errors=True)
     records = []
     for which in ("first", "second"):
@@ -153,15 +178,15 @@ def measure_commands(folder: Path, command: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pairs", type=int, nargs="*", default=[])
-    parser.add_argument("--images", type=int, nargs="*", default=[])
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", type=int, nargs="*", default=[])
     parser.add_argument("--commands", action="store_true")
-    parser.add_argument("--start", choices=("pairs", "images"), help=argparse.SUPPRESS)
+    parser.add_argument("--start", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
         print(json.dumps(start(arguments.start, arguments.folder)))
         return
-    for kind in ("pairs", "images"):
+    for kind in KINDS:
         for size in getattr(arguments, kind):
             command = shlex.join(["python", "-m", "benchmarks.large_data", "FOLDER", f"--{kind}", str(size)])
             append(measure(kind, size, arguments.folder, command), RESULTS)

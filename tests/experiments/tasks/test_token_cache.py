@@ -2,13 +2,19 @@
 
 import os
 import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.tasks import token_cache
 from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.tasks.token_cache import cached
 from rdrop.experiments.tasks.translation import task as translation
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION, TranslationRecipe
@@ -22,7 +28,7 @@ CODES = "#version: 0.2\no n\nt w\ne e\nv e\n"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(token_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(translation, "CACHED_FROM", 1)
+    monkeypatch.setattr(token_cache, "CACHED_FROM", 1)
     return tmp_path / "cache" / "tokens"
 
 
@@ -41,7 +47,7 @@ def entries(cache: Path) -> list[Path]:
     return sorted(path for path in cache.glob("*") if path.is_dir())
 
 
-def seen(task: Translation) -> object:
+def seen(task: Any) -> object:
     """All that a training sees of its data."""
     batch = task.train_batch(list(range(task.train_size())), 0)
     return {name: value.tolist() for name, value in batch.items()}, task.train_lengths().tolist(), task.notes
@@ -53,14 +59,46 @@ def test_a_training_is_the_same_without_the_cache_into_it_and_out_of_it(
 ) -> None:
     recipe = recipe.replace(**{"data.codes": codes, "data.tokenized": True})
     into = Translation(recipe)
-    monkeypatch.setattr(translation, "CACHED_FROM", 61)
+    monkeypatch.setattr(token_cache, "CACHED_FROM", 61)
     without = Translation(recipe)
-    monkeypatch.setattr(translation, "CACHED_FROM", 60)
+    monkeypatch.setattr(token_cache, "CACHED_FROM", 60)
     monkeypatch.setattr(translation, "build_subwords", None)  # it could not make them
     out_of = Translation(recipe)
     assert seen(into) == seen(without) == seen(out_of)
     assert fingerprint(into) == fingerprint(without) == fingerprint(out_of)
     assert into.names_of_ids() == without.names_of_ids() == out_of.names_of_ids()
+
+
+def tiny(name: str, **settings: Any) -> Callable[[Path], Recipe]:
+    return lambda folder: find_recipe(name).tiny().replace(**settings)
+
+
+OTHERS = {
+    "texts": tiny("glue-sst2"),
+    "pairs of texts": tiny("glue-rte"),
+    "summaries": tiny("cnn-dailymail"),
+    "words": tiny("wikitext-103"),
+    "characters": tiny("tinyshakespeare"),
+}
+"""A recipe for each task but translation, and for each kind of vocabulary; the folder is for a model."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_task_is_the_same_without_the_cache_into_it_and_out_of_it(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    recipe = OTHERS[name](tmp_path)
+    into = load_task(recipe)
+    kept = entries(cache)
+    assert kept
+    monkeypatch.setattr(token_cache, "CACHED_FROM", 10**6)
+    without = load_task(recipe)
+    monkeypatch.setattr(token_cache, "CACHED_FROM", 1)
+    monkeypatch.setattr(token_cache, "_make", None)  # it could make nothing
+    out_of = load_task(recipe)
+    assert seen(into) == seen(without) == seen(out_of)
+    assert fingerprint(into) == fingerprint(without) == fingerprint(out_of)
+    assert entries(cache) == kept
 
 
 def test_pairs_of_test_that_are_trained_on_are_counted_from_the_cache_too(
@@ -129,6 +167,29 @@ def test_one_makes_what_several_want_at_once(cache: Path) -> None:
     assert len(made) == 1
     assert len(found) == 4
     assert set(found) == set(entries(cache))
+
+
+def test_a_process_that_waits_for_another_one_says_so_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "SILENT_SECONDS", 0.01)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def make(folder: Path) -> None:
+        has_begun.set()
+        assert may_end.wait(60)
+
+    maker = threading.Thread(target=cached, args=({"a": 1}, make))
+    maker.start()
+    assert has_begun.wait(60)
+    said = []
+
+    def say(message: str, **_: object) -> None:
+        said.append(message)
+        may_end.set()
+
+    monkeypatch.setattr(warnings, "warn", say)
+    folder = cached({"a": 1}, make)
+    maker.join()
+    assert said == [f"waiting for another process that reads and encodes the same texts, into {folder}"]
 
 
 def test_what_a_killed_maker_left_is_made_anew(cache: Path) -> None:

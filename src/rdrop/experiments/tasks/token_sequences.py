@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,9 @@ IDS, LENGTHS = "ids.int32", "lengths.npy"
 
 T = TypeVar("T")
 
+Columns = Mapping[str, Sequence[Sequence[int]]]
+"""What some texts become, by name: a list of ids of each."""
+
 
 class TokenSequences:
     """Many lists of ids in two arrays, 4 bytes a token: WMT has 2 billion."""
@@ -28,6 +31,13 @@ class TokenSequences:
             lengths.append(_lengths_of(some))
             parts.append(_joined(some))
         self._set(np.concatenate(parts), np.concatenate(lengths))
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenSequences]) -> TokenSequences:
+        """Puts the lists of several one after the other."""
+        self = cls.__new__(cls)
+        self._set(np.concatenate([part.ids for part in parts]), np.concatenate([part.lengths for part in parts]))
+        return self
 
     @classmethod
     def load(cls, path: Path) -> TokenSequences:

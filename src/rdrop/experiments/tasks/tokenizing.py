@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, __version__, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.tasks.token_cache import cached, is_large, text_digest
 
+LEARNED = "tokenizer.json"
 LONGEST_WORD = 10_000
 """In characters. What is longer, such as base64 in crawled text, is learned from in pieces: learning is quadratic in
 the length of a word, and one of 900 kB would take minutes."""
@@ -25,7 +29,7 @@ def with_short_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def learned_bpe(
-    texts: Iterable[str],
+    texts: Sequence[str],
     vocabulary: int,
     special_tokens: Sequence[str],
     *,
@@ -37,7 +41,7 @@ def learned_bpe(
 
     It knows any text: the bytes are always in it. The same texts give the same tokenizer, which BERT's own WordPiece
     does not promise: its trainer numbers the letters inside words in an order that changes from run to run. Of a word
-    that is longer than `LONGEST_WORD` it learns the pieces.
+    that is longer than `LONGEST_WORD` it learns the pieces. What it learned from many texts is kept on disk.
     `add_prefix_space` makes the first word one like any other.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
@@ -51,8 +55,18 @@ def learned_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(with_short_words(texts), trainer)
-    return tokenizer
+    learn = partial(tokenizer.train_from_iterator, trainer=trainer)
+    if not is_large(len(texts)):
+        learn(with_short_words(texts))
+        return tokenizer
+    settings = {"vocabulary": vocabulary, "special tokens": special_tokens, "untrained": tokenizer.to_str()}
+    content = settings | {"texts": text_digest(texts), "longest word": LONGEST_WORD, "tokenizers": __version__}
+
+    def make(folder: Path) -> None:
+        learn(with_short_words(texts))
+        tokenizer.save(str(folder / LEARNED))
+
+    return Tokenizer.from_file(str(cached(content, make) / LEARNED))
 
 
 def require_content(

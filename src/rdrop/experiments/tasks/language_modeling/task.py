@@ -23,6 +23,7 @@ from rdrop.experiments.tasks.language_modeling.tokens import (
     Tokens,
     Vocabulary,
     characters,
+    encoded,
     learned_pieces,
     pretrained_pieces,
     words,
@@ -185,7 +186,7 @@ class LanguageModeling:
         return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
 
     def _encoded(self, lines: list[str], split: str) -> Tokens:
-        tokens = self._vocabulary.encode(lines)
+        tokens = encoded(self._vocabulary, lines)
         if len(tokens.ids) == 0:
             raise DataError(f"the {split} split has no tokens; give it text")
         lost = mostly_unknown(tokens.ids, self._vocabulary.special_ids, self._vocabulary.unknown_id)

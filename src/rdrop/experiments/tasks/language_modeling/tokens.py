@@ -7,19 +7,24 @@ word, as WikiText has it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.token_sequences import in_parts
+from rdrop.experiments.tasks.token_cache import cached, columns_of, is_large, text_digest, tokenizer_content
+from rdrop.experiments.tasks.token_sequences import Columns, in_parts
 from rdrop.experiments.tasks.tokenizing import learned_bpe
 
 END, UNKNOWN = "<eos>\n", "<unk>"  # no word ends with a newline: an `<eos>` that a text has is another symbol
 LINES_AT_ONCE = 1000
+IDS, UNITS = "ids", "units"
+SYMBOLS = "symbols.json"
 
 Ids = NDArray[np.int32]
 
@@ -42,7 +47,48 @@ class Vocabulary(Protocol):
     @property
     def unknown_id(self) -> int | None: ...
 
-    def encode(self, lines: Sequence[str]) -> Tokens: ...
+    @property
+    def content(self) -> dict[str, object] | None:
+        """All that `encode` depends on, beside the lines, as JSON; None where that is not known."""
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each line."""
+
+    def count_units(self, lines: Sequence[str], ids: list[list[int]]) -> int: ...
+
+
+def encoded(vocabulary: Vocabulary, lines: Sequence[str]) -> Tokens:
+    """Encodes a text. What many lines become is kept on disk."""
+    if not lines:
+        return Tokens(np.zeros(0, np.int32), 0)
+
+    def parts() -> Iterator[Columns]:
+        for some in in_parts(lines, LINES_AT_ONCE):
+            ids = vocabulary.encode(some)
+            yield {IDS: ids, UNITS: [[vocabulary.count_units(some, ids)]]}
+
+    content = vocabulary.content if is_large(len(lines)) else None
+    columns = columns_of(parts, None if content is None else content | {"lines": text_digest(lines)})
+    return Tokens(columns[IDS].ids, int(columns[UNITS].ids.sum(dtype=np.int64)))
+
+
+def count_symbols(train: Sequence[str], symbols_of: Callable[[str], list[str]], min_count: int) -> list[str]:
+    """Returns the symbols of a text by falling count, then by alphabet, with `END` and `UNKNOWN`."""
+    counts: Counter[str] = Counter({END: 0, UNKNOWN: 0})
+    for line in train:
+        counts.update(symbols_of(line))
+    for symbol in [symbol for symbol, count in counts.items() if count < min_count and symbol not in (END, UNKNOWN)]:
+        counts[UNKNOWN] += counts.pop(symbol)
+    return sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
+
+
+def _kept_symbols(train: Sequence[str], symbols_of: Callable[[str], list[str]], min_count: int) -> list[str]:
+    def make(folder: Path) -> None:
+        (folder / SYMBOLS).write_text(json.dumps(count_symbols(train, symbols_of, min_count)))
+
+    content = {"symbols": symbols_of.__name__, "min_count": min_count, "lines": text_digest(train)}
+    symbols: list[str] = json.loads((cached(content, make) / SYMBOLS).read_text())
+    return symbols
 
 
 class SymbolVocabulary:
@@ -50,23 +96,21 @@ class SymbolVocabulary:
 
     def __init__(self, train: Sequence[str], symbols_of: Callable[[str], list[str]], min_count: int = 1) -> None:
         self._symbols_of = symbols_of
-        counts: Counter[str] = Counter({END: 0, UNKNOWN: 0})
-        for line in train:
-            counts.update(symbols_of(line))
-        for symbol in [
-            symbol for symbol, count in counts.items() if count < min_count and symbol not in (END, UNKNOWN)
-        ]:
-            counts[UNKNOWN] += counts.pop(symbol)
-        self.symbols = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
+        self.symbols = (_kept_symbols if is_large(len(train)) else count_symbols)(train, symbols_of, min_count)
         self._ids = {symbol: number for number, symbol in enumerate(self.symbols)}
         self.size = len(self.symbols)
         self.start_id, self.unknown_id = self._ids[END], self._ids[UNKNOWN]
         self.special_ids = frozenset({self.start_id, self.unknown_id})
 
-    def encode(self, lines: Sequence[str]) -> Tokens:
-        symbols = (symbol for line in lines for symbol in self._symbols_of(line))
-        ids = np.fromiter((self._ids.get(symbol, self.unknown_id) for symbol in symbols), dtype=np.int32)
-        return Tokens(ids, len(ids))
+    @property
+    def content(self) -> dict[str, object]:
+        return {"symbols": self._symbols_of.__name__, "known": text_digest(self.symbols)}
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        return [[self._ids.get(symbol, self.unknown_id) for symbol in self._symbols_of(line)] for line in lines]
+
+    def count_units(self, lines: Sequence[str], ids: list[list[int]]) -> int:
+        return sum(map(len, ids))
 
 
 def words(line: str) -> list[str]:
@@ -88,22 +132,23 @@ class PieceVocabulary:
         start_id: int,
         special_ids: Iterable[int],
         unknown_id: int | None,
+        content: dict[str, object] | None,
     ) -> None:
-        self._encode = encode
+        self._encode, self.content = encode, content
         self.size, self.start_id = size, start_id
         self.special_ids, self.unknown_id = frozenset(special_ids), unknown_id
 
-    def encode(self, lines: Sequence[str]) -> Tokens:
-        written = (f"{line}\n" for line in lines)
-        parts = [
-            np.array(ids, dtype=np.int32) for some in in_parts(written, LINES_AT_ONCE) for ids in self._encode(some)
-        ]
-        return Tokens(np.concatenate(parts), sum(len(words(line)) for line in lines))
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        return self._encode([f"{line}\n" for line in lines])
+
+    def count_units(self, lines: Sequence[str], ids: list[list[int]]) -> int:
+        return sum(len(words(line)) for line in lines)
 
 
 def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
     """Learns a `learned_bpe` of at most `size` pieces."""
-    tokenizer = learned_bpe((f"{line}\n" for line in train), size, [END], add_prefix_space=False)
+    tokenizer = learned_bpe([f"{line}\n" for line in train], size, [END], add_prefix_space=False)
+    content = {"tokenizer": json.loads(tokenizer.to_str())}
     tokenizer.encode_special_tokens = True
     end: Any = tokenizer.token_to_id(END)
     return PieceVocabulary(
@@ -112,6 +157,7 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
         start_id=end,
         special_ids=[end],
         unknown_id=None,
+        content=content,
     )
 
 
@@ -126,4 +172,5 @@ def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
         start_id=start,
         special_ids=tokenizer.all_special_ids,
         unknown_id=tokenizer.unk_token_id,
+        content=tokenizer_content(tokenizer),
     )

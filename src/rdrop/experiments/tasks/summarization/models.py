@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ MATCH, COPY = 1.2, 1.5
 # ---------------------------------------------------------------------------------------------------- from scratch
 
 
-def learned_tokenizer(texts: Iterable[str], vocabulary: int, *, lowercase: bool) -> PreTrainedTokenizerFast:
+def learned_tokenizer(texts: Sequence[str], vocabulary: int, *, lowercase: bool) -> PreTrainedTokenizerFast:
     """Learns a `learned_bpe` from `texts`, which ends every text with `</s>`."""
     tokenizer = learned_bpe(texts, vocabulary, [START, PAD, END, UNKNOWN], unknown=UNKNOWN, lowercase=lowercase)
     end = (END, tokenizer.token_to_id(END))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ from rdrop.experiments.tasks.summarization.models import (
 )
 from rdrop.experiments.tasks.summarization.scores import has_words, mean_rouge, rouge_of_each
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.token_sequences import TokenSequences, batches_by_length, in_parts, padded
+from rdrop.experiments.tasks.token_cache import columns_of, is_large, text_digest, tokenizer_content
+from rdrop.experiments.tasks.token_sequences import Columns, TokenSequences, batches_by_length, in_parts, padded
 from rdrop.experiments.tasks.tokenizing import require_content
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class Summarization:
             return pretrained_tokenizer(model.name, pretrained_config(model.name))
         assert model.vocabulary is not None  # the recipe has seen to it
         assert model.lowercase is not None
-        texts = (text for example in train for text in (example.document, example.summaries[0]))
+        texts = [text for example in train for text in (example.document, example.summaries[0])]
         return learned_tokenizer(texts, model.vocabulary, lowercase=model.lowercase)
 
     def _build_config(self) -> Any:
@@ -211,16 +212,23 @@ class Summarization:
             )
 
     def _tokenize_documents(self, examples: Sequence[Example]) -> TokenSequences:
-        texts = (self._data.prefix + example.document for example in examples)
-        return TokenSequences(self._tokenize(texts, self._data.document_tokens, "text"))
+        texts = [self._data.prefix + example.document for example in examples]
+        return self._tokenize(texts, self._data.document_tokens, "text")
 
     def _tokenize_summaries(self, examples: Sequence[Example]) -> TokenSequences:
-        texts = (example.summaries[0] for example in examples)
-        return TokenSequences(self._tokenize(texts, self._data.summary_tokens, "text_target"))
+        texts = [example.summaries[0] for example in examples]
+        return self._tokenize(texts, self._data.summary_tokens, "text_target")
 
-    def _tokenize(self, texts: Iterable[str], longest: int, kind: str) -> Iterator[list[int]]:
-        for part in in_parts(texts):
-            yield from self._tokenizer(**{kind: part}, truncation=True, max_length=longest)["input_ids"]
+    def _tokenize(self, texts: list[str], longest: int, kind: str) -> TokenSequences:
+        def parts() -> Iterator[Columns]:
+            for some in in_parts(texts):
+                encoded = self._tokenizer(**{kind: some}, truncation=True, max_length=longest)
+                yield {"input_ids": encoded["input_ids"]}
+
+        content = tokenizer_content(self._tokenizer) if is_large(len(texts)) else None
+        if content is not None:
+            content |= {"kind": kind, "longest": longest, "texts": text_digest(texts)}
+        return columns_of(parts, content)["input_ids"]
 
 
 def _require_positions(lengths: dict[str, int], config: Any, name: str) -> None:

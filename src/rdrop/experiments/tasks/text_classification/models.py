@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ RATE_NAMES = {
 """What the configurations of transformers call each of our rates. One may have several of them."""
 
 
-def learned_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def learned_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Learns a lower-cased `learned_bpe` from `texts`, which frames them as BERT does."""
     tokenizer = learned_bpe(texts, vocabulary, [PAD, UNKNOWN, START, END, MASK], unknown=UNKNOWN, lowercase=True)
     tokenizer.post_processor = processors.TemplateProcessing(

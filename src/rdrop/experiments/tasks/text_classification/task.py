@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from rdrop.experiments.tasks.text_classification.models import (
     start_at,
 )
 from rdrop.experiments.tasks.text_classification.scores import constant_scores, score_texts
-from rdrop.experiments.tasks.token_sequences import padded
+from rdrop.experiments.tasks.token_cache import columns_of, is_large, text_digest, tokenizer_content
+from rdrop.experiments.tasks.token_sequences import PART, Columns, TokenSequences, padded
 from rdrop.experiments.tasks.tokenizing import require_content
 from rdrop.terms import Divergence, TaskLoss
 
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.text_classification.recipes import TextClassificationRecipe
 
 EVALUATION_BATCH = 64
-TOKENIZED_AT_ONCE = 10_000  # the tokenizer's own lists take a hundred times the memory of the arrays
-Inputs = dict[str, list[NDArray[np.int32]]]
+Inputs = dict[str, TokenSequences]
 
 
 class TextClassification:
@@ -108,7 +108,7 @@ class TextClassification:
         return len(self._labels.get("unlabeled", ()))
 
     def train_lengths(self) -> NDArray[np.int64]:
-        return _lengths(self._inputs["train"])
+        return self._inputs["train"]["input_ids"].lengths
 
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
@@ -144,7 +144,7 @@ class TextClassification:
 
     def _evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         device = next(model.parameters()).device
-        order = np.argsort(_lengths(self._inputs[split]), kind="stable")  # length bucketing: little padding
+        order = np.argsort(self._inputs[split]["input_ids"].lengths, kind="stable")  # length bucketing: little padding
 
         def of_batch(rows: NDArray[np.int64]) -> Tensor:
             batch = {name: value.to(device) for name, value in self._batch(split, rows.tolist()).items()}
@@ -187,10 +187,10 @@ class TextClassification:
         return tokenizer
 
     def _require_content(self, split: str, texts: LabeledTexts) -> None:
-        inputs = self._inputs[split]
+        inputs = self._inputs[split]["input_ids"]
         require_content(
-            np.concatenate(inputs["input_ids"]),
-            _lengths(inputs),
+            inputs.ids,
+            inputs.lengths,
             texts.examples(),
             self._tokenizer,
             split=split,
@@ -200,14 +200,15 @@ class TextClassification:
 
     def _require_room(self, model: nn.Module, name: str) -> None:
         """Refuses a pre-trained model that cannot read the texts: too few rows in an embedding, too few positions."""
-        rows = [row for inputs in self._inputs.values() for row in inputs["input_ids"]]
-        require_rows(model, name, max(int(row.max()) for row in rows))
+        tokens = [inputs["input_ids"] for inputs in self._inputs.values()]
+        require_rows(model, name, max(int(own.ids.max()) for own in tokens))
         config: Any = model.config
-        kinds = [int(row.max()) for inputs in self._inputs.values() for row in inputs.get("token_type_ids", ())]
+        kinds = [int(own["token_type_ids"].ids.max()) for own in self._inputs.values() if "token_type_ids" in own]
         if kinds and 0 < (getattr(config, "type_vocab_size", None) or 0) <= max(kinds):
             rule = f"its tokenizer gives token types up to {max(kinds)}, and it knows {config.type_vocab_size}"
             raise RecipeError("model.name", rule, value=name)
-        longest = torch.from_numpy(max(rows, key=len)).long()[None]
+        longest_of_each = [own[int(own.lengths.argmax())] for own in tokens]
+        longest = torch.tensor(max(longest_of_each, key=len))[None]
         known = getattr(config, "max_position_embeddings", None)
         # RoBERTa's positions begin after that of its padding.
         if known is None or longest.shape[1] < known - (config.pad_token_id or 0):
@@ -220,22 +221,25 @@ class TextClassification:
             raise RecipeError("data.max_length", rule, value=self._max_length)
 
     def _tokenized(self, texts: LabeledTexts) -> Inputs:
-        inputs: Inputs = {}
-        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
-            part = slice(start, start + TOKENIZED_AT_ONCE)
-            second = None if texts.second is None else texts.second[part]
-            encoded = self._tokenizer(
-                texts.first[part], second, truncation=True, max_length=self._max_length, return_attention_mask=False
-            )
-            for name, rows in encoded.items():
-                inputs.setdefault(name, []).extend(np.array(row, dtype=np.int32) for row in rows)
-        return inputs
+        def parts() -> Iterator[Columns]:
+            for start in range(0, len(texts), PART):
+                part = slice(start, start + PART)
+                second = None if texts.second is None else texts.second[part]
+                yield self._tokenizer(
+                    texts.first[part], second, truncation=True, max_length=self._max_length, return_attention_mask=False
+                )
+
+        content = tokenizer_content(self._tokenizer) if is_large(len(texts)) else None
+        if content is not None:
+            digests = [text_digest(column) for column in (texts.first, texts.second) if column is not None]
+            content |= {"longest": self._max_length, "texts": digests}
+        return columns_of(parts, content)
 
     def _batch(self, split: str, rows: list[int]) -> Batch:
         tokenizer = self._tokenizer
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         inputs = {name: [values[row] for row in rows] for name, values in self._inputs[split].items()}
-        inputs["attention_mask"] = [np.ones_like(ids) for ids in inputs["input_ids"]]
+        inputs["attention_mask"] = [[1] * len(ids) for ids in inputs["input_ids"]]
         batch: Batch = {
             name: padded(values, padding.get(name, 0), tokenizer.padding_side) for name, values in inputs.items()
         }
@@ -244,7 +248,3 @@ class TextClassification:
 
 def _label_tensor(labels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(labels)[:, None] if labels.dtype == np.float32 else torch.from_numpy(labels)
-
-
-def _lengths(inputs: Inputs) -> NDArray[np.int64]:
-    return np.array([len(row) for row in inputs["input_ids"]], dtype=np.int64)

@@ -31,11 +31,11 @@ from rdrop.experiments.tasks.sequence_to_sequence import (
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
 from rdrop.experiments.tasks.task import Batch
-from rdrop.experiments.tasks.token_cache import cached, file_digest
+from rdrop.experiments.tasks.token_cache import cached, file_digest, is_large, write_columns
 from rdrop.experiments.tasks.token_sequences import (
     PART,
+    Columns,
     TokenSequences,
-    TokenWriter,
     batches_by_length,
     in_parts,
     padded,
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.translation.recipes import TranslationData, TranslationModel, TranslationRecipe
 
 VOCABULARY_MULTIPLE = 8  # as fairseq: matrices of whole tiles
-CACHED_FROM = 100_000
-"""Training pairs from which on their tokens are kept on disk; fewer are encoded in a second or two."""
 KEYS = "keys.npy"
 
 Split = tuple[TokenSequences, TokenSequences]
@@ -245,9 +243,9 @@ class EncodedTrain(NamedTuple):
 def encode_train(data: TranslationData, train: Pairs) -> EncodedTrain:
     """Makes the subwords of both languages, from the training text alone, and encodes it.
 
-    From `CACHED_FROM` pairs on, what they become is kept on disk and found there the next time.
+    What many pairs become is kept on disk and found there the next time.
     """
-    if train.content is None or len(train) < CACHED_FROM:
+    if train.content is None or not is_large(len(train)):
         subwords = build_subwords(data, train)
         return EncodedTrain(subwords, encode_pairs(subwords, train), keys_of(train))
     codes = None if data.codes is None else _codes(data, data.codes)
@@ -265,14 +263,15 @@ def encode_train(data: TranslationData, train: Pairs) -> EncodedTrain:
 def _write_train(data: TranslationData, train: Pairs, folder: Path) -> None:
     subwords = build_subwords(data, train)
     subwords.save(folder)
-    writers = TokenWriter(folder / "source"), TokenWriter(folder / "target")
     keys = np.empty(len(train), np.uint64)
-    for start, some in zip(range(0, len(train), PART), in_parts(train), strict=True):
-        keys[start : start + len(some)] = [*keys_of(some)]
-        for writer, lines in zip(writers, zip(*some, strict=True), strict=True):
-            writer.append(subwords.encode(lines))
-    for writer in writers:
-        writer.close()
+
+    def parts() -> Iterator[Columns]:
+        for start, some in zip(range(0, len(train), PART), in_parts(train), strict=True):
+            keys[start : start + len(some)] = [*keys_of(some)]
+            sources, targets = zip(*some, strict=True)
+            yield {"source": subwords.encode(sources), "target": subwords.encode(targets)}
+
+    write_columns(parts, folder)
     np.save(folder / KEYS, keys)
 
 
