@@ -24,6 +24,7 @@ from rdrop.dropout import dropout_sources
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.image_classification import task as image_task
 from rdrop.experiments.tasks.image_classification.augmentation import (
     augment,
     padded_crop_box,
@@ -649,6 +650,16 @@ def test_an_image_is_the_same_in_whichever_batch_it_stands_and_new_in_each_epoch
         assert not torch.equal(task.train_batch([5, 3, 8, 1], epoch=3)["pixel_values"], batch["pixel_values"])
         other = ImageClassification(recipe.replace(seed=1)).train_batch([5, 3, 8, 1], epoch=2)
         assert not torch.equal(other["pixel_values"], batch["pixel_values"])
+
+
+def test_a_batch_is_the_same_however_many_threads_decode_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(30, 12, 9, 3), dtype=np.uint8)
+    one = ImageClassification(SMALL.replace(**{"data.train": str(write_npz(tmp_path / "noise.npz", images=noise))}))
+    batches = []
+    for threads in (1, 16):
+        monkeypatch.setattr(image_task, "DECODERS", threads)
+        batches.append(one.train_batch([*range(20)], epoch=1)["pixel_values"])
+    assert torch.equal(*batches)
 
 
 FEW = SMALL.replace(
