@@ -4,7 +4,8 @@ docs/speed.md, docs/accuracy.md and docs/reliability.md.
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
-steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/large_data.py`: large.jsonl. From
+steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/roofline.py`: roofline.jsonl. From
+`benchmarks/large_data.py`: large.jsonl. From
 `benchmarks/sft.py`: sft.jsonl. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From
 `make test-long`: long.jsonl.
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import accuracy
+from benchmarks.large_data import KINDS
+from benchmarks.roofline import CARDS, bound
 
 from rdrop.bench.measure import SOFT_LABELS
 from rdrop.bench.plots import draw, svg
@@ -75,6 +78,7 @@ def speed_parts() -> dict[str, str]:
     found["figures"] = figures_table(records)
     found["soft labels"] = _soft_labels(soft_records())
     found["gpu"] = _gpu(gpu_records())
+    found["roofline"] = _roofline(read(RESULTS / "roofline.jsonl"))
     large = large_records()
     found["large data"] = _large_data([record for record in large if record["kind"] != "command"])
     found["commands"] = _commands([record for record in large if record["kind"] == "command"])
@@ -146,7 +150,7 @@ def _large_data(records: Sequence[Record]) -> str:
         "| data | start | reading | up to the first update | memory | per further token |",
         "|---|---|---|---|---|---|",
     ]
-    for record in sorted(records, key=lambda r: (r["kind"] == "images", r["size"], r["start"])):
+    for record in sorted(records, key=lambda r: (KINDS.index(r["kind"]), r["size"], r["start"])):
         of_kind = [r for r in records if (r["kind"], r["start"]) == (record["kind"], record["start"])]
         least = min(of_kind, key=lambda r: int(r["size"]))
         tokens, per_token = "", ""
@@ -181,10 +185,34 @@ def _gpu(records: list[Record]) -> str:
             "Not measured: no GPU was at hand. `make gpu` does it where there is one, in nine minutes and without a\n"
             "network: the kernel's values against float64, its time and memory in bfloat16 at 4,096 pairs beside\n"
             "cross-entropy, a copy of the logits and the peers that are installed (Liger, quack, cut cross-entropy),\n"
-            "and the best shape of its programs on the card. `build/gpu/gpu.jsonl` then goes to `benchmarks/results`."
+            "the best shape of its programs on the card and, with `DATA=FOLDER`, both arms of Multi30k for what time is\n"
+            "left. `build/gpu/gpu.jsonl` then goes to `benchmarks/results`."
         )
     by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)
+
+
+def _roofline(records: Sequence[Record]) -> str:
+    """The least times of R-Drop from 4,096 pairs of bfloat16 logits, by card and vocabulary, and what limits them."""
+    rows = [
+        "| V | card | copy | read twice from memory | at best from the cache | instructions | of a copy, at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for classes in (32_768, 50_265, 128_256):
+        (record,) = (r for r in records if r["passes"] == 2 and r["aligned"] is (classes % 16 == 0))
+        for name, card in CARDS.items():
+            least = bound(record, card, 4096, classes)
+            times = (least.copy, least.twice, least.memory, least.instructions)
+            cells = " | ".join(f"{time:.2f} ms" for time in times)
+            rows.append(f"| {classes:,} | {name} | {cells} | {least.share_of_copy:.0%} |")
+    rows += ["", "| instructions for a class of a position | forward | gradient | registers |", "|---|---|---|---|"]
+    for record in records:
+        what = f"{'R-Drop, both passes' if record['passes'] == 2 else 'plain cross-entropy, one row'}"
+        figures = f"{record['forward']:.0f} | {record['gradient']:.0f} | {record['registers']}"
+        rows.append(f"| {what}{'' if record['aligned'] else ', V no multiple of 16'} | {figures} |")
+    first = records[0]
+    origin = f"Calculated, not measured, from code for sm_90 (triton {first['triton']}); {first['date'][:10]}"
+    return "\n".join(rows) + f"\n\n{origin}; by `{first['command']}`."
 
 
 # ---------------------------------------------------------------------------------------------- the long tests

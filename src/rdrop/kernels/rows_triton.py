@@ -12,7 +12,9 @@ FAR (float64, three passes over the rows, in small blocks so that its registers 
 above would lose digits: a pass far above pass 1 at some class, or class k an outlier.
 
 One program computes one position, so the grid never changes a bit of the result. Inside the loops no sum crosses
-threads: each thread adds the GROUP neighboring classes it holds, and the partial sums meet after the last block.
+threads: each thread adds the classes it holds, and the PARTIAL sums meet after the last block. A thread holds
+neighbors (NEXT) where 16 bytes can be loaded at once, and where rows begin anywhere, classes as far apart as there are
+threads.
 """
 
 from typing import NamedTuple
@@ -56,7 +58,8 @@ def rows(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
     FAR_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    NEXT: tl.constexpr,
 ):
     """Computes forward, backward or both, for position `program_id(0)`. `gradient` may be the logits themselves.
 
@@ -74,7 +77,7 @@ def rows(
     statistics += n * (1 + 4 * M)
     if probabilities is not None:
         probabilities += n * classes
-        label, label_weight = _likeliest_and_total(probabilities, weight, classes, BLOCK, GROUP)
+        label, label_weight = _likeliest_and_total(probabilities, weight, classes, BLOCK, PARTIAL, NEXT)
     else:
         label = tl.load(labels + n)
         label_weight = 1.0
@@ -102,7 +105,7 @@ def rows(
         finite = n >= 0
         if FORWARD:
             near, value, below_label = _near_forward(
-                row, pass_stride, target, classes, statistics, M, DENSE, BLOCK, GROUP
+                row, pass_stride, target, classes, statistics, M, DENSE, BLOCK, PARTIAL, NEXT
             )
             if not near:
                 value = _far_forward(row, pass_stride, classes, statistics, M, FAR_BLOCK)
@@ -147,12 +150,23 @@ def _block(row, start, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _likeliest_and_total(probabilities, weight, classes, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+def _from_the_end(done, classes, BLOCK: tl.constexpr):
+    """Returns where the next block starts when `done` classes are, the last block first.
+
+    The gradient goes back from where the forward came to: those logits are the ones that a cache still has.
+    """
+    return (classes - 1) // BLOCK * BLOCK - done
+
+
+@triton.jit
+def _likeliest_and_total(
+    probabilities, weight, classes, BLOCK: tl.constexpr, PARTIAL: tl.constexpr, NEXT: tl.constexpr
+):
     """Returns the likeliest class q and the sum of w q, NaN where q is no distribution."""
     likeliest = tl.full((), 0, tl.int64)
     highest = tl.full((), -1.0, tl.float32)
     lowest = tl.full((), 0.0, tl.float32)
-    total = tl.zeros((BLOCK // GROUP,), tl.float32)
+    total = tl.zeros((PARTIAL,), tl.float32)
     weighted = total
     for start in range(0, classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
@@ -162,9 +176,9 @@ def _likeliest_and_total(probabilities, weight, classes, BLOCK: tl.constexpr, GR
             likeliest = (start + tl.argmax(q, 0)).to(tl.int64)
             highest = top
         lowest = tl.minimum(lowest, tl.min(q, 0))
-        total += _grouped_sum(q, GROUP)
+        total += _grouped_sum(q, PARTIAL, NEXT)
         if weight is not None:
-            weighted += _grouped_sum(q * tl.load(weight + c, mask=c < classes, other=0.0), GROUP)
+            weighted += _grouped_sum(q * tl.load(weight + c, mask=c < classes, other=0.0), PARTIAL, NEXT)
     sums_to = tl.sum(total, 0)
     sound = (lowest >= 0) & (highest <= 1) & (tl.abs(sums_to - 1) <= SUM_TOLERANCE)
     if weight is not None:
@@ -254,13 +268,21 @@ def _difference(z, first, offset_high, offset_low):
 
 
 @triton.jit
-def _grouped_sum(x, GROUP: tl.constexpr):
-    return tl.sum(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), 1)
+def _grouped_sum(x, PARTIAL: tl.constexpr, NEXT: tl.constexpr):
+    if NEXT:
+        grouped = tl.sum(tl.reshape(x, (PARTIAL, x.shape[0] // PARTIAL)), 1)
+    else:
+        grouped = tl.sum(tl.reshape(x, (x.shape[0] // PARTIAL, PARTIAL)), 0)
+    return grouped
 
 
 @triton.jit
-def _grouped_max(x, GROUP: tl.constexpr):
-    return tl.max(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), 1)
+def _grouped_max(x, PARTIAL: tl.constexpr, NEXT: tl.constexpr):
+    if NEXT:
+        grouped = tl.max(tl.reshape(x, (PARTIAL, x.shape[0] // PARTIAL)), 1)
+    else:
+        grouped = tl.max(tl.reshape(x, (x.shape[0] // PARTIAL, PARTIAL)), 0)
+    return grouped
 
 
 # ---------------------------------------------------------------------------------------------- near
@@ -288,13 +310,14 @@ def _near_forward(
     M: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    NEXT: tl.constexpr,
 ):
     """Whether this path keeps its digits here, the divergence, and for each pass the sum of t (z_a - z_a[label])."""
     label = target[0]
     base = tl.full((), LOWEST, tl.float32)
     zero = base * 0
-    none = tl.zeros((BLOCK // GROUP,), tl.float32)
+    none = tl.zeros((PARTIAL,), tl.float32)
     mass = none  # sum of p_1, unnormalized: exp(z_1 - base)
     sums = ()
     for _ in tl.static_range(M):
@@ -308,7 +331,7 @@ def _near_forward(
             mass = mass * tl.exp(base - top)
             base = top
         p = tl.exp(first - base)
-        mass += _grouped_sum(p, GROUP)
+        mass += _grouped_sum(p, PARTIAL, NEXT)
         zs = (first,)
         ds = (tl.zeros((BLOCK,), tl.float32),)
         d_mean = ds[0]
@@ -328,18 +351,18 @@ def _near_forward(
             below = s.below
             if DENSE:
                 below_label = zs[a] - tl.load(row + a * pass_stride + label).to(tl.float32)
-                below += _grouped_sum(tl.where(share == 0, 0.0, share * below_label), GROUP)
+                below += _grouped_sum(tl.where(share == 0, 0.0, share * below_label), PARTIAL, NEXT)
             if a == 0:
                 updated = updated + (_Sums(s.at, s.rise, s.d, s.x, s.xf, s.size, below),)
             else:
                 px = p * _expm1(ds[a])
-                xf = _grouped_sum(px * (ds[a] - d_mean), GROUP)
+                xf = _grouped_sum(px * (ds[a] - d_mean), PARTIAL, NEXT)
                 updated = updated + (
                     _Sums(
                         s.at,
-                        tl.maximum(s.rise, _grouped_max(ds[a], GROUP)),
-                        s.d + _grouped_sum(p * ds[a], GROUP),
-                        s.x + _grouped_sum(px, GROUP),
+                        tl.maximum(s.rise, _grouped_max(ds[a], PARTIAL, NEXT)),
+                        s.d + _grouped_sum(p * ds[a], PARTIAL, NEXT),
+                        s.x + _grouped_sum(px, PARTIAL, NEXT),
                         s.xf + xf,
                         s.size + tl.abs(xf),
                         below,
@@ -432,7 +455,8 @@ def _near_gradient(
     BLOCK: tl.constexpr,
 ):
     base, scale, mean, _ = _pass(statistics, 0)
-    for start in range(0, classes, BLOCK):
+    for done in range(0, classes, BLOCK):
+        start = _from_the_end(done, classes, BLOCK)
         first = _block(row, start, classes, BLOCK)
         p = tl.exp(first - base) * scale
         ds = (tl.zeros((BLOCK,), tl.float32),)
@@ -526,7 +550,8 @@ def _far_gradient(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    for start in range(0, classes, BLOCK):
+    for done in range(0, classes, BLOCK):
+        start = _from_the_end(done, classes, BLOCK)
         fs, es = _far_terms(row, pass_stride, start, classes, statistics, M, BLOCK)
         ps = ()
         p_mean = tl.zeros((BLOCK,), tl.float64)
@@ -548,6 +573,7 @@ def _plain_gradient(
 ):
     for a in tl.static_range(M):
         base, scale, _, _ = _pass(statistics, a)
-        for start in range(0, classes, BLOCK):
+        for done in range(0, classes, BLOCK):
+            start = _from_the_end(done, classes, BLOCK)
             z = _block(row + a * pass_stride, start, classes, BLOCK)
             _store(store, a, tl.exp(z - base) * (scale * softmax), start, classes, DENSE, BLOCK)
