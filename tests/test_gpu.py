@@ -11,6 +11,9 @@ from benchmarks.gpu import Part, do, parts, run
 from rdrop.bench import peers
 from rdrop.bench.records import read
 from rdrop.bench.table import LAYOUTS
+from rdrop.experiments.recipe import override
+from rdrop.experiments.recipes import find_recipe
+from rdrop.experiments.run_folder import RunFolder
 from rdrop.kernels import triton
 
 
@@ -25,8 +28,11 @@ def test_the_rehearsal_leaves_every_file_and_all_of_it_holds(tmp_path: Path, mon
         ("checks", "logits", "hidden", "shapes"), "done"
     ), logs
     rows = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 12 + 2
     assert all(row["holds"] for row in rows)
+    assert [row["check"] for row in rows[12:]] == [
+        f"without a wait for the device, {way}" for way in ("eager", "autocast")
+    ]
     assert {record["benchmark"] for record in read(tmp_path / "gpu.jsonl")} == {"rows", "linear"}
     *measured, best = [json.loads(line) for line in (tmp_path / "shapes.jsonl").read_text().splitlines()]
     assert best["best"] in [{key: row[key] for key in ("max_block", "classes_per_warp")} for row in measured]
@@ -64,6 +70,30 @@ def test_the_parts_of_a_card_fit_into_the_budget_but_for_the_training_at_the_end
     assert listed[: len(measured)] == measured
     assert sum(part.seconds for part in measured) <= gpu.BUDGET
     assert listed[0].name == "checks"
+
+
+def test_the_arms_of_the_training_share_what_is_left_and_the_recipe_takes_their_settings(tmp_path: Path):
+    *_, baseline, method = parts(tmp_path, rehearse=False, data=tmp_path)
+    assert (baseline.shares, method.shares) == (2, 1)
+    for name, settings in gpu.ARMS.items():
+        recipe = override(find_recipe("multi30k-en-de"), [*settings, f"data.folder={tmp_path}"])
+        assert recipe.method.is_plain == (name == "baseline")
+        assert recipe.updates == find_recipe("multi30k-en-de").updates
+    summary = run([Part("half", ["-c", "import time; time.sleep(600)"], 600, shares=600)], tmp_path, budget=610)
+    assert summary["parts"]["half"]["state"] == "out of time"
+
+
+def test_a_training_that_was_cut_off_has_left_its_last_score_and_its_speed(tmp_path: Path):
+    run_folder = RunFolder(tmp_path / "multi30k/r-drop/multi30k-en-de/0123456789ab")
+    run_folder.write_recipe(find_recipe("multi30k-en-de").saved())
+    for step in (500, 1000):
+        run_folder.append_metrics(
+            {"kind": "valid", "step": step, "epoch": 1.0, "seconds": step / 50, "bleu": step / 100}
+        )
+    gpu.write_trainings(tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / "multi30k.jsonl").read_text().splitlines()]
+    assert (row["arm"], row["step"], row["bleu"]) == ("r-drop", 1000, 10.0)
+    assert (row["updates_per_second"], row["most_tokens_per_second"]) == (50.0, 50 * 4096)
 
 
 def test_peers_that_are_not_here_are_named_with_the_reason_and_those_that_are_become_forms(monkeypatch):

@@ -64,6 +64,8 @@ def test_a_sharded_run_makes_the_updates_of_a_run_that_is_not(runs: Path, name: 
     (result, other_result) = (run.result() for run in (sharded, plain))
     assert result is not None
     assert other_result is not None
+    assert result["averaged_steps"] == other_result["averaged_steps"] == ([] if name == "whole" else [6, 8])
+    assert result["test"] == pytest.approx(other_result["test"], rel=1e-5)
     assert result["machine"] == other_result["machine"] | {"sharded": "FSDP2"}
     assert result["cost"]["parameters"] == other_result["cost"]["parameters"]
 
@@ -165,7 +167,7 @@ def stopped(folder: Path, stop: str) -> None:
 def host(folder: Path) -> None:
     trained(folder / "whole", WHOLE)
     trained(folder / "whole plain", {})
-    sgd = RECIPE.replace(optimizer="sgd")
+    sgd = RECIPE.replace(optimizer="sgd", average_last=2)
     trained(folder / "wrapped", WHOLE | BY_SIZE, task=Untied, recipe=sgd)
     trained(folder / "wrapped plain", {}, task=Untied, recipe=sgd)
     for stop in STOPS:
