@@ -185,8 +185,8 @@ def _gpu(records: list[Record]) -> str:
             "Not measured: no GPU was at hand. `make gpu` does it where there is one, in nine minutes and without a\n"
             "network: the kernel's values against float64, its time and memory in bfloat16 at 4,096 pairs beside\n"
             "cross-entropy, a copy of the logits and the peers that are installed (Liger, quack, cut cross-entropy),\n"
-            "the best shape of its programs on the card and, with `DATA=FOLDER`, both arms of Multi30k for what time is\n"
-            "left. `build/gpu/gpu.jsonl` then goes to `benchmarks/results`."
+            "the best shape of its programs on the card and, with `DATA=FOLDER`, both arms of Multi30k for what time\n"
+            "is left. `build/gpu/gpu.jsonl` then goes to `benchmarks/results`."
         )
     by_benchmark = [_of(records, benchmark=name) for name in ("rows", "linear", "steps")]
     return "\n\n".join(_table_with_origin(found) for found in by_benchmark if found)
