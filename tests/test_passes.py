@@ -157,8 +157,21 @@ def test_a_model_gets_a_list_of_images_as_one_argument() -> None:
 
 def test_a_tuple_and_a_list_of_one_tensor_are_the_arguments_of_a_model() -> None:
     sequences = torch.randn(3, 5, 4)
-    assert repeat_batch([sequences])[0].shape == (6, 5, 4)
+    assert repeat_batch((sequences,))[0].shape == (6, 5, 4)
+    assert repeat_batch([sequences[:2]])[0].shape == (4, 5, 4)
     assert [part.shape[0] for part in repeat_batch((sequences, sequences + 1))] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([torch.zeros(3, 5, 4)], "may be one image, or the only argument of a model"),
+        ([{"image": torch.zeros(3, 5, 4)}] * 2, "a list of mappings is one of examples: collate them first"),
+    ],
+)
+def test_a_list_whose_tensors_may_be_those_of_one_example_is_refused(batch: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        repeat_batch(batch)
 
 
 def test_images_of_several_or_no_examples_are_repeated_whole() -> None:

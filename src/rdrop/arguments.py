@@ -282,7 +282,9 @@ def are_finite(tasks: Tensor, divergences: Tensor, reduction: Reduction) -> bool
     return all(bool(term.isfinite().all()) for term in terms)
 
 
-def not_finite(tasks: Tensor, divergences: Tensor, logits_at: Callable[[Any], Tensor]) -> str:
+def not_finite(
+    tasks: Tensor, divergences: Tensor, logits_at: Callable[[Any], Tensor], labels: Tensor | None = None
+) -> str:
     """Returns the message for terms that are not finite although every logit is within its conventions."""
     for name, values in (("task loss", tasks), ("divergence", divergences)):
         bad = (~values.isfinite()).nonzero()
@@ -290,6 +292,9 @@ def not_finite(tasks: Tensor, divergences: Tensor, logits_at: Callable[[Any], Te
             row = bad[0].tolist()
             logits = logits_at(row)
             what = f"{name} is {values[tuple(row)].item()} at example {place(row)}"
+            label = 0.0 if labels is None else labels[tuple(row)].abs().amax().item()
+            if label > OVERFLOWS:
+                return f"{what}, from a label as large as {label:.3g}: the loss overflows {values.dtype}"
             size = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
             if size > OVERFLOWS:
                 return f"{what}, from logits as large as {size:.3g}: the loss overflows {values.dtype}"

@@ -184,7 +184,7 @@ def rdrop_loss(
         if task_passes:
             check_labels(task_loss, labels, valid, logits.shape[-1])
         check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
-        raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row]))
+        raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row], labels))
 
     tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if reduction != "none":
@@ -357,6 +357,8 @@ def _check_weight(weight: Tensor | None, *, classes: int) -> None:
     if not isinstance(weight, Tensor) or weight.shape != (classes,):
         given = tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)
         raise ValueError(f"weight (={given}) must be a tensor ({classes},): one number for each class of the logits")
+    if values_may_be_read(weight) and not weight.isfinite().all():
+        raise ValueError(f"weight (={weight.tolist()}) must be finite numbers")
 
 
 def _check_overwritable(logits: Tensor) -> None:

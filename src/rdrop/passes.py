@@ -57,9 +57,11 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
     more tensors, all of 3 dimensions with 1 or 3 in the first; the arguments of a model are a tuple.
 
     Raises `ValueError` when the batch size cannot be known, no tensor is batched, or one has the batch size in its
-    second dimension; `TypeError` for a `PackedSequence` or a nested tensor.
+    second dimension, and for a list of mappings, or of one tensor that may be an image; `TypeError` for a
+    `PackedSequence` or a nested tensor.
     """
     _require_passes(passes)
+    _require_collated(batch)
     size = find_batch_size(batch) if batch_size is None else batch_size
 
     def repeat(part: Any) -> Any:
@@ -79,6 +81,17 @@ def repeat_batch(batch: T, passes: int = 2, *, batch_size: int | None = None) ->
     if parts:
         return _rebuild(batch, parts, changed) if changed else batch
     return map_batched(repeat, batch)
+
+
+def _require_collated(batch: object) -> None:
+    """Refuses a list in which the first dimension of a tensor need not be that of the batch."""
+    if isinstance(batch, list) and batch and all(isinstance(part, Mapping) for part in batch):
+        raise ValueError("a list of mappings is one of examples: collate them first, torch.stack for each entry")
+    if isinstance(batch, list) and len(batch) == 1 and is_images(batch * 2):
+        raise ValueError(
+            f"a list with one tensor {tuple(batch[0].shape)} may be one image, or the only argument of a model: give "
+            "images as a tensor (N, C, H, W), and arguments as a tuple"
+        )
 
 
 def _repeated_by_name(name: Any, part: Any, passes: int, size: int) -> Any:

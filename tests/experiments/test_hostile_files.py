@@ -21,7 +21,7 @@ from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.looks import read_looks
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import load_recipe
-from rdrop.experiments.run_folder import ResultsError, find_runs
+from rdrop.experiments.run_folder import ResultsError, find_runs, holder_of
 from rdrop.experiments.run_folder.predictions import read_predictions
 from rdrop.experiments.tasks.files import DataError, read_lines, read_table
 from rdrop.experiments.tasks.image_classification.images import read_class_folders, read_npz
@@ -101,7 +101,7 @@ def run_folder(path: Path) -> None:
 
 def remembered(path: Path) -> None:
     path.with_suffix("").mkdir()
-    for name in ("looks.jsonl", "designs.jsonl"):
+    for name in ("looks.jsonl", "arms.jsonl"):
         (path.with_suffix("") / name).write_bytes(path.read_bytes())
     read_looks(path.with_suffix(""))
     read_designs(path.with_suffix(""))
@@ -173,3 +173,45 @@ def test_nothing_that_is_read_is_run(reader: str, tmp_path: Path) -> None:
 def test_the_payloads_do_run_where_nobody_takes_care(tmp_path: Path) -> None:
     pickle.loads(payloads(tmp_path / "canary")["pickle"])
     assert (tmp_path / "canary").exists()
+
+
+def of_run(name: str) -> Callable[[Path], object]:
+    def read(path: Path) -> None:
+        path.parent.joinpath(name).symlink_to(path)
+        path.parent.joinpath("metrics.jsonl").touch()
+        (run,) = find_runs(path.parent)
+        raise ResultsError(str(run.problem))
+
+    return read
+
+
+def folder_of_model(path: Path) -> object:
+    path.parent.joinpath("config.json").symlink_to(path)
+    return pretrained_config(str(path.parent), AutoModel, "text encoder")
+
+
+PIPES: dict[str, Callable[[Path], object]] = {
+    "x.txt": read_lines,
+    "x.csv": lambda path: read_table(path, ["text", "label"]),
+    "x.codes": read_codes,
+    "x.npz": read_npz,
+    "x.json": load_recipe,
+    "looks.jsonl": lambda path: read_looks(path.parent),
+    "arms.jsonl": lambda path: read_designs(path.parent),
+    "predictions.jsonl.gz": lambda path: read_predictions(path.parent),
+    "recipe": of_run("recipe.json"),
+    "result": of_run("result.json"),
+    "model": folder_of_model,
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_refused_wherever_a_file_is_read(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(REFUSALS, match=r"is a pipe|a folder, a pipe, a socket or a device|is no file"):
+        PIPES[name](tmp_path / name)
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock.json")
+    assert "an unknown host" in str(holder_of(tmp_path))

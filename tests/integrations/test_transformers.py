@@ -613,6 +613,7 @@ NAN = float("nan")
             MULTI_HOT,
             r"labels \(4, 3\) of torch.int64, of which example 0 has \[1, 0, 1\], .*give .*float 0 or 1",
         ),
+        (SEVERAL, 3, MULTI_HOT, r"labels \(4, 3\) of torch.int64, of which example 0 has \[1, 0, 1\], .*float 0 or 1"),
         (SEVERAL, 3, [0, 1, 2, 0], r"labels \(4,\) of torch.int64.*a number from 0 to 1 for each class, \(N, 3\)"),
         (
             SEVERAL,
@@ -677,6 +678,15 @@ def test_tags_that_are_no_classes_are_refused(folder: str) -> None:
         ),
     ):
         refuses(message, build(TAG), folder, batches=[{**TAG.batches[0], "labels": labels}])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("case", [CASES["causal LM, Llama"], CASES["masked LM"]])
+def test_a_token_beyond_the_vocabulary_is_named(case: Any, alpha: float, folder: str) -> None:
+    batches = [{**batch, "labels": batch["labels"] + 1000} for batch in case.batches]
+    refuses(
+        r"from \d+ to 1\d+: one of them is no class of the model", build(case), folder, batches=batches, alpha=alpha
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

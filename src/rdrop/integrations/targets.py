@@ -229,7 +229,8 @@ def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
     of_numbers = kind == "regression"
     wanted = "numbers" if of_numbers else "a number from 0 to 1 for each class"
     wanted = f"{wanted}, (N, {config.num_labels}). {PROBLEM_TYPES}"
-    shape_fits = labels.shape[1:].numel() == config.num_labels
+    # Of yes and no the models' own loss takes floats alone.
+    shape_fits = labels.shape[1:].numel() == config.num_labels and (of_numbers or labels.is_floating_point())
     _require(config, labels, wanted, shape_fits, torch.isfinite if of_numbers else _from_0_to_1)
     rows = labels.reshape(-1, config.num_labels)
     rows = rows if rows.is_floating_point() else rows.float()

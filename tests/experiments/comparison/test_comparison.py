@@ -608,6 +608,26 @@ def test_a_run_that_does_not_read_its_source_is_named_by_that(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_arms_without_a_run_that_learned_have_no_verdict(tmp_path, gain):
+    for seed in range(7):  # each says one class of everything; of which class there are more, is another matter
+        write_run(tmp_path, 0.4, seed=seed, constant={"accuracy": 0.5 + gain})
+        write_run(tmp_path, 0.4 + gain + 0.001 * seed * (gain > 0), seed=seed, alpha=1.0, constant={"accuracy": 0.6})
+    comparison = only(tmp_path)
+    assert comparison.verdict().split("\n")[0] == (
+        "Nothing to compare: no run of R-Drop (alpha 1) or of the baseline learned anything."
+    )
+    assert not any("seeds would show" in remark for remark in comparison.remarks())
+
+
+def test_perplexities_beyond_any_measure_are_told(tmp_path):
+    for seed in range(2):
+        for alpha in (0.0, 1.0):
+            scores = {"perplexity": 1e200 * (1 + seed + alpha * seed), "loss": 5.0}
+            write_run(tmp_path, 0.5, seed=seed, alpha=alpha, metric="perplexity", valid=scores, test=scores)
+    assert "1.5e+200" in printed(only(tmp_path))
+
+
 def test_runs_that_did_not_learn_are_named_and_stay_in_the_statistics(tmp_path):
     constant = {"accuracy": 0.5, "loss": 0.7}
     for seed in range(3):

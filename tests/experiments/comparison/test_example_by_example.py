@@ -184,10 +184,11 @@ def test_without_kept_predictions_nothing_is_said(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- what cannot be used
 
 
-def test_predictions_of_another_score_are_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("score", [0.5, 10**400, float("nan")])
+def test_predictions_of_another_score_are_not_used(score: float, tmp_path: Path) -> None:
     """`rdrop evaluate` scores other examples with the same folder, and its scores are not those of what is kept."""
     other = run(tmp_path, 0, of_classes([0, 1], [0, 1]))
-    other.result["test"]["accuracy"] = 0.75
+    other.result["test"]["accuracy"] = score
     assert not kept_examples([other], "accuracy").has(other)
 
 

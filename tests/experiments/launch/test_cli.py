@@ -342,7 +342,7 @@ def test_two_processes_show_and_write_once(tmp_path: Path) -> None:
     command = [sys.executable, *launcher, "compare", "digits-vit", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("One seed shows nothing") == done.stdout.count("report.html") == 1
+    assert done.stdout.count("Nothing to compare: no run") == done.stdout.count("report.html") == 1
     assert done.stderr.count("1/2  baseline, seed 0: test accuracy") == 1
     assert done.stderr.count("2/2  R-Drop") == 1
     assert [run.result["machine"]["processes"] for run in find_runs(tmp_path) if run.result] == [2, 2]

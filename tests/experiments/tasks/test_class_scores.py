@@ -59,6 +59,8 @@ def test_a_model_that_says_one_class_of_everything_is_noted() -> None:
     }
     assert note_on_predictions("test", classes, np.array([1, 0, 1]), labels) == {}
     assert note_on_predictions("test", classes, np.array([1, 1]), np.array([1, 1])) == {}
+    (long,) = note_on_predictions("test", ["x" * 900_000, "b"], np.array([0, 0]), np.array([0, 1])).values()
+    assert len(long) < 200
 
 
 def test_predictions_that_are_all_alike_have_no_spread_and_certain_right_ones_have_all() -> None:

@@ -8,6 +8,7 @@ import lzma
 import random
 import re
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_the_longest_line_is_read_and_a_longer_one_refused(tmp_path: Path, monke
             read_lines(write(tmp_path / "a.txt", content))
 
 
+def test_a_bomb_of_zeros_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.txt.gz"
+    path.write_bytes(gzip.compress(bytes(2**26), 1))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"bomb\.txt\.gz:1: the line has a zero byte"):
+        read_lines(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
 def test_fields_and_lines_of_megabytes_are_read(tmp_path: Path) -> None:
     text = "word " * 400_000
     for name, content in (
@@ -115,6 +127,8 @@ WRONG = {
     "byte order marks within": (WHOLE.replace('"two', '\ufeff"two').encode(), WHOLE),
     "zero bytes": (WHOLE.replace("two", "t\0wo").encode(), WHOLE),
     "UTF-16": (WHOLE.encode("utf-16"), WHOLE),
+    "UTF-16 without a mark": (WHOLE.encode("utf-16-le"), WHOLE),
+    "UTF-16, big end first, without a mark": (WHOLE.encode("utf-16-be"), WHOLE),
     "UTF-32": (WHOLE.encode("utf-32"), WHOLE),
     "Windows-1252 of Windows": (
         WHOLE.replace("née", "“née”").replace("\n", "\r\n").encode("cp1252"),
@@ -168,6 +182,7 @@ def test_copies_of_a_file_have_its_content(tmp_path: Path) -> None:
         tmp_path / "link.txt",
         tmp_path / "b" / ".." / "a.txt",
         write(tmp_path / "a.txt.gz", "x\n" * 10),
+        write(tmp_path / "windows.txt", "\ufeff" + "x\r\n" * 9 + "x"),
     ):
         (tmp_path / "b").mkdir(exist_ok=True)
         assert have_same_content(path, copy)
@@ -188,7 +203,7 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, compress: 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.txt: No such file or directory; check the path"):
         read_lines(tmp_path / "none.txt")
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(DataError, match="is a folder, and not a file"):
         read_lines(tmp_path)
 
 

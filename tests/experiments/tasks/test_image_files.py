@@ -456,7 +456,7 @@ def test_pipes_sockets_and_links_that_end_nowhere_are_refused_and_not_waited_for
     path = tmp_path / "photos" / "b" / "1.png"
     os.mkfifo(path)
     assert refusal(read_class_folders, tmp_path / "photos") == (
-        f"{path}: is a pipe, a socket or a device, and not a file; move it away"
+        f"{path}: is a pipe, a socket or a device, and not a file; move it away, or name a file"
     )
     assert "is a pipe" in refusal(read_image_file, path)
     path.unlink()
@@ -582,6 +582,9 @@ def test_a_header_of_any_length_is_not_read(tmp_path: Path) -> None:
         (np.array([[[False, True]]] * 30), lambda images: images.astype("uint8") * 255),
         (np.zeros((30, 3, 8, 9), dtype=np.uint8) + 9, lambda images: images.transpose(0, 2, 3, 1)),
         (np.array([[[0, 1]]] * 30, dtype=np.uint8), lambda images: images * 255),
+        (np.full((30, 8, 9, 4), 9, dtype=np.uint8), lambda images: images[..., :3]),
+        (np.full((30, 8, 9, 1), 9, dtype=np.uint8), lambda images: images[..., 0]),
+        (np.full((30, 8, 9), 9), lambda images: images.astype("uint8")),
     ],
 )
 def test_the_remedy_for_arrays_of_another_type_works(
@@ -593,6 +596,25 @@ def test_the_remedy_for_arrays_of_another_type_works(
     assert message.startswith(f"{path}:images: ")
     np.savez(path, images=remedy(images), labels=labels)
     assert len(read_npz(path)) == 30
+
+
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        (np.arange(30) % 2 * 1.0, lambda labels: labels.astype("int64")),
+        (np.arange(30)[:, None] % 2, lambda labels: labels[:, 0]),
+        (np.eye(2)[np.arange(30) % 2], lambda labels: labels.argmax(1)),
+        (np.array(["no", "yes"] * 15), lambda labels: np.unique(labels, return_inverse=True)[1]),
+    ],
+)
+def test_the_remedy_for_labels_of_another_type_works(
+    labels: np.ndarray, remedy: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    path, images = tmp_path / "x.npz", np.full((30, 8, 9), 9, dtype=np.uint8)
+    np.savez(path, images=images, labels=labels)
+    assert refusal(read_npz, path).startswith(f"{path}:labels: must be integers")
+    np.savez(path, images=images, labels=remedy(labels))
+    assert read_npz(path).labels.tolist() == [0, 1] * 15
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -161,6 +161,11 @@ def test_too_little_text_and_no_source_are_errors(tmp_path: Path) -> None:
         load_lines(FROM_SCRATCH.data)
     with pytest.raises(DataError, match="9 lines are too few to hold out 10 %"):
         load_lines(FROM_SCRATCH.replace(**{"data.train": own_file(tmp_path, "a\n" * 9)}).data)
+    for split in ("train", "valid", "test"):
+        files = {name: own_file(tmp_path, f"{name}\n" * 20, name) for name in ("train", "valid", "test")}
+        files[split] = own_file(tmp_path, "\u200b\n" * 20, "blank.txt")
+        with pytest.raises(DataError, match=f"the 20 lines (to|of) {split} (on )?are all empty"):
+            load_lines(FROM_SCRATCH.replace(**{f"data.{name}": path for name, path in files.items()}).data)
     with pytest.raises(DataError, match=r"has no wiki\.train\.tokens or train\.txt"):
         load_lines(FROM_SCRATCH.replace(**{"data.folder": str(tmp_path)}).data)
 
@@ -192,6 +197,27 @@ def test_pieces_know_every_text_and_count_its_words() -> None:
     assert 257 < pieces.size <= 300
     assert tokens.ids.max() < pieces.size
     assert learned_pieces(lines, 300).encode(lines) == pieces.encode(lines)
+
+
+def test_the_perplexity_of_pieces_of_a_text_without_spaces_is_by_character(tmp_path: Path) -> None:
+    text = "".join(f"我們今天去學校看書{number}\n" for number in range(10, 50))
+    recipe = FROM_SCRATCH.tiny().replace(**{"data.tiny": False, "data.train": own_file(tmp_path, text)})
+    task = LanguageModeling(recipe)
+    assert task.notes["perplexity"] == "by character, as the text has no spaces"
+    assert task.constant_scores()["perplexity"] < 100
+    assert (
+        "perplexity" not in LanguageModeling(recipe.replace(**{"data.train": own_file(tmp_path, "a b\n" * 40)})).notes
+    )
+
+
+def test_words_too_long_for_a_perplexity_by_word_are_refused(tmp_path: Path) -> None:
+    text = own_file(tmp_path, "".join(f"{number**150:x}\n" for number in range(10, 50)))
+    recipe = FROM_SCRATCH.tiny().replace(**{"data.tiny": False, "data.train": text, "data.vocabulary": 258})
+    with pytest.raises(
+        DataError, match=r"a word has \d+ tokens in the mean.*data.tokens=characters data.vocabulary=null"
+    ):
+        LanguageModeling(recipe)
+    LanguageModeling(recipe.replace(**{"data.tokens": "characters", "data.vocabulary": None}))
 
 
 def test_a_special_token_in_a_text_is_text(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_one_command_goes_from_an_own_file_to_the_table(
     shown = capsys.readouterr().out
     assert metric in shown
     assert "R-Drop (alpha" in shown
-    assert "One seed shows nothing" in shown
+    said = " ".join(shown.split())
+    assert "One seed shows nothing" in said or "learned anything" in said
     recipes = [run.recipe for run in find_runs(runs) if run.result is not None and run.recipe is not None]
     assert [recipe["data"]["train"] for recipe in recipes] == [str(file)] * 2
     assert sorted(recipe["method"]["alpha"] > 0 for recipe in recipes) == [False, True]

@@ -145,6 +145,16 @@ def test_a_configuration_with_which_nothing_can_be_computed_is_one_line_about_th
 
 
 @EACH
+def test_weights_that_are_not_finite_are_refused(task: str, tmp_path: Path) -> None:
+    model = MODELS[task]()
+    with torch.no_grad():
+        next(model.parameters())[3, 0] = torch.nan
+    recipe = recipe_of(task, tmp_path, saved(tmp_path / "model", model, tokenizer()))
+    with pytest.raises(RecipeError, match=r"^model\.name=.*its weights are NaN or infinite in "):
+        load_task(recipe).build_model()
+
+
+@EACH
 def test_ids_beyond_the_embedding_are_refused(task: str, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", MODELS[task](rows=10), tokenizer())
     loaded = load_task(recipe_of(task, tmp_path, name))

@@ -36,6 +36,11 @@ def test_what_shows_something_is_not_blank(text: str) -> None:
         "<NA>",
         "#N/A",
         " nan ",
+        "\\N",
+        "(null)",
+        "-nan(ind)",
+        "#VALUE!",
+        "#DIV/0!",
     ],
 )
 def test_what_programs_write_for_nothing_is_a_missing_label(label: str) -> None:
@@ -55,6 +60,9 @@ def test_an_answer_is_no_missing_label(label: str) -> None:
         ("0", "-0.0"),
         ("10", "1e1"),
         ("1", "\uff11"),
+        ("-1", "\u22121"),
+        ("e-mail", "e\u2011mail"),
+        ("isn't", "isn\u2019t"),
         ("good", "good "),
         ("very good", "very  good"),
         ("very good", "very\u00a0good"),

@@ -81,7 +81,7 @@ def test_lengths_are_those_of_the_longer_side_with_its_end(tiny: Translation) ->
 def test_long_and_uneven_pairs_are_skipped_in_train_only_and_counted(tmp_path: Path) -> None:
     pairs = [("a b c", "d e f")] * 26 + [("a " * 30 + "b", "d " * 30 + "e")] * 2 + [("a b c d", "e")] * 2
     test = tmp_path / "test.tsv"
-    test.write_text(f"source\ttarget\n{'a ' * 30}b\te\n", encoding="utf-8")
+    test.write_text(f"source\ttarget\n{'a ' * 30}b\te d e f\n", encoding="utf-8")
     files = {"data.valid": str(test), "data.test": str(test)}
     limits = {"data.max_length": 20, "data.max_ratio": 3.0}
     task = Translation(own(tmp_path, pairs, **files, **limits))
@@ -115,8 +115,19 @@ def test_translations_without_spaces_need_a_language_that_bleu_knows(tmp_path: P
     assert "tok:char" in task.notes["signature of bleu"]
 
 
+def test_translations_too_short_for_bleu_are_refused_or_noted(tmp_path: Path) -> None:
+    words = [(f"hund{number}", f"dog{number}") for number in range(20)]
+    with pytest.raises(DataError, match=r"no translation that is scored has 4 words.*a perfect one would score 0"):
+        Translation(own(tmp_path, words))
+    test = tmp_path / "test.tsv"
+    test.write_text("source\ttarget\nHund\tdog\nHunde\tdogs\nein Hund\ta dog\ndas ist ein Hund\tthat is a dog\n")
+    sentences = [(f"das ist ein Hund {number}", f"that is a dog {number}") for number in range(20)]
+    notes = Translation(own(tmp_path, sentences, **{"data.test": str(test)})).notes
+    assert notes["short translations of test"] == "3 of 4 have fewer than 4 words, and BLEU says little of them"
+
+
 def test_train_pairs_are_drawn_by_the_seed_and_the_scored_ones_stay(tmp_path: Path) -> None:
-    pairs = [(f"ba{number}", f"ko{number}") for number in range(60)]
+    pairs = [(f"ba{number}", f"ko{number} li mu ba") for number in range(60)]
 
     def texts(seed: int) -> tuple[list[str], list[str]]:
         task = Translation(own(tmp_path, pairs, seed=seed, **{"data.train_pairs": 20}))
@@ -137,7 +148,7 @@ def test_more_train_pairs_than_there_are_is_an_error_that_says_how_many(tmp_path
 
 
 def test_both_directions_are_the_pairs_and_the_same_turned_around(tmp_path: Path) -> None:
-    pairs = [(f"ba{number}", f"ko{number} li") for number in range(20)]
+    pairs = [(f"ba{number}", f"ko{number} li mu ba") for number in range(20)]
     one, both = (Translation(own(tmp_path, pairs, **{"data.bidirectional": way})) for way in (False, True))
     size = one.train_size()
     assert both.train_size() == 2 * size
@@ -335,7 +346,10 @@ def test_every_recipe_trains_in_its_tiny_form(recipe: TranslationRecipe, tmp_pat
 
 
 def test_the_task_is_learned(tmp_path: Path) -> None:
-    pairs = [(" ".join(words), " ".join(words).upper()) for words in [["ba", "ko"], ["li"], ["mu", "ba"], ["ko"]] * 20]
+    pairs = [
+        (" ".join(words), " ".join(words).upper())
+        for words in [["ba", "ko"], ["li"], ["mu", "ba", "li", "ko"], ["ko"]] * 20
+    ]
     recipe = own(tmp_path, pairs, updates=60, evaluate_every=12, select_by="loss", alpha=1.0)
     recipe = recipe.replace(**{"model.dropout": 0.1})
     result = train(recipe, tmp_path / "run")

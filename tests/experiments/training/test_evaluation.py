@@ -41,9 +41,11 @@ def finished(path: Path) -> FinishedRun:
 
 
 def pairs_file(path: Path, start: int, count: int) -> str:
-    """Sentences of two words, whose translation is the words the other way round."""
+    """Sentences of four words, whose translation is the words the other way round."""
     pairs = [(WORDS[i % 10], WORDS[(i // 10 + i) % 10]) for i in range(start, start + count)]
-    path.write_text("source\ttarget\n" + "".join(f"{a} {b}\t{b} {a}\n" for a, b in pairs), encoding="utf-8")
+    path.write_text(
+        "source\ttarget\n" + "".join(f"{a} {a} {b} {b}\t{b} {b} {a} {a}\n" for a, b in pairs), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -184,12 +186,20 @@ def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "setting", ["alpha=1", "seed=1", "updates=9", "data.train=x.tsv", "data.vocabulary=61", "model.layers=2", "name=x"]
+    "setting", ["alpha=1", "seed=1", "updates=9", "data.vocabulary=61", "model.layers=2", "name=x"]
 )
 def test_what_belongs_to_the_training_is_refused(averaged: FinishedRun, setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"^{key}=.*belongs to the training; to score, change .*data\.test"):
         rescore(averaged, [setting])
+
+
+def test_training_data_that_have_moved_are_named_where_they_are(
+    averaged: FinishedRun, files: dict[str, str], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.tsv"
+    moved.write_bytes(Path(files["train"]).read_bytes())
+    assert rescore(averaged, [f"data.train={moved}"])["test"] == averaged.result["test"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +215,7 @@ def test_other_training_data_are_refused_because_the_weights_would_mean_somethin
     recipe = json.loads((averaged.path / "recipe.json").read_text())
     recipe["data"]["train"] = str(other)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(ResultsError, match="the training data are not those of the run"):
+    with pytest.raises(ResultsError, match=r"the training data are not those of the run.*by data\.train=FILE"):
         rescore(run)
 
 

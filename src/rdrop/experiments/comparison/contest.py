@@ -21,6 +21,7 @@ class Outcome(Enum):
     EQUAL = "equal on every seed"
     UNDECIDED = "no interval, nothing shown"
     NO_SEEDS = "no seed in common"
+    NOT_LEARNED = "no run learned anything"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Contest:
         difference = self.difference
         if not difference.seeds:
             return Outcome.NO_SEEDS
+        if not any(
+            set(difference.seeds).difference(side.seeds_without_learning) for side in (self.arm, self.reference)
+        ):
+            return Outcome.NOT_LEARNED
         if len(difference.seeds) > 1 and not any(difference.per_seed):
             return Outcome.EQUAL
         if difference.mean is None or difference.interval is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.run_folder import ResultsError, append_synced, saved
+from rdrop.experiments.run_folder import ResultsError, append_synced, read_file, saved
 
 FILE = "arms.jsonl"
 
@@ -79,7 +79,7 @@ def _line(design: Design) -> str:
 def _read(path: Path) -> list[Design]:
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # a line that a crash cut off is left out
+    lines = read_file(path).split(b"\n")[:-1]  # a line that a crash cut off is left out
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
 from rdrop.experiments.run_folder import ResultsError
 from rdrop.experiments.run_folder.predictions import Predictions, read_predictions
 
@@ -107,7 +107,7 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
 def _gives(predictions: Predictions, metric: str, score: Any) -> bool:
     """Whether the score of the result is that of these predictions: `rdrop evaluate` scores others and keeps none."""
     found = score_of(predictions, metric)
-    if found is None or not isinstance(score, int | float):
+    if found is None or not is_finite_number(score):
         return False
     return bool(np.isclose(found.value(), score, rtol=1e-4, atol=1e-6))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rdrop.experiments.run_folder import ResultsError, append_synced
+from rdrop.experiments.run_folder import ResultsError, append_synced, read_file
 
 FILE = "looks.jsonl"
 
@@ -31,7 +31,7 @@ def read_looks(runs: Path) -> list[Look]:
     path = runs / FILE
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_file(path).split(b"\n")[:-1]
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 

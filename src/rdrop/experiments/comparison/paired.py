@@ -100,4 +100,5 @@ def mean(values: tuple[float, ...]) -> float | None:
 
 def sd(values: tuple[float, ...]) -> float | None:
     """The sample standard deviation (n - 1 in the denominator); None with fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    with np.errstate(over="ignore"):  # perplexities of 1e200
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None

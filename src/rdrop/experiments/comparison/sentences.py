@@ -22,6 +22,8 @@ def verdict(contest: Contest, metric: str, style: NumberStyle) -> str:
     match contest.outcome:
         case Outcome.NO_SEEDS:
             sentence = f"Nothing to compare: {arm} and {reference} have no scored seed in common."
+        case Outcome.NOT_LEARNED:
+            sentence = f"Nothing to compare: no run of {arm} or of {reference} learned anything."
         case Outcome.EQUAL:
             sentence = f"No difference between {arm} and {reference}: {words(metric)} is equal on all {n} seeds."
         case Outcome.UNDECIDED if n == 1:

@@ -10,6 +10,8 @@ from rdrop.experiments import metrics
 from rdrop.experiments.comparison.paired import PairedDifference
 
 NOT_KNOWN = "—"
+LONG_NUMBER = 1e7
+"""From here on a number is printed with an exponent."""
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 
@@ -25,7 +27,7 @@ class NumberStyle:
         """Returns a style whose decimals the narrowest interval supports: one or two digits of its half width."""
         row = metrics.find(metric)
         half_widths = [d.half_width * (100 if row.percent else 1) for d in differences if d.half_width]
-        if not half_widths:
+        if not half_widths or not math.isfinite(min(half_widths)):
             return cls(row.percent, row.decimals)
         # The Particle Data Group's rule: two digits of an uncertainty up to 3.54, one of a larger one.
         needed = math.ceil(math.log10(3.55 / min(half_widths)))
@@ -45,7 +47,7 @@ class NumberStyle:
         return f"{words(metric)} %" if self.percent else words(metric)
 
     def score(self, value: float | None) -> str:
-        return NOT_KNOWN if value is None else _minus(f"{self.factor * value:.{self.decimals}f}")
+        return NOT_KNOWN if value is None else _minus(f"{self.factor * value:{self._format(value)}}")
 
     def spread(self, mean: float | None, sd: float | None) -> str:
         """The mean, with the standard deviation where there is one."""
@@ -54,8 +56,11 @@ class NumberStyle:
     def difference(self, value: float | None) -> str:
         if value is None:
             return NOT_KNOWN
-        text = f"{self.factor * value:+.{self.decimals}f}"
+        text = f"{self.factor * value:+{self._format(value)}}"
         return _minus(text) if float(text) else text.lstrip("+-")
+
+    def _format(self, value: float) -> str:
+        return f".{self.decimals}f" if abs(self.factor * value) < LONG_NUMBER else ".3g"
 
     def interval(self, bounds: tuple[float, float] | None) -> str:
         return NOT_KNOWN if bounds is None else f"{self.difference(bounds[0])} to {self.difference(bounds[1])}"

@@ -123,7 +123,7 @@ def _command() -> Callable[..., Any]:
 
 
 def _fail(message: str, status: int) -> int:
-    line = " ".join(message.split())
+    line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())  # spaces in a line may be those of a path or a label
     Terminal(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
     return status
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ class RunFolder:
         path = self.path / METRICS
         if not path.exists():
             return []
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_file(path).split(b"\n")[:-1]
         return [_parse_row(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -157,6 +158,13 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
     if not Path(root).is_dir():
         raise ResultsError(f"{root} is not a folder. Give the folder that holds the runs, such as runs/.")
     return [_read_record(path) for path in _run_paths(Path(root))]
+
+
+def read_file(path: Path) -> bytes:
+    """Returns the content of a file of a run; `ResultsError` where there is a folder, a pipe, a socket or a device."""
+    if not stat.S_ISREG(path.stat().st_mode):  # reading it may never end
+        raise ResultsError(f"{path}: is no file, but a folder, a pipe, a socket or a device. {remedy(path)}")
+    return path.read_bytes()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -216,7 +224,7 @@ def sync_folder(path: Path) -> None:
 
 def remedy(file: Path) -> str:
     """Says how to get a whole file in the place of a damaged one; nothing is lost with it."""
-    command = f"rm {shlex.quote(str(file))}"
+    command = f"rm {'-r ' * file.is_dir()}{shlex.quote(str(file))}"
     return (
         "It is damaged, or of another version of rdrop: delete it, then train the run again, which goes on from its "
         f"checkpoints: {command}"
@@ -280,7 +288,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return _parse_object(path.read_bytes(), str(path), remedy(path))
+    return _parse_object(read_file(path), str(path), remedy(path))
 
 
 def _parse_object(text: bytes, where: str, what_to_do: str) -> dict[str, Any]:

@@ -186,10 +186,14 @@ def _write_temporary(path: Path, mine: Holder) -> Path:
     return temporary
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # of a pipe nothing is read
+
+
 def _read(path: Path) -> tuple[Holder, float] | None:
     """Returns who has a lock and when it was last renewed; None if nobody has."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             renewed = os.fstat(file.fileno())
             content = file.read(MOST_BYTES)
     except FileNotFoundError:

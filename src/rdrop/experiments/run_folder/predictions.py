@@ -15,6 +15,7 @@ The first line says what is predicted, each further line is one example of the s
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.run_folder import ResultsError, write_atomically
+from rdrop.experiments.run_folder import ResultsError, read_file, write_atomically
 
 FILE = "predictions.jsonl.gz"
 FORMAT = 1
@@ -133,7 +134,7 @@ _REMEDY = "Delete it: the run is compared without its predictions, or run the re
 
 
 def _unpacked(path: Path) -> bytes:
-    with gzip.open(path) as file:
+    with gzip.open(io.BytesIO(read_file(path))) as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES} bytes unpacked")

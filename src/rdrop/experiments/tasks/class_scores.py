@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 15
-SHOWN_CLASSES = 8  # in a note
+SHOWN_CLASSES, LONGEST_NAME = 8, 60  # in a note
 
 
 def top_class_confidence(logits: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -65,7 +65,7 @@ def notes_on_classes(classes: Sequence[str], labels: Mapping[str, NDArray[np.int
         missing = np.setdiff1d(np.arange(len(classes)), present)
         if len(present) == 1:
             says = "scores of it say nothing" if split != "train" else "nothing else can be learned"
-            notes[f"classes of {split}"] = f"all {len(of_split)} examples are {classes[present[0]]!r}: {says}"
+            notes[f"classes of {split}"] = f"all {len(of_split)} examples are {shown_name(classes[present[0]])}: {says}"
         elif len(missing):
             notes[f"classes of {split}"] = f"no example of {_listed([classes[label] for label in missing])}"
     return notes
@@ -77,10 +77,15 @@ def note_on_predictions(
     """Returns a note if a model says the same class of all examples of a split that has several; else nothing."""
     if np.ptp(labels) == 0 or np.ptp(predicted) > 0:
         return {}
-    name = classes[int(predicted[0])]
-    return {f"predictions on {split}": f"all {len(predicted)} are {name!r}: the model does not tell the classes apart"}
+    name = shown_name(classes[int(predicted[0])])
+    return {f"predictions on {split}": f"all {len(predicted)} are {name}: the model does not tell the classes apart"}
+
+
+def shown_name(name: str) -> str:
+    """Returns the name of a class as a note quotes it, the beginning of a long one."""
+    return repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}...")
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:SHOWN_CLASSES]))
+    shown = ", ".join(map(shown_name, names[:SHOWN_CLASSES]))
     return shown if len(names) <= SHOWN_CLASSES else f"{shown} and {len(names) - SHOWN_CLASSES} more of the classes"

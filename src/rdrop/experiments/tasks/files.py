@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shlex
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
@@ -19,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ OTHER_KINDS = {
 }
 """What to do with a file that is no table, by the end of its name."""
 LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
+PIECE_BYTES = 2**20  # that are read at once
 NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
 
@@ -72,11 +75,22 @@ def lines_of(path: AnyPath) -> Iterator[str]:
     """Yields what `read_lines` returns, a line at a time."""
     number = 0
     with opened(path) as stream, _explained(path, lambda: number + 1):
-        while raw := stream.readline(LONGEST_LINE_BYTES + 2):
+        while raw := _raw_line(stream):
             number += 1
             yield _decoded(raw, path, number)
     if not number:
         raise _empty(path)
+
+
+def _raw_line(stream: io.BufferedReader) -> bytes:
+    """Reads a line with its end; of one that cannot be text, or is too long, as much as shows that."""
+    parts, size = [], 0
+    while piece := stream.readline(PIECE_BYTES):
+        parts.append(piece)
+        size += len(piece)
+        if piece.endswith(b"\n") or b"\0" in piece or size > LONGEST_LINE_BYTES + 2:
+            break
+    return b"".join(parts)
 
 
 def count_lines(path: AnyPath) -> int:
@@ -203,17 +217,30 @@ def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[st
 
 
 def have_same_content(path: AnyPath, other: AnyPath) -> bool:
-    """Whether both are one file, or copies of it, decompressed if a name ends in `.gz` or `.xz`."""
-    with opened(path) as stream, opened(other) as copy, _explained(path, lambda: 1):
-        while block := stream.read(2**20):
-            if copy.read(len(block)) != block:
-                return False
-        return not copy.read(1)
+    """Whether both are one file, or copies of it: as they are, compressed, or with other ends of lines."""
+    return all(line == copy for line, copy in zip_longest(_raw_lines(path), _raw_lines(other)))
+
+
+def _raw_lines(path: AnyPath) -> Iterator[bytes]:
+    """Yields the lines without their ends, and without a byte order mark at the start, whatever is in them."""
+    number = 0
+    with opened(path) as stream, _explained(path, lambda: number + 1):
+        while raw := _raw_line(stream):
+            number += 1
+            yield raw.rstrip(b"\r\n").removeprefix(BOM_UTF8 if number == 1 else b"")
+
+
+def require_regular_file(path: AnyPath) -> None:
+    """Refuses what is there and no file: reading a pipe or a device may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):  # as methods of Path these may raise
+        kind = "a folder" if os.path.isdir(path) else "a pipe, a socket or a device"
+        raise DataError(f"{path}: is {kind}, and not a file; move it away, or name a file")
 
 
 @contextmanager
 def opened(path: AnyPath) -> Iterator[io.BufferedReader]:
     """Opens a file for reading its bytes, decompressed if the name ends in `.gz` or `.xz`."""
+    require_regular_file(path)
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         stream = openers.get(Path(path).suffix, open)(path, "rb")
@@ -263,6 +290,9 @@ def _what_is_wrong(raw: bytes, line: bytes, number: int) -> tuple[str, str | Non
     of_mark = next((encoding for mark, encoding in encodings if number == 1 and raw.startswith(mark)), None)
     if of_mark is not None:
         return f"the file is {of_mark.upper()} and not UTF-8; convert it: ", f"iconv -f {of_mark} -t utf-8"
+    without_mark = _utf16_without_mark(line) if number == 1 else None
+    if without_mark is not None:
+        return "the file is UTF-16 and not UTF-8; convert it: ", f"iconv -f {without_mark} -t utf-8"
     if len(line) > LONGEST_LINE_BYTES:
         return (
             f"the line is longer than {LONGEST_LINE_BYTES} bytes; split it, or check that this is a text file",
@@ -279,6 +309,14 @@ def _what_is_wrong(raw: bytes, line: bytes, number: int) -> tuple[str, str | Non
         return what, r"LC_ALL=C sed $'s/\r*$//; s/\r/ /g'"
     encoding, byte = _guessed_encoding(raw), _first_wrong_byte(raw)
     return f"byte {byte} is not UTF-8; convert the file, from {encoding} with: ", f"iconv -f {encoding} -t utf-8"
+
+
+def _utf16_without_mark(line: bytes) -> str | None:
+    """Returns the kind of UTF-16 in which every second byte of the first line, the names of columns, is zero."""
+    for encoding, zeros, others in (("utf-16le", line[1::2], line[::2]), ("utf-16be", line[::2], line[1::2])):
+        if len(line) > 3 and not any(zeros) and b"\0" not in others:
+            return encoding
+    return None
 
 
 def _first_wrong_byte(raw: bytes) -> int:

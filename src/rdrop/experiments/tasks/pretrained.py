@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,7 @@ def set_rates(config: Any, rates: Mapping[str, float | None], names: Mapping[str
 
 def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
     """Loads the configuration of a model that `model_class`, such as `AutoModelForCausalLM`, knows to be a `kind`."""
+    _require_files(name)
     with loading(name):
         settings, _ = PreTrainedConfig.get_config_dict(name)
     _require_sane(settings, name)
@@ -59,6 +61,14 @@ def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
     if type(config) not in model_class._model_mapping:
         raise RecipeError("model.name", f"is a {config.model_type}, and not a {kind}", value=name)
     return config
+
+
+def _require_files(name: str) -> None:
+    """Refuses a folder with a pipe, a socket or a device: reading it may never end."""
+    for entry in os.listdir(name) if os.path.isdir(name) else ():
+        path = os.path.join(name, entry)
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise RecipeError("model.name", f"has {entry!r}, which is no file; delete it", value=name)
 
 
 def _require_sane(settings: Any, name: str) -> None:
@@ -142,9 +152,14 @@ def try_out(model: nn.Module, name: str, run: Callable[[], object]) -> None:
 def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -> Any:
     """Loads the weights in fp32, whatever type they are stored in."""
     with loading(name):
-        return model_class.from_pretrained(
+        loaded = model_class.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )
+    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
+    for tensor, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise RecipeError("model.name", f"its weights are NaN or infinite in {tensor}; get them again", value=name)
+    return loaded
 
 
 @contextmanager

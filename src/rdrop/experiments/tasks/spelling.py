@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from functools import lru_cache
+from itertools import chain, islice
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number as data files write it; `float` also reads "1_000", full-width digits and "nan"."""
@@ -15,15 +16,28 @@ UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"})
 """The Unicode categories of characters that show nothing, or nothing by themselves."""
 UNSEEN_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # Hangul fillers, the empty Braille cell
 
-# As pandas, R, Excel and C write a missing value.
-MISSING = frozenset({"nan", "-nan", "nat", "null", "n/a", "<na>", "#n/a", "#na", "#n/a n/a", "1.#qnan", "-1.#ind"})
+# As pandas, R, spreadsheets, databases and C write a missing value.
+MISSING = frozenset(
+    {
+        *("nan", "-nan", "-nan(ind)", "1.#qnan", "-1.#ind", "nat", "null", "(null)", "\\n", "n/a", "<na>"),
+        *("#n/a", "#na", "#n/a n/a", "#value!", "#div/0!", "#ref!", "#name?", "#num!", "#null!"),
+    }
+)
 MISSING_AS_SPELLED = frozenset({"NA", "na", "None"})  # sodium is Na, and "none" may be an answer
+
+ALIKE = str.maketrans(
+    {**dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"), **dict.fromkeys("\u2018\u2019\u02bc", "'")}
+)
+"""What office programs write in the place of hyphens, minus signs and apostrophes."""
 
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """A letter of a script without spaces: Thai, Lao, Burmese, Khmer, kana, or a Chinese character."""
+
+
+SAMPLE = 100_000
 
 
 def is_blank(text: str) -> bool:
@@ -41,12 +55,19 @@ def is_missing(label: str) -> bool:
 def label_key(label: str) -> str:
     """Returns what all spellings of one label share.
 
-    Blanks at the ends, composition of letters and invisible characters do not count, nor how a number is written: "1"
-    and "1.0" are one label.
+    Blanks at the ends, composition of letters and invisible characters do not count, nor which of the dashes and
+    apostrophes that look alike it has, nor how a number is written: "1" and "1.0" are one label.
     """
-    seen = (letter for letter in unicodedata.normalize("NFKC", label) if not _is_ignorable(letter))
+    composed = unicodedata.normalize("NFKC", label).translate(ALIKE)
+    seen = (letter for letter in composed if not _is_ignorable(letter))
     text = " ".join("".join(seen).split())
     return str(Decimal(text).normalize() + 0) if NUMBER.fullmatch(text) else text
+
+
+def is_unspaced(lines: Sequence[str]) -> bool:
+    """Whether most of the text is in a script without spaces; its first `SAMPLE` characters decide."""
+    text = "".join(islice(chain.from_iterable(lines), SAMPLE))
+    return 2 * len(UNSPACED.findall(text)) > len("".join(text.split()))
 
 
 def note_on_case(names: Iterable[str]) -> dict[str, str]:

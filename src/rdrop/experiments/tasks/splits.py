@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,17 +89,19 @@ def require_different_files(files: Mapping[str, Sequence[AnyPath]]) -> None:
 
 
 def notes_on_repeats(splits: Mapping[str, Iterable[Hashable]], unit: str) -> dict[str, str]:
-    """Returns a note for each other split that has examples of "test", with their number.
+    """Returns a note for each other split that has examples of "test", with their number; and for "valid" in "train".
 
-    The other splits are gone through once, and may be too large for memory.
+    Those that are trained on are gone through once, and may be too large for memory.
     """
-    test, notes = list(splits["test"]), {}
-    wanted = set(test)
+    scored = {split: list(splits[split]) for split in ("test", "valid") if split in splits}
+    wanted = set(chain.from_iterable(scored.values()))
+    notes = {}
     for split, where in WHERE_REPEATED.items():
-        repeated = wanted.intersection(splits.get(split, ()))
-        if repeated:
-            count = sum(example in repeated for example in test)
-            notes[f"test {unit} that are {where}"] = f"{count} of {len(test)}"
+        found = wanted.intersection(scored.get(split) or splits.get(split, ()))
+        for own, examples in scored.items():
+            count = sum(example in found for example in examples)
+            if count and (own == "test" or split == "train"):
+                notes[f"{own} {unit} that are {where}"] = f"{count} of {len(examples)}"
     return notes
 
 

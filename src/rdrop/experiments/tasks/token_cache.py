@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from rdrop.experiments.tasks.files import AnyPath, DataError
+from rdrop.experiments.tasks.files import AnyPath, DataError, require_regular_file
 from rdrop.experiments.tasks.token_sequences import Columns, TokenSequences, TokenWriter, in_parts
 
 FOLDER_VARIABLE = "RDROP_CACHE"
@@ -131,6 +131,7 @@ def tokenizer_content(tokenizer: Any) -> dict[str, object] | None:
 
 def file_digest(path: AnyPath) -> str:
     """Returns the SHA-256 of a file as it lies on disk."""
+    require_regular_file(path)
     try:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

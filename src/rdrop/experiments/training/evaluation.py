@@ -23,7 +23,16 @@ from rdrop.experiments.training.fingerprint import fingerprint
 
 NOTES_ON_TRAINING = ("started from", "alpha", "has begun", "diverged")
 """Those that a new score leaves true; the task writes the others again."""
-SCORING_KEYS = ("data.folder", "data.test", "data.test_name", "data.counts")
+SCORING_KEYS = (
+    "data.folder",
+    "data.train",
+    "data.valid",
+    "data.unlabeled",
+    "data.test",
+    "data.test_name",
+    "data.counts",
+)
+"""Files may have moved: that those of the training are what they were is seen by their fingerprint."""
 
 
 def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
@@ -47,7 +56,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     if run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
-            "the weights would mean something else. Put them back, or name them by data.folder."
+            "the weights would mean something else. Put them back, or name where they are now by "
+            f"{'data.folder' if getattr(recipe.data, 'train', None) is None else 'data.train=FILE'}."
         )
     seed_all(recipe.seed, "evaluate", run.result["updates"])
     state = PartialState(cpu=not torch.accelerator.is_available())

@@ -316,7 +316,17 @@ class RDropMixin(FiniteUpdates):
         self._weight = weight
         self.current_gradient_accumulation_steps = 1  # by which the Trainer would divide the loss once more
         self._loss_was_computed = False
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        except IndexError as error:  # of the model's own cross-entropy, on a CPU
+            labels = inputs.get("labels")
+            if "out of bounds" not in str(error) or not isinstance(labels, Tensor):
+                raise
+            raise ValueError(
+                f"labels {tuple(labels.shape)} from {labels.min()} to {labels.max()}: one of them is no class of the "
+                f"model ({error}). Classes count from 0, and -100 stands for no label; a tokenizer with more tokens "
+                "than the model needs model.resize_token_embeddings(len(tokenizer))"
+            ) from error
         if not self._loss_was_computed:
             raise TypeError(
                 f"{type(self).__name__}.compute_loss does not call RDropMixin.compute_loss, so R-Drop is off. To add "

@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rdrop.experiments.tasks.files import DataError, load_hub
+from rdrop.experiments.tasks.files import DataError, load_hub, require_regular_file
 from rdrop.experiments.tasks.image_classification.labels import (
     require_labels,
     require_names_that_can_be_shown,
     require_one_spelling,
 )
 from rdrop.experiments.tasks.image_classification.npz import read_arrays, read_pixels, require_memory
-from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
 from rdrop.experiments.tasks.image_classification.sources import Files, HubImages, Pixels, Source
 from rdrop.experiments.tasks.spelling import label_key
 

@@ -27,9 +27,21 @@ def require_labels(labels: NDArray[Any], images: int, where: str, *, classes: in
 def require_label_for_each(images: int, shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:
     """Refuses an array of labels that is not one integer for each image, before it is read."""
     if len(shape) != 1 or dtype.kind not in "iu":
-        raise DataError(f"{where}: must be integers of shape (N,), not {dtype} of shape {shape}; convert it")
+        what = f"must be integers of shape (N,), not {dtype} of shape {shape}"
+        raise DataError(f"{where}: {what}; convert it{_conversion(shape, dtype)}")
     if shape[0] != images:
         raise DataError(f"{where}: has {shape[0]} labels for {images} images; each image needs its own")
+
+
+def _conversion(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    """Says how labels of other types and shapes become class indices, where there is one way."""
+    if len(shape) == 2:
+        return ": labels[:, 0]" if shape[1] == 1 else ": labels.argmax(1), if each row has a single one"
+    if dtype.kind in "US":
+        return ": numpy.unique(labels, return_inverse=True)[1]"
+    if dtype.kind in "fb":
+        return ": labels.astype('int64'), if all are whole numbers"
+    return ""
 
 
 def require_classes_in_use(labels: NDArray[np.int64], classes: Sequence[str], where: str, *, declared: bool) -> None:

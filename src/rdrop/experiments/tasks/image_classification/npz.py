@@ -16,9 +16,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.files import DataError, require_regular_file
 from rdrop.experiments.tasks.image_classification.labels import require_label_for_each, require_labels
-from rdrop.experiments.tasks.image_classification.pixels import require_regular_file
 
 GIB = 2**30
 IMAGES, LABELS = "images", "labels"
@@ -134,6 +133,12 @@ def _require_pixels(images: _Header, where: str) -> None:
 
 def _conversion(images: _Header) -> str:
     """Says how images of other types become uint8: `astype` alone would lose what they show."""
+    if not images.size_bytes:
+        return "it holds no pixel: write it again, with images"
+    if len(images.shape) == 4 and images.shape[-1] == 1:
+        return "convert it: images[..., 0]"
+    if len(images.shape) == 4 and images.shape[-1] == 4:
+        return "convert it: images[..., :3], if nothing is transparent"
     if images.dtype == np.uint16:
         return "convert it: (images >> 8).astype('uint8'), if white is 65535"
     if images.dtype.kind == "f":
@@ -142,6 +147,10 @@ def _conversion(images: _Header) -> str:
         return "convert it: images.astype('uint8') * 255"
     if len(images.shape) == 4 and images.shape[1] == 3:
         return "convert it: images.transpose(0, 2, 3, 1)"
+    if len(images.shape) == 4 and images.shape[1] == 1:
+        return "convert it: images[:, 0]"
+    if images.dtype.kind in "iu" and images.dtype != np.uint8:
+        return "convert it: images.astype('uint8'), if black is 0 and white 255"
     return "convert it, with 0 for black and 255 for white"
 
 

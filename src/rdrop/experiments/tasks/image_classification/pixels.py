@@ -6,7 +6,6 @@ Nothing that a file says starts a program: it is opened as one of `FORMATS`, wha
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.files import DataError, require_regular_file
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Without such a list Pillow hands PostScript, whatever the file's name is, to Ghostscript, which runs it."""
@@ -57,13 +56,6 @@ def read_image_file(path: Path) -> Image.Image:
 def read_image_bytes(content: bytes, where: str) -> Image.Image:
     """Returns the image in RGB that `content`, the bytes of a file, holds. `where` names it in a `DataError`."""
     return _decoded(io.BytesIO(content), where)
-
-
-def require_regular_file(path: Path) -> None:
-    """Refuses what is there and no file: reading a pipe or a device may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):  # as methods of Path these may raise
-        kind = "a folder" if os.path.isdir(path) else "a pipe, a socket or a device"
-        raise DataError(f"{path}: is {kind}, and not a file; move it away")
 
 
 class _ContentError(Exception):

@@ -41,8 +41,10 @@ def load_lines(data: "LanguageModelingData", test: str | None = None) -> Texts:
         texts["test"] = read_lines(test)
     if data.train_lines is not None:
         texts["train"] = texts["train"][: data.train_lines]
-    if all(map(is_blank, texts["train"])):
-        raise DataError(f"the {len(texts['train'])} lines to train on are all empty; give them text")
+    for split, lines in texts.items():
+        if all(map(is_blank, lines)):
+            what = "to train on" if split == "train" else f"of {split}"
+            raise DataError(f"the {len(lines)} lines {what} are all empty; give them text")
     return texts
 
 

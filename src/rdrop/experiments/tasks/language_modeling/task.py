@@ -19,6 +19,7 @@ from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
 from rdrop.experiments.tasks.language_modeling.data import load_lines
 from rdrop.experiments.tasks.language_modeling.tokens import (
+    PieceVocabulary,
     SymbolVocabulary,
     Tokens,
     Vocabulary,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 LONG_LINE = 20  # characters; shorter ones, such as headings, recur in any text
+MOST_TOKENS_OF_A_WORD = 60
+"""In the mean: above, the perplexity by word of a new model of 50,000 tokens is above 1e280."""
 TRIED_TOKENS = 8  # of a pre-trained model's first forward
 EVALUATION_LOGITS = 2**25  # computed at once: 128 MB
 LONGEST_EVALUATION_BATCH = 64
@@ -87,7 +90,7 @@ class LanguageModeling:
         self._tokens = {split: self._encoded(lines, split) for split, lines in texts.items()}
         long_lines = {split: [line for line in lines if len(line) >= LONG_LINE] for split, lines in texts.items()}
         unit = f"lines of {LONG_LINE} characters or more"
-        self.notes = self._unknown_tokens() | notes_on_repeats(long_lines, unit)
+        self.notes = self._note_on_units() | self._unknown_tokens() | notes_on_repeats(long_lines, unit)
         self._clusters = self._build_clusters()
         self.task_loss = cross_entropy if self._clusters is None else self._clusters.cross_entropy
         self.divergence = symmetric_kl if self._clusters is None else self._clusters.divergence
@@ -144,7 +147,7 @@ class LanguageModeling:
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Returns `loss` by token, and the perplexity by word: `exp(loss * tokens / words)`.
 
-        An end of line is a word. Where characters are the tokens, the perplexity is by character.
+        An end of line is a word. Where characters are the tokens, or the text has no spaces, it is by character.
         """
         device = next(model.parameters()).device
         tokens = self._tokens[split]
@@ -193,10 +196,24 @@ class LanguageModeling:
         if lost is not None and self._model.name is not None:
             rule = f"its tokenizer loses the text of {split}: {lost}; give a model for such text"
             raise RecipeError("model.name", rule, value=self._model.name)
-        if lost is not None:
+        if lost is not None and (self._data.min_count or 0) > 1:
             rule = f"leaves little of {split}: {lost}; lower it, give more text like it to train on, or set data.tokens"
             raise RecipeError("data.min_count", rule, value=self._data.min_count)
+        if lost is not None:
+            instead = "set data.tokens=bpe data.min_count=null data.vocabulary=8000"
+            rule = f"leaves little of {split}: {lost}; give more text like it to train on, or {instead}"
+            raise RecipeError("data.tokens", rule, value=self._data.tokens)
+        if len(tokens.ids) > MOST_TOKENS_OF_A_WORD * tokens.units:
+            raise DataError(
+                f"{split}: a word has {len(tokens.ids) // tokens.units} tokens in the mean, and its perplexity would "
+                "be beyond any number; divide the words by spaces, or train language-modeling-from-scratch with "
+                "data.tokens=characters data.vocabulary=null"
+            )
         return tokens
+
+    def _note_on_units(self) -> dict[str, str]:
+        by_character = isinstance(self._vocabulary, PieceVocabulary) and self._vocabulary.units is characters
+        return {"perplexity": "by character, as the text has no spaces"} if by_character else {}
 
     def _unknown_tokens(self) -> dict[str, str]:
         """Counts them for a note: a text in which many words are one and the same is easier to predict."""
@@ -211,7 +228,7 @@ class LanguageModeling:
         if name is not None:
             tokenizer = pretrained_tokenizer(name, self._config)
             with loading(name):
-                return pretrained_pieces(tokenizer, self._config.vocab_size)
+                return pretrained_pieces(tokenizer, self._config.vocab_size, train)
         if data.tokens == "bpe":
             assert data.vocabulary is not None  # the recipe has seen to it
             return learned_pieces(train, data.vocabulary)

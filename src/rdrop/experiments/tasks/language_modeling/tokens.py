@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rdrop.experiments.tasks.spelling import is_unspaced
 from rdrop.experiments.tasks.token_cache import cached, columns_of, is_large, text_digest, tokenizer_content
 from rdrop.experiments.tasks.token_sequences import Columns, in_parts
 from rdrop.experiments.tasks.tokenizing import learned_bpe
@@ -122,7 +123,10 @@ def characters(line: str) -> list[str]:
 
 
 class PieceVocabulary:
-    """A tokenizer's pieces. The perplexity is still by word, comparable with that of words if none is unknown there."""
+    """A tokenizer's pieces. The perplexity is still by word, comparable with that of words if none is unknown there.
+
+    `units` divides a line into what the perplexity is by, if that is not `words`.
+    """
 
     def __init__(
         self,
@@ -133,8 +137,10 @@ class PieceVocabulary:
         special_ids: Iterable[int],
         unknown_id: int | None,
         content: dict[str, object] | None,
+        units: Callable[[str], list[str]],
     ) -> None:
-        self._encode, self.content = encode, content
+        self._encode, self.units = encode, units
+        self.content = None if content is None else content | {"units": units.__name__}
         self.size, self.start_id = size, start_id
         self.special_ids, self.unknown_id = frozenset(special_ids), unknown_id
 
@@ -142,7 +148,12 @@ class PieceVocabulary:
         return self._encode([f"{line}\n" for line in lines])
 
     def count_units(self, lines: Sequence[str], ids: list[list[int]]) -> int:
-        return sum(len(words(line)) for line in lines)
+        return sum(len(self.units(line)) for line in lines)
+
+
+def units_of(train: Sequence[str]) -> Callable[[str], list[str]]:
+    """Returns what a perplexity of such text is by: `words`, or `characters` where its script has no spaces."""
+    return characters if is_unspaced(train) else words
 
 
 def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
@@ -158,10 +169,11 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
         special_ids=[end],
         unknown_id=None,
         content=content,
+        units=units_of(train),
     )
 
 
-def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
+def pretrained_pieces(tokenizer: Any, size: int, train: Sequence[str]) -> PieceVocabulary:
     """Wraps a tokenizer of transformers, loaded with `split_special_tokens`, for a model with `size` logits."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
@@ -173,4 +185,5 @@ def pretrained_pieces(tokenizer: Any, size: int) -> PieceVocabulary:
         special_ids=tokenizer.all_special_ids,
         unknown_id=tokenizer.unk_token_id,
         content=tokenizer_content(tokenizer),
+        units=units_of(train),
     )

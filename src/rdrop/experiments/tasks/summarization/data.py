@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.tasks.files import DataError, TableRow, find_file, load_hub, read_table
-from rdrop.experiments.tasks.spelling import is_blank
+from rdrop.experiments.tasks.spelling import is_blank, is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.summarization.tiny import write_tiny_documents
 
@@ -135,5 +135,8 @@ def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
     for column, text in texts:
         if not isinstance(text, str) or is_blank(text):
             raise DataError(f"{row.where}: there is no text in the column {column!r}; give it one, or delete the row")
+    for column, text in texts[1:]:
+        if is_missing(text):
+            raise DataError(f"{row.where}: {column} is missing ({text!r}); give it a text, or delete the row")
     document, *summaries = (text.strip() for _, text in texts)
     return Example(document, tuple(summaries))

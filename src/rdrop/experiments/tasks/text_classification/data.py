@@ -339,7 +339,7 @@ def _require_one_spelling(table: _Table) -> None:
         known = first.setdefault(label_key(label), row)
         if table.labels[known] != label:
             raise DataError(
-                f"{table.where[row]}: the label {label!a} is another spelling of {table.labels[known]!a} "
+                f"{table.where[row]}: the label {label[:60]!a} is another spelling of {table.labels[known][:60]!a} "
                 f"({table.where[known]}); write both alike or, if they are two classes, give them different names"
             )
 
@@ -354,7 +354,7 @@ def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClas
     same = next((name for name, *_ in classes if label_key(name) == label_key(table.labels[row])), None)
     if same is not None and not data.glue:
         raise DataError(
-            f"{table.where[row]}: the label {table.labels[row][:60]!a} is another spelling of {same!a}, which the "
+            f"{table.where[row]}: the label {table.labels[row][:60]!a} is another spelling of {same[:60]!a}, which the "
             "training examples have; write it alike"
         )
     whose = "GLUE's classes" if data.glue else "those of the training examples"

@@ -16,6 +16,8 @@ from sacremoses import MosesDetokenizer
 from rdrop.experiments.tasks.spelling import UNSPACED
 
 HYPHEN = re.compile(r"(\S)-(\S)")
+NGRAM = 4
+"""Words of the longest n-grams that BLEU compares: where no reference has so many, a perfect translation scores 0."""
 TOKENIZERS = {"zh": "zh", **dict.fromkeys(("ja", "th", "lo", "km", "my"), "char")}
 """SacreBLEU's tokenizers for languages that are written without spaces."""
 
@@ -57,6 +59,11 @@ class BleuScorer:
             scores[name] = float(result.score)
             self.signatures[name] = str(bleu.get_signature())
         return scores
+
+    def too_short(self, name: str, references: Sequence[str]) -> int:
+        """Counts the references with fewer words than `NGRAM`, to which this form of BLEU adds little."""
+        bleu, prepared = self._forms[name]
+        return sum(len(bleu.tokenizer(prepared(line)).split()) < NGRAM for line in references)
 
     def counts_of_each(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[dict[str, list[int]]]:
         """Counts for each sentence and form what BLEU adds up over a corpus.

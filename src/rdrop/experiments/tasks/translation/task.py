@@ -43,7 +43,7 @@ from rdrop.experiments.tasks.token_sequences import (
 )
 from rdrop.experiments.tasks.tokenizing import mostly_unknown
 from rdrop.experiments.tasks.translation.data import Pairs, load_pairs
-from rdrop.experiments.tasks.translation.scores import TOKENIZERS, BleuScorer, has_words
+from rdrop.experiments.tasks.translation.scores import NGRAM, TOKENIZERS, BleuScorer, has_words
 from rdrop.experiments.tasks.translation.subwords import (
     END,
     PAD,
@@ -101,6 +101,9 @@ class Translation:
         self.predictions: Predictions | None = None
         self.signs: dict[str, float] = {}
         self.notes = {"train pairs": ", ".join(f"{name} {count}" for name, count in self.counts.items())}
+        for split, references in self._references.items():
+            scored = references[: data.valid_sentences] if split == "valid" else references
+            self.notes |= self._note_on_short(pairs[split].where, split, scored)
         keys = {split: train.keys if split == "train" else keys_of(own) for split, own in pairs.items()}
         self.notes |= notes_on_repeats(keys, "pairs")
         self.notes |= note_on_few({split: len(own[0]) for split, own in self._splits.items()}, "pairs")
@@ -229,6 +232,17 @@ class Translation:
                 f"data.target (={language}) does not say which language they are in; name the column or the file "
                 f"ending, and data.target, one of {', '.join(TOKENIZERS)}"
             )
+
+    def _note_on_short(self, where: str, split: str, references: Sequence[str]) -> dict[str, str]:
+        """Returns a note if most translations are shorter than what BLEU compares; refuses them if all are."""
+        count = self._bleu.too_short(self.metric, references)
+        if count == len(references):
+            raise DataError(
+                f"{where}: no translation that is scored has {NGRAM} words, of which BLEU is: a perfect one would "
+                "score 0; give longer sentences"
+            )
+        said = f"{count} of {len(references)} have fewer than {NGRAM} words, and BLEU says little of them"
+        return {f"short translations of {split}": said} if 2 * count > len(references) else {}
 
 
 class EncodedTrain(NamedTuple):
