@@ -32,6 +32,9 @@ WRAPPED, WHOLE = "TRANSFORMER_BASED_WRAP", "NO_WRAP"
 TAG, LLAMA = "token classification", "causal LM, Llama"
 OF_FSDP2: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama, layers wrapped, unequal micro-batches": (LLAMA, WRAPPED, {"micro_batches": 3}),
+    "Llama, layers wrapped, from hidden states": (LLAMA, WRAPPED, {"fused": True}),
+    "Llama, from hidden states, unequal micro-batches": (LLAMA, WHOLE, {"fused": True, "micro_batches": 3}),
+    "GPT-2, tied weights, layers wrapped, from hidden states": ("causal LM", WRAPPED, {"fused": True}),
     "GPT-2, tied weights, layers wrapped": ("causal LM", WRAPPED, {}),
     "BERT, with unlabeled examples": (TAG, WHOLE, {"unlabeled_dataset": CASES[TAG].batches}),
     "ViT": ("image classification", WHOLE, {}),
@@ -81,15 +84,6 @@ def differences_of_fsdp2(folder: str) -> dict[str, float]:
         gradients = {weight: gradient.full_tensor() for weight, gradient in run.gradients[0].items()}
         found[what] = worst_difference(gradients, gradient_by_hand(name, batches, method, torch.float64))
     return found
-
-
-def refusal_of_fsdp2(folder: str) -> str:
-    try:
-        with fsdp_on_cpus():
-            trained(LLAMA, build(CASES[LLAMA]), CASES[LLAMA].batches[:2], folder, of_fsdp2(WRAPPED), {"fused": True})
-    except ValueError as error:
-        return str(error)
-    return "none"
 
 
 def evaluated_and_resumed(folder: str, settings: Any) -> tuple[float, float, bool]:

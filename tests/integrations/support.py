@@ -70,7 +70,11 @@ SUPPORT: dict[str, tuple[Cell, ...]] = {
         ("to the bit", f"{OF_TWO}fsdp2_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),
         EMPTY,
     ),
-    "Hugging Face Trainer, FSDP2, `fused`": (("refused", FSDP2), *[EMPTY] * 6),
+    "Hugging Face Trainer, FSDP2, `fused`": (*[("exact", FSDP2)] * 3, *[EMPTY] * 4),
+    "Hugging Face Trainer, DeepSpeed and FSDP 1, `fused`": (
+        ("refused", f"{DEEPSPEED}the_output_layer_is_at_hand_without_shards_and_with_those_of_fsdp2"),
+        *[EMPTY] * 6,
+    ),
     "Hugging Face Trainer, DeepSpeed": (
         *[("exact", f"{DEEPSPEED}an_update_of_zero_is_that_of_the_loss_by_hand")] * 4,
         ("the library's", f"{DEEPSPEED}deepspeed_evaluates_as_the_stock_trainer_and_resumes_to_the_same_bits"),

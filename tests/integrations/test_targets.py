@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_weighted_mean() -> None:
 def test_from_hidden_states_it_is_the_same_loss() -> None:
     layer, hidden = nn.Linear(4, 3), torch.randn(4, 3, 4)
     target = Target(LABELS, class_weight=WEIGHT)
-    terms = target.linear_rdrop_loss(hidden, layer, layer.bias, alpha=2.0)
+    terms = target.linear_rdrop_loss(hidden, layer.weight, layer.bias, alpha=2.0)
     assert terms == linear_rdrop_loss(hidden, layer.weight, LABELS, layer.bias, alpha=2.0, class_weight=WEIGHT)
 
 

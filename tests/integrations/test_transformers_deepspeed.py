@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from gradient_agreement import CASES, build, train
 from sharded import OF_DEEPSPEED
 from tests.several_processes import outputs_of
+from torch import nn
 
+from rdrop.integrations.targets import Target
 from rdrop.integrations.transformers import RDropTrainer
+from rdrop.integrations.transformers.checks import why_not_fused
 
 HERE = Path(__file__).parent
 
@@ -63,3 +67,19 @@ def test_what_needs_more_than_one_backward_is_refused_with_deepspeed(
     case = CASES["token classification"]
     with pytest.raises(ValueError, match=message):
         train(RDropTrainer, build(case), case.batches, folder, alpha=1.0, **method)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "fsdp", "is_refused"), [(True, None, True), (False, 1, True), (False, 2, False), (False, None, False)]
+)
+def test_the_output_layer_is_at_hand_without_shards_and_with_those_of_fsdp2(
+    deepspeed: bool, fsdp: int | None, is_refused: bool
+) -> None:
+    state = SimpleNamespace(fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp))
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=deepspeed, is_fsdp_enabled=fsdp is not None, accelerator=SimpleNamespace(state=state)
+    )
+    target = Target(torch.zeros(2, 3, dtype=torch.long))
+    reason = why_not_fused(trainer, nn.Linear(1, 1), [target], outputs_wanted=False)
+    said = "DeepSpeed and FSDP 1 have the whole output layer at hand only while it runs"
+    assert reason == (said if is_refused else None)

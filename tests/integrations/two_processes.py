@@ -18,7 +18,7 @@ from other_trainers import weights_of_all
 from reward_agreement import update_of_rewards
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sft_agreement import drawn, update_of_experts, update_of_lora, with_stand_in
-from sharded import differences_of_fsdp2, evaluated_and_resumed_by_fsdp2, refusal_of_fsdp2
+from sharded import differences_of_fsdp2, evaluated_and_resumed_by_fsdp2
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
@@ -160,7 +160,7 @@ if __name__ == "__main__":
     result = all_updates(accumulation=2, folder=sys.argv[1])
     assert left_out_by_both(sys.argv[1])
     others = weights_of_all()
-    sharded = [of(sys.argv[1]) for of in (differences_of_fsdp2, refusal_of_fsdp2, evaluated_and_resumed_by_fsdp2)]
+    sharded = [of(sys.argv[1]) for of in (differences_of_fsdp2, evaluated_and_resumed_by_fsdp2)]
     if os.environ["RANK"] == "0":
         torch.save(others, f"{sys.argv[1]}/others.pt")
         torch.save(result, f"{sys.argv[1]}/result.pt")

@@ -120,9 +120,9 @@ class Target:
         own: Any = {"task_loss": self.task_loss, "divergence": self.divergence, "weight": self.class_weight}
         return rdrop_loss(logits, self.labels, **own, **options)
 
-    def linear_rdrop_loss(self, hidden: Tensor, layer: nn.Linear, bias: Tensor | None, **options: Any) -> LossTerms:
-        """Computes the same from what the output layer gets, where `is_one_softmax`."""
-        return linear_rdrop_loss(hidden, layer.weight, self.labels, bias, class_weight=self.class_weight, **options)
+    def linear_rdrop_loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> LossTerms:
+        """Computes the same from what the output layer gets, and its weight, where `is_one_softmax`."""
+        return linear_rdrop_loss(hidden, weight, self.labels, bias, class_weight=self.class_weight, **options)
 
     @property
     def is_one_softmax(self) -> bool:

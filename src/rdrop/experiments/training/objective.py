@@ -111,7 +111,7 @@ class Objective:
     def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
         (hidden, bias), _ = fused.run(lambda: self._one_forward(batch))
         try:
-            return target.linear_rdrop_loss(hidden, fused.layer, bias, **options)
+            return target.linear_rdrop_loss(hidden, fused.layer.weight, bias, **options)
         except ValueError as error:  # on CPU, it names the position whose loss is not finite
             raise FloatingPointError(str(error)) from error
 

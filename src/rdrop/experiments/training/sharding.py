@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from rdrop.experiments.recipe import Recipe
-from rdrop.integrations.transformers.forward import WHY_NOT_SHARDED
 
 OTHER_WAYS = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
 """What else `accelerate launch` can ask for, by its variable."""
@@ -47,10 +46,9 @@ def asked_plugin(recipe: Recipe) -> FullyShardedDataParallelPlugin | None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ShardingError(f"FSDP of version {version} is not for experiments: add --fsdp_version 2")
-    if recipe.method.fused:
-        raise ShardingError(f"fused (=true) must be false: {WHY_NOT_SHARDED}")
-    if recipe.compile:
-        raise ShardingError("compile (=true) must be false: it was not tried with FSDP")
+    for key, value in (("fused", recipe.method.fused), ("compile", recipe.compile)):
+        if value:
+            raise ShardingError(f"{key} (=true) must be false: it was not tried with FSDP")
     # Every process makes the whole model on the CPU before it is sharded: what is loaded later has a place to go.
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
     if plugin.activation_checkpointing:

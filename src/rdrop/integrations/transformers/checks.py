@@ -10,7 +10,6 @@ from torch import nn
 from rdrop.alpha import alpha_at
 from rdrop.arguments import checked_alpha
 from rdrop.integrations.targets import Batch, Target
-from rdrop.integrations.transformers.forward import WHY_NOT_SHARDED
 from rdrop.terms import cross_entropy
 
 
@@ -103,8 +102,9 @@ def why_not_fused(trainer: Any, model: nn.Module, targets: Sequence[Target], out
         return "rdrop_targets asks for more than cross_entropy and symmetric_kl of `logits`"
     if outputs_wanted:
         return "compute_loss is asked for the outputs too (return_outputs=True), and they would have no logits"
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return WHY_NOT_SHARDED
+    is_fsdp_1 = trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
+    if trainer.is_deepspeed_enabled or is_fsdp_1:
+        return "DeepSpeed and FSDP 1 have the whole output layer at hand only while it runs"
     if getattr(model, "static_graph", False):
         return "DDP with static_graph must see the whole loss inside the model's outputs"
     return None

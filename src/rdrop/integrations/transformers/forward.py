@@ -29,14 +29,13 @@ from rdrop.terms import IGNORE_INDEX
 
 LABELS = ("labels", "shift_labels")
 NONE_OF_TRANSFORMERS = "the model is none of transformers"
-WHY_NOT_SHARDED = "DeepSpeed and FSDP have the whole output layer at hand only while it runs"
 
 
 class Fused:
     """A language model whose output layer keeps its input and projects nothing: the loss comes from that input.
 
         (hidden, bias), outputs = fused.run(lambda: model(**without_labels(model, inputs)))
-        logits = F.linear(hidden, fused.layer.weight, bias)  # what the model would return
+        logits = F.linear(hidden, whole(fused.layer.weight, hidden.dtype), bias)  # what the model would return
 
     In place of the logits the model gets zeros, `(1, ..., 1, V)`, so that what it returns is what it adds to them
     (`final_logits_bias` of BART).
@@ -60,7 +59,7 @@ class Fused:
     def reason(self) -> str | None:
         if not is_of_transformers(self.inner):
             return NONE_OF_TRANSFORMERS
-        if type(self.layer) is not nn.Linear:
+        if type(self.layer) is not nn.Linear and not (is_sharded(self.layer) and isinstance(self.layer, nn.Linear)):
             return f"the output layer is a {type(self.layer).__name__}, not a plain torch.nn.Linear"
         return self._seen or _why_forward_stays(self.layer, "the output layer")
 
@@ -75,7 +74,7 @@ class Fused:
     def _why_not_linear(self, logits: Tensor, forward: Callable[[], Tensor]) -> str | None:
         # Zeros show the bias that the model adds; the others are so far apart that a scale or a soft cap must show.
         layer = self.layer
-        zeros = layer.weight.new_zeros(layer.out_features)
+        zeros = torch.zeros(layer.out_features, device=logits.device, dtype=layer.weight.dtype)
         wide = torch.linspace(-100, 100, layer.out_features, device=zeros.device, dtype=zeros.dtype)
         own: list[Tensor] = []
 
@@ -106,7 +105,7 @@ class Fused:
             outputs = forward()
         added = (outputs if isinstance(outputs, Tensor) else outputs.logits).detach().flatten()
         hidden, self._hidden = self._hidden, None
-        bias: Tensor | None = self.layer.bias
+        bias: Tensor | None = self.layer.bias if self.layer.bias is None else whole(self.layer.bias, added.dtype)
         if hidden is None:
             raise RuntimeError("the model did not run its output layer, as it did when this was checked")
         return (hidden, added if bias is None else bias + added), outputs
@@ -116,6 +115,26 @@ class Fused:
         # DDP looks for the parameters in use in the graph of the outputs: these zeros come after all the layer reads.
         zero = hidden[:0].sum() + sum(parameter[:0].sum() for parameter in self.layer.parameters())
         return zero.expand(*[1] * (hidden.dim() - 1), self.layer.out_features)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the parameters of this very module before its forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def whole(parameter: Any, dtype: torch.dtype) -> Any:
+    """Returns a parameter of which each process has a part (FSDP2) whole, in `dtype`; any other as it is.
+
+    Its gradient becomes the mean of the processes', as FSDP makes that of all parameters.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial  # torch may have been built without it
+
+    placements = [Partial("avg")] * parameter.device_mesh.ndim
+    return parameter.to(dtype).full_tensor(grad_placements=placements)
 
 
 class EncoderOnce:
@@ -211,7 +230,8 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 
 def _why_forward_stays(module: nn.Module, name: str) -> str | None:
-    changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    own = 1 if is_sharded(module) else 0  # FSDP2's, which gather and free the parameters around any forward
+    changed = "forward" in vars(module) or max(map(len, (module._forward_hooks, module._forward_pre_hooks))) > own
     return f"{name} has hooks, or a forward that is not its class's" if changed else None
 
 

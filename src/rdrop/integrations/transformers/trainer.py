@@ -43,6 +43,7 @@ from rdrop.integrations.transformers.forward import (
     Fused,
     fullest_example,
     same_randomness,
+    whole,
     without_labels,
 )
 from rdrop.integrations.transformers.nonfinite import FiniteUpdates, OnNonfinite
@@ -380,14 +381,13 @@ class RDropMixin(FiniteUpdates):
             forward = partial(encoder_once.run, forward)
         if is_fused:
             (hidden, bias), outputs = fused.run(forward)
+            weight = whole(fused.layer.weight, hidden.dtype)
             hidden = by_pass(hidden, self.passes) if packed else hidden
             self._check_hidden(hidden)
-            compute = partial(
-                weighed[0].linear_rdrop_loss, hidden, fused.layer, bias, num_items=num_items[0], **options
-            )
+            compute = partial(weighed[0].linear_rdrop_loss, hidden, weight, bias, num_items=num_items[0], **options)
             with self.accelerator.autocast():
-                self._scored(targets[0], hidden, partial(F.linear, weight=fused.layer.weight, bias=bias))
-                terms = [self._terms_or_nan(compute, hidden, fused.layer.weight)]
+                self._scored(targets[0], hidden, partial(F.linear, weight=weight, bias=bias))
+                terms = [self._terms_or_nan(compute, hidden, weight)]
         else:
             outputs = by_pass(forward(), self.passes) if packed else forward()
             logits = [target.logits(outputs) for target in weighed]
@@ -509,9 +509,9 @@ class RDropMixin(FiniteUpdates):
         with same_randomness(self.args.device):
             outputs = model(**example)
         logits = its_target.logits(outputs)
-        if logits.isnan().any():
-            return None  # nothing can be seen by them
         reason = fused.reason_seen(logits, lambda: model(**without_labels(inner, example)).logits)
+        if logits.isnan().any():
+            return None  # nothing can be seen by them; all processes have run the forward that FSDP makes joint
         if reason is None and its_target.count()[0] > 0:
             self._check_own_loss(outputs, [its_target])
         return reason
