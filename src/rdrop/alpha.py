@@ -12,7 +12,7 @@ from typing import Any, Literal
 AlphaSchedule = Literal["constant", "linear", "quadratic"]
 
 AUTO_ALPHA: tuple[float, AlphaSchedule] = (4.0, "quadratic")
-"""What `alpha="auto"` stands for: a schedule, not an adaptation. Experimental."""
+"""What `alpha="auto"` stands for: a schedule, not an adaptation."""
 
 
 def alpha_at(step: int, steps: int, alpha: float, schedule: AlphaSchedule = "constant") -> float:
