@@ -56,12 +56,26 @@ def parts(folder: Path, *, rehearse: bool, data: Path | None = None) -> list[Par
     me = ["-m", "benchmarks.gpu", str(folder), *(["--rehearse"] if rehearse else []), "--do"]
     bench = ["-m", "rdrop", "bench", "--device", device, "--output", str(folder / "gpu.jsonl")]
     if rehearse:
-        small = ["--pairs", "8", "--classes", "64", "--rounds", "1", "--no-compile", "--threads", "1"]
+        once = ["--classes", "64", "--rounds", "1", "--no-compile", "--threads", "1"]
+        small = ["--pairs", "8", *once]
+        steps = ["--batch", "2", "--length", "4", "--layers", "1", *once]
         return [
             Part("checks", [*me, "checks"], 120),
             Part("logits", [*bench, "logits", *small], 60),
             Part("hidden", [*bench, "hidden", *small, "--features", "16"], 60),
             Part("shapes", [*me, "shapes"], 60),
+            Part("steps", [*bench, "steps", *steps], 60),
+            *_trainings(
+                folder,
+                [
+                    "tiny=true",
+                    "batch_size=null",
+                    "batch_tokens=64",
+                    "updates=2",
+                    "warmup_updates=1",
+                    "evaluate_every=2",
+                ],
+            ),
         ]
     bf16 = ["--dtype", "bfloat16", "--pairs", "4096", "--rounds", "10"]
     hidden = [*bench, "hidden", *bf16, "--features", "4096", "--classes"]
@@ -74,12 +88,14 @@ def parts(folder: Path, *, rehearse: bool, data: Path | None = None) -> list[Par
         Part("steps", [*bench, "steps", *steps, "--classes", "50265"], 75),
         *(Part(f"hidden-{v}", [*hidden, str(v)], 35) for v in (32_768, 50_265)),
     ]
+    return listed if data is None else [*listed, *_trainings(folder, [f"data.folder={data}"])]
+
+
+def _trainings(folder: Path, changes: Sequence[str]) -> Iterator[Part]:
     for shares, (name, settings) in zip((2, 1), ARMS.items(), strict=True):
-        if data is not None:
-            command = ["-m", "rdrop", "train", "multi30k-en-de", *settings, f"data.folder={data}"]
-            runs = ["--runs", str(folder / "multi30k" / name)]
-            listed.append(Part(f"multi30k-{name}", [*command, *runs], BUDGET, shares))
-    return listed
+        runs = ["--runs", str(folder / "multi30k" / name)]
+        arguments = ["-m", "rdrop", "train", "multi30k-en-de", *settings, *changes, *runs]
+        yield Part(f"multi30k-{name}", arguments, BUDGET, shares)
 
 
 def run(listed: Sequence[Part], folder: Path, *, budget: float = BUDGET, rehearse: bool = False) -> dict[str, Any]:

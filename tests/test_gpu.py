@@ -25,7 +25,7 @@ def test_the_rehearsal_leaves_every_file_and_all_of_it_holds(tmp_path: Path, mon
     summary = run(parts(tmp_path, rehearse=True), tmp_path, rehearse=True)
     logs = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.log")}
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
-        ("checks", "logits", "hidden", "shapes"), "done"
+        ("checks", "logits", "hidden", "shapes", "steps", "multi30k-baseline", "multi30k-r-drop"), "done"
     ), logs
     rows = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
     assert len(rows) == 12 + 2
@@ -33,9 +33,11 @@ def test_the_rehearsal_leaves_every_file_and_all_of_it_holds(tmp_path: Path, mon
     assert [row["check"] for row in rows[12:]] == [
         f"without a wait for the device, {way}" for way in ("eager", "autocast")
     ]
-    assert {record["benchmark"] for record in read(tmp_path / "gpu.jsonl")} == {"rows", "linear"}
+    assert {record["benchmark"] for record in read(tmp_path / "gpu.jsonl")} == {"rows", "linear", "steps"}
     *measured, best = [json.loads(line) for line in (tmp_path / "shapes.jsonl").read_text().splitlines()]
     assert best["best"] in [{key: row[key] for key in ("max_block", "classes_per_warp")} for row in measured]
+    trained = [json.loads(line) for line in (tmp_path / "multi30k.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["step"]) for row in trained] == [("baseline", 2), ("r-drop", 2)]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
