@@ -506,6 +506,7 @@ def changed(**tensors) -> Problem:
         (problem(), {"chunk_positions": 0}, "chunk_positions (=0) must be >= 1"),
         (problem(), {"implementation": "cuda"}, "implementation (='cuda') must be 'auto'"),
         (problem(), {"class_weight": torch.ones(4)}, "class_weight (4,) and weight (37, 13): expected (V,) and (V, D)"),
+        (problem(), {"class_weight": torch.ones(37) / 0}, "class_weight of class 0 (=inf) must be a finite number"),
         (problem(), {"class_weight": torch.ones(37).requires_grad_()}, "class_weight requires a gradient"),
         (changed(bias=torch.ones(4)), {}, "bias (4,) and weight (37, 13): expected (V,) and (V, D), with one V"),
         (changed(weight=torch.ones(37, 12)), {}, "hidden (10, 13) and weight (37, 12): expected (m*N, ..., D)"),

@@ -672,6 +672,7 @@ def test_class_indices_may_have_any_whole_dtype(dtype, implementation):
         ({"num_items": torch.tensor(float("nan"))}, r"num_items \(=nan\) must be >= 0 and finite"),
         ({"num_items": torch.ones(2)}, r"num_items, of shape \(2,\), must be one number"),
         ({"num_items": 0}, r"num_items \(=0\) must be the number of valid positions .* this batch alone has 2"),
+        ({"weight": torch.tensor([1.0, float("nan"), 1.0])}, r"^weight of class 1 \(=nan\) must be a finite number$"),
         ({"weight": torch.ones(2)}, r"weight \(=\(2,\)\) must be a tensor \(3,\): one number for each class"),
         ({"weight": [1.0, 1.0, 1.0]}, r"weight \(=\[1.0, 1.0, 1.0\]\) must be a tensor \(3,\)"),
         ({"task_loss": binary_cross_entropy}, r"symmetric_kl compares softmax .* pass divergence=bernoulli_kl"),

@@ -111,6 +111,13 @@ def check_labels(
         _refuse(~labels.isfinite(), labels, valid.dim(), "must be a finite number")
 
 
+def check_finite_weight(name: str, weight: Tensor) -> None:
+    """Refuses a class weight `(V,)` that is NaN or infinite, naming its class; its values are read on a CPU only."""
+    if values_may_be_read(weight) and not weight.isfinite().all():
+        wrong = int((~weight.isfinite()).nonzero()[0])
+        raise ValueError(f"{name} of class {wrong} (={weight[wrong].item()}) must be a finite number")
+
+
 def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
     if labels.is_floating_point():
         raise ValueError(

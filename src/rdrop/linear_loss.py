@@ -21,6 +21,7 @@ from .arguments import (
     are_finite,
     check_class_labels,
     check_classes,
+    check_finite_weight,
     check_options,
     check_probabilities,
     check_rows,
@@ -470,6 +471,8 @@ def _check_shapes(
     for name, tensor in (("class_weight", class_weight), ("labels", labels)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, which linear_rdrop_loss does not compute: detach it")
+    if class_weight is not None:
+        check_finite_weight("class_weight", class_weight)
     shapes = f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}"
     inner = hidden.shape[1:-1]
     if labels.dim() == 0 or labels.shape[1:] not in (inner, (*inner, weight.shape[0])):

@@ -23,6 +23,7 @@ from .arguments import (
     are_finite,
     check_classes,
     check_classes_last,
+    check_finite_weight,
     check_labels,
     check_options,
     check_rows,
@@ -357,8 +358,7 @@ def _check_weight(weight: Tensor | None, *, classes: int) -> None:
     if not isinstance(weight, Tensor) or weight.shape != (classes,):
         given = tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)
         raise ValueError(f"weight (={given}) must be a tensor ({classes},): one number for each class of the logits")
-    if values_may_be_read(weight) and not weight.isfinite().all():
-        raise ValueError(f"weight (={weight.tolist()}) must be finite numbers")
+    check_finite_weight("weight", weight)
 
 
 def _check_overwritable(logits: Tensor) -> None:

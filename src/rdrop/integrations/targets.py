@@ -229,7 +229,7 @@ def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
     of_numbers = kind == "regression"
     wanted = "numbers" if of_numbers else "a number from 0 to 1 for each class"
     wanted = f"{wanted}, (N, {config.num_labels}). {PROBLEM_TYPES}"
-    # Of yes and no the models' own loss takes floats alone.
+    # For several labels the models' own loss is BCEWithLogitsLoss, which refuses integers.
     shape_fits = labels.shape[1:].numel() == config.num_labels and (of_numbers or labels.is_floating_point())
     _require(config, labels, wanted, shape_fits, torch.isfinite if of_numbers else _from_0_to_1)
     rows = labels.reshape(-1, config.num_labels)

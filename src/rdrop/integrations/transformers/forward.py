@@ -119,7 +119,9 @@ class Fused:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 gathers the parameters of this very module before its forward."""
-    from torch.distributed.fsdp import FSDPModule
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule  # where torch was built with it
 
     return isinstance(module, FSDPModule)
 
@@ -131,7 +133,7 @@ def whole(parameter: Any, dtype: torch.dtype) -> Any:
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Partial  # torch may have been built without it
+    from torch.distributed.tensor import Partial
 
     placements = [Partial("avg")] * parameter.device_mesh.ndim
     return parameter.to(dtype).full_tensor(grad_placements=placements)
