@@ -95,7 +95,9 @@ def result(comparison: Comparison) -> str:
     if comparison.subject is not None:  # its table says it all
         said = " ".join(sentences.corrections(comparison.contests))
         return f"{table_around(comparison, comparison.subject)}\n\n{said}\n\n{origin(comparison)}"
-    said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks()])
+    others = [row for own in comparison.sections for row in own.rows if own.metric != comparison.metric and row.p_value]
+    corrected = [f"In the rows of the other scores p is corrected for {len(others)}."] if len(others) > 1 else []
+    said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks(), *corrected])
     return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
 
 

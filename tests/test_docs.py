@@ -13,6 +13,7 @@ from torch import nn
 
 import rdrop
 from rdrop.experiments import recipes
+from rdrop.experiments.recipe.method import Method
 from rdrop.integrations import transformers
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,19 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         if "RDropTrainer" in block and "model = " not in block:
             names |= trainer_names(tmp_path)
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize(
+    ("page", "start", "end"),
+    [
+        ("report.md", "the keys\nof the method", "`batch_size`"),
+        ("architecture.md", "| the method, one section |", "|\n"),
+    ],
+)
+def test_a_page_that_lists_the_keys_of_the_method_has_all(page, start, end):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(start)[2].partition(end)[0]
+    listed = set(re.findall(r"`(\w+)`", text))
+    assert listed == set(Method.model_fields)
 
 
 def trainer_names(folder: Path) -> dict[str, object]:

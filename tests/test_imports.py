@@ -1,7 +1,9 @@
 """What `import rdrop` loads."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +75,13 @@ def test_the_package_lists_what_it_offers_and_nothing_else():
     assert dir(rdrop) == sorted(rdrop.__all__)
     assert "linear_rdrop_loss" in dir(rdrop)
     assert "Any" not in dir(rdrop)
+
+
+def test_type_checkers_see_what_python_does():
+    tree = ast.parse(Path(rdrop.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {(module, name) for module, names in rdrop._NAMES.items() for name in names}
 
 
 MODULES_OF_THE_FORWARD = """

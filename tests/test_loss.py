@@ -301,6 +301,14 @@ def test_microbatches_with_num_items_add_up_to_the_whole_batch(as_tensor):
     torch.testing.assert_close(gradient_of(in_parts, logits), gradient_of(whole, logits))
 
 
+@pytest.mark.parametrize("num_items", [0.4, torch.tensor(0.4)])
+def test_a_sum_of_class_weights_below_one_divides_as_it_stands(num_items):
+    logits, labels = random_logits(2, 4, 3), torch.tensor([0, 1, 2, 0])
+    weight = torch.full((3,), 0.1)
+    found = rdrop_loss(logits.flatten(0, 1), labels, alpha=0.0, weight=weight, num_items=num_items).task_loss
+    torch.testing.assert_close(found, rdrop_loss(logits.flatten(0, 1), labels, alpha=0.0, weight=weight).task_loss)
+
+
 def test_padding_changes_nothing():
     logits, labels = random_logits(2, 3, 4, 5), torch.randint(0, 5, (3, 4))
     padded = torch.cat([logits, random_logits(2, 3, 9, 5, seed=2)], 2)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         bernoulli_kl,
         binary_cross_entropy,
         cross_entropy,
+        detached_kl,
         kl_from_first,
         squared_difference,
         squared_error,

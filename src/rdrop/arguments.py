@@ -214,7 +214,7 @@ def divide(total: Tensor, count: int | Tensor) -> Tensor:
     """Returns `total / count`; nothing divided by no valid position is 0."""
     if isinstance(count, Tensor):
         return total / torch.where(count == 0, 1, count)
-    return total / max(count, 1)
+    return total / (count or 1)
 
 
 def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:

@@ -123,17 +123,16 @@ class Measurement:
 
 
 def measure(calls: Mapping[str, Prepare], conditions: Conditions) -> dict[str, Measurement]:
-    """Runs each call once for its memory, which warms it up too, then `rounds` times in turn with the others.
+    """Warms each call up, runs it once for its memory, then `rounds` times in turn with the others.
 
-    What is compiled at its first call has that before.
+    The first call of all compiles and imports what it needs, whose memory is not the loss's.
     """
     memory: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name, prepare in calls.items():
         conditions.say(f"warming up {name}")
         try:
-            if conditions.device == "cuda" or name.endswith(COMPILED):
-                prepare()()
+            prepare()()
             memory[name] = _peak_extra_bytes(prepare(), conditions.device)
         except torch.OutOfMemoryError:
             conditions.say(f"{name} does not fit into memory")

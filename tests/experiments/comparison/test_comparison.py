@@ -16,7 +16,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.comparison.contest import Outcome, judged
 from rdrop.experiments.comparison.finished_runs import split_usable
-from rdrop.experiments.comparison.learning import divergence_of, has_learned
+from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.sentences import verdict
 from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
@@ -664,7 +664,7 @@ def test_a_run_diverged_if_it_ended_far_above_a_constant_or_its_first_score(tmp_
     folder = write_run(tmp_path, 0.7, constant=constant, valid={"accuracy": 0.7, "loss": scored})
     rows = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((100, 0.7), (200, 9000.0), (300, last))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert divergence_of(only(tmp_path).arms[0].runs[0]) == seen
+    assert how_diverged(only(tmp_path).arms[0].runs[0]) == seen
 
 
 def test_runs_that_diverged_are_named_and_stay_in_the_statistics(tmp_path):
@@ -826,4 +826,4 @@ def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tm
     for seed in (3, 4, 5):
         write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": f"seed {seed}"})
     (comparison,) = comparisons(find_runs(tmp_path))
-    assert terminal_notes(comparison)[-1] == "started from: and 3 more, each of other runs"
+    assert terminal_notes(comparison)[-1] == "started from: 3 more such notes, on other runs"

@@ -171,6 +171,27 @@ def test_the_time_of_a_design_is_that_of_the_whole_training(tmp_path: Path) -> N
     assert "time: of the whole training" in text
 
 
+def test_a_design_s_rows_have_the_differences_of_its_verdict(tmp_path: Path) -> None:
+    comparison = designed(tmp_path, "alpha=0 model.dropout=0.3", "alpha=4", "alpha=0 updates=2x")
+    *others, last = comparison.sections[0].rows
+    contests = {contest.reference.label: contest for contest in comparison.contests}
+    assert {row.arm.label: (row.difference, row.p_value) for row in others} == {
+        label: (contest.difference, contest.p_value) for label, contest in contests.items()
+    }
+    assert (last.arm.label, last.difference) == (SUBJECT, None)
+    console = Console(width=200, file=io.StringIO())
+    console.print(terminal_table(comparison))
+    assert "diff.: last arm minus this one" in console.file.getvalue()
+
+
+def test_the_remarks_on_each_contest_can_be_left_out_where_there_are_many(tmp_path: Path) -> None:
+    comparison = designed(tmp_path, "alpha=0 model.dropout=0.3", "alpha=4", "alpha=0 updates=2x")
+    brief = comparison.remarks(contests=2)
+    assert brief[0].startswith("p is corrected for 4 comparisons")
+    assert [remark for remark in brief if "test set" in remark or "With this spread" in remark] == []
+    assert comparison.remarks(contests=4) == comparison.remarks()
+
+
 def test_without_the_design_the_same_runs_are_the_comparisons_that_they_were(tmp_path: Path) -> None:
     designed(tmp_path, "alpha=0 model.dropout=0.3", "alpha=0 updates=2x")
     (tmp_path / FILE).unlink()

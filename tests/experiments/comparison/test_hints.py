@@ -46,10 +46,10 @@ def arm(alpha: float, *runs: FinishedRun) -> Arm:
     return Arm(method.label(), method, 32, runs)
 
 
-def test_a_valid_loss_that_never_turned_up_says_that_there_is_nothing_to_regularize() -> None:
+def test_a_valid_loss_that_never_turned_up_says_that_there_is_little_to_regularize() -> None:
     assert nothing_to_regularize(arm(0.0, run(0.0, valid_loss=FALLS), run(0.0, 1, valid_loss=FALLS))) == (
-        "The valid loss of the baseline never turned up: there is nothing to regularize yet. Train longer, or expect "
-        "R-Drop to cost (docs/when-it-helps.md)."
+        "The valid loss of the baseline never turned up: it has not overfitted, so there is little to regularize yet. "
+        "Train longer before you judge (docs/when-it-helps.md)."
     )
 
 
@@ -156,10 +156,12 @@ def test_few_examples_are_said_once_and_folds_with_what_they_mean() -> None:
 
 def test_a_comparison_that_can_be_judged_has_no_hint_and_plain_training_alone_has_none() -> None:
     baseline, rdrop = arm(0.0, run(0.0)), arm(1.0, run(1.0, score=0.9))
-    assert hints(baseline, [baseline, rdrop], "accuracy") == []
+    assert hints(baseline, [baseline, rdrop], "accuracy", pays=False) == []
     learning = arm(0.0, run(0.0, valid_loss=FALLS, accuracy=RISES))
-    assert hints(learning, [learning], "accuracy") == []
-    found = hints(learning, [learning, arm(1.0, run(1.0, divergence=[0.0]))], "accuracy")
+    assert hints(learning, [learning], "accuracy", pays=False) == []
+    flat = arm(1.0, run(1.0, divergence=[0.0]))
+    assert not any("overfitted" in said for said in hints(learning, [learning, flat], "accuracy", pays=True))
+    found = hints(learning, [learning, flat], "accuracy", pays=False)
     assert [sentence.split(" of ")[0] for sentence in found] == [
         "The divergence",
         "The valid accuracy",

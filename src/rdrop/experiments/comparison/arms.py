@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
-from rdrop.experiments.comparison.learning import divergence_of, has_learned
+from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.method import Method, times
 
@@ -64,7 +64,7 @@ class Arm:
     @property
     def diverged(self) -> dict[int, str]:
         """The seeds whose run has diverged, and how far its valid loss came."""
-        return {run.seed: seen for run in self.runs if (seen := divergence_of(run)) is not None}
+        return {run.seed: seen for run in self.runs if (seen := how_diverged(run)) is not None}
 
     @property
     def has_failed_runs(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison import hints, sentences
 from rdrop.experiments.comparison.arms import Arm, Gap, unlabeled_words
-from rdrop.experiments.comparison.contest import Contest, judged
+from rdrop.experiments.comparison.contest import Contest, Outcome, judged
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
@@ -101,29 +101,36 @@ class Comparison:
 
     def _scores(self, arm: Arm, metric: str, split: str, p_values: Mapping[_TestRow, float | None]) -> ArmScores:
         scores = tuple(arm.scores(metric, split).values())
-        if self.baseline is None or arm is self.baseline:
+        if self.baseline is None or arm is self._center:
             return ArmScores(arm, scores, None, None, None)
-        difference = self.difference(arm, self.baseline, metric, split)
+        own, reference = (arm, self.baseline) if self.subject is None else (self.subject, arm)
+        difference = self.difference(own, reference, metric, split)
         p_value = p_values.get((metric, arm.label)) if split == "test" else None
-        plain = tuple(self.baseline.scores(metric, split).values())
-        improvement = (
-            probability_of_improvement(scores, plain, difference.higher_is_better) if scores and plain else None
-        )
+        ours, theirs = (tuple(side.scores(metric, split).values()) for side in (own, reference))
+        improvement = probability_of_improvement(ours, theirs, difference.higher_is_better) if ours and theirs else None
         return ArmScores(arm, scores, difference, p_value, improvement)
 
+    @property
+    def _center(self) -> Arm | None:
+        """The arm that the others are set beside, row by row: the subject, or the baseline."""
+        return self.subject or self.baseline
+
     def _p_values(self) -> dict[_TestRow, float | None]:
-        baseline = self.baseline
-        if baseline is None:
+        center = self._center
+        if self.baseline is None or center is None:
             return {}
-        of_verdict = {(self.metric, own.arm.label): own.p_value for own in self.contests if own.reference is baseline}
-        others = [
-            (arm, baseline, metric)
-            for metric in self._test_metrics()
-            for arm in self.challengers
-            if (metric, arm.label) not in of_verdict
+        judged = [(contest.arm, contest.reference, contest) for contest in self.contests]
+        sides = [
+            (theirs if ours is center else ours, contest)
+            for ours, theirs, contest in judged
+            if center in (ours, theirs)
         ]
-        of_others = zip(others, self._judged(others), strict=True)
-        return of_verdict | {(metric, arm.label): contest.p_value for (arm, _, metric), contest in of_others}
+        of_verdict = {(self.metric, arm.label): contest.p_value for arm, contest in sides}
+        rows = [(metric, arm) for metric in self._test_metrics() for arm in self.arms if arm is not center]
+        others = [(metric, arm) for metric, arm in rows if (metric, arm.label) not in of_verdict]
+        pairs = [(*((arm, center) if self.subject is None else (center, arm)), metric) for metric, arm in others]
+        of_others = zip(others, self._judged(pairs), strict=True)
+        return of_verdict | {(metric, arm.label): contest.p_value for (metric, arm), contest in of_others}
 
     def difference(self, arm: Arm, reference: Arm, metric: str | None = None, split: str = "test") -> PairedDifference:
         """`arm` minus `reference`, paired over the seeds for which both have a finite score."""
@@ -194,17 +201,21 @@ class Comparison:
         if not self.challengers:
             return "Nothing to compare: only the baseline has finished runs."
         style = self.sections[0].style
-        failed = [said(arm) for arm in self.arms for said in (sentences.without_learning, sentences.divergence)]
+        failed = [said(arm) for arm in self.arms for said in (sentences.without_learning, sentences.diverged_runs)]
         of_contests = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
         return "\n".join([*of_contests, *filter(None, failed)])
 
-    def remarks(self) -> list[str]:
-        """Says what a reader of the verdict should know beside it, a sentence or two an entry."""
+    def remarks(self, contests: int | None = None) -> list[str]:
+        """Says what a reader of the verdict should know beside it, a sentence or two an entry.
+
+        With `contests`: where there are more than that, what would be said of each is left out.
+        """
         section = self.sections[0]
+        each = self.contests if contests is None or len(self.contests) <= contests else ()
         found = sentences.corrections(self.contests)
-        found += filter(None, (sentences.seeds_needed(contest, section.style) for contest in self.contests))
-        found += filter(None, [sentences.robust_averages(section)])
-        for contest in self.contests:
+        found += filter(None, (sentences.seeds_needed(contest, section.style) for contest in each))
+        found += filter(None, [sentences.robust_averages(section, self.subject)])
+        for contest in each:
             on_examples = example_difference(self.kept, contest.arm.runs, contest.reference.runs)
             if on_examples is not None:
                 found.append(sentences.on_these_examples(contest, on_examples, self.metric, section.style))
@@ -212,7 +223,8 @@ class Comparison:
 
     def hints(self) -> list[str]:
         """Says what the curves and the data tell about whether this comparison can be judged, and what to change."""
-        return hints.hints(self.baseline, self.arms, self.metric)
+        pays = any(own.outcome is Outcome.BETTER and own.reference is self.baseline for own in self.contests)
+        return hints.hints(self.baseline, self.arms, self.metric, pays=pays)
 
     def gaps(self) -> tuple[Gap, ...]:
         """The seeds left out of a comparison, by the arm that lacks them and why."""
@@ -291,7 +303,7 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
 
 
 class _Key(NamedTuple):
-    """Returns what the runs of one arm share."""
+    """The settings that the runs of one arm share."""
 
     method: Method
     batch: int

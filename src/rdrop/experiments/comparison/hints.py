@@ -31,14 +31,17 @@ NO_DIVERGENCE = 1e-4
 _LENGTHS = ("updates", "epochs")
 
 
-def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str) -> list[str]:
-    """Returns the hints that apply to a comparison of these arms by `metric`, in the order of their weight."""
+def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str, *, pays: bool) -> list[str]:
+    """Returns the hints that apply to a comparison of these arms by `metric`, in the order of their weight.
+
+    `pays`: whether an R-Drop arm is shown to be better than the baseline.
+    """
     rdrop = [arm for arm in arms if not arm.method.is_plain]
     if not rdrop:
         return []
     found = [no_divergence(arm) for arm in rdrop]
     if baseline is not None:
-        found += [still_learning(baseline, metric), nothing_to_regularize(baseline)]
+        found += [still_learning(baseline, metric), None if pays else nothing_to_regularize(baseline)]
         found += [alpha_too_large(arm, baseline, metric) for arm in rdrop]
         found.append(best_early(baseline, arms))
     return [*filter(None, found), *of_the_data(arms)]
@@ -50,8 +53,8 @@ def nothing_to_regularize(baseline: Arm) -> str | None:
     if not curves or any(len(curve) < LEAST_SCORES or _turned_up(curve) for curve in curves):
         return None
     return (
-        f"The valid loss of {baseline.phrase} never turned up: there is nothing to regularize yet. Train longer, or "
-        f"expect R-Drop to cost ({PAGE})."
+        f"The valid loss of {baseline.phrase} never turned up: it has not overfitted, so there is little to regularize "
+        f"yet. Train longer before you judge ({PAGE})."
     )
 
 

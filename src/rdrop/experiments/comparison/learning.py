@@ -12,7 +12,7 @@ SOURCE_USE = "source_use"
 LEAST_SOURCE_USE = 0.05
 """Nats by which a token's loss rises at least with the source of another sentence, if the model reads its source."""
 
-FAR_ABOVE = 10
+TIMES_THE_CONSTANT = 10
 """A run has diverged whose valid loss is so many times that of the best constant prediction.
 
 Overfitting alone hardly does that: of two classes, half of the answers would have to be wrong by a margin of 14 nats.
@@ -46,12 +46,12 @@ def source_use(run: FinishedRun) -> float | None:
     return next((float(value) for value in found if is_finite_number(value)), None)
 
 
-def divergence_of(run: FinishedRun) -> str | None:
+def how_diverged(run: FinishedRun) -> str | None:
     """Returns how far the valid loss of a run ended above what no training needs; None where it did not."""
-    return divergence_seen([*run.metrics, {"kind": "valid", **run.result["valid"]}], run.result.get("constant"))
+    return how_rows_diverged([*run.metrics, {"kind": "valid", **run.result["valid"]}], run.result.get("constant"))
 
 
-def divergence_seen(rows: Iterable[Mapping[str, Any]], constant: Any) -> str | None:
+def how_rows_diverged(rows: Iterable[Mapping[str, Any]], constant: Any) -> str | None:
     """Says by the last two of the `valid` rows of metrics.jsonl whether training has diverged, though all was finite.
 
     The last row is that of the scored weights, the one before it of the last update. Their loss is held against that of
@@ -63,6 +63,6 @@ def divergence_seen(rows: Iterable[Mapping[str, Any]], constant: Any) -> str | N
     if not is_finite_number(reference):
         reference, name = next(filter(is_finite_number, losses), None), "its first"
     worst = max(filter(is_finite_number, losses[-2:]), default=None)
-    if reference is None or worst is None or not worst > FAR_ABOVE * reference > 0:
+    if reference is None or worst is None or not worst > TIMES_THE_CONSTANT * reference > 0:
         return None
     return f"the valid loss ended at {worst:,.4g}, and {name} is {reference:,.3g}"

@@ -14,7 +14,10 @@ SEEDS_WITH_QUARTERS = 8
 
 
 class ArmScores(NamedTuple):
-    """An arm in one metric of one split, and its difference from the baseline (None: there is nothing to pair)."""
+    """An arm in one metric of one split, and its difference from the baseline (None: there is nothing to pair).
+
+    In a comparison with a subject: the difference of the subject from this arm.
+    """
 
     arm: Arm
     scores: tuple[float, ...]
@@ -22,7 +25,7 @@ class ArmScores(NamedTuple):
     p_value: float | None
     """Of the difference, after all corrections; None also where nothing is tested."""
     improvement: float | None
-    """The probability of improvement over the baseline."""
+    """The probability of improvement that goes with the difference."""
 
     @property
     def mean(self) -> float | None:

@@ -92,7 +92,7 @@ def without_learning(arm: Arm) -> str | None:
     return f"{runs} did not learn ({noun} {listed(seeds)}): {what}."
 
 
-def divergence(arm: Arm) -> str | None:
+def diverged_runs(arm: Arm) -> str | None:
     """Says which runs of an arm have diverged, and what to change; None where none has."""
     found = arm.diverged
     if not found:
@@ -117,13 +117,16 @@ def on_these_examples(contest: Contest, found: ExampleDifference, metric: str, s
             f"{style.interval(found.interval)}). That is about these two models, not about the method."
         )
     return (
-        f"On this test set the models of {names} differ on {differ} of {len(found.seeds)} seeds; their mean difference "
-        f"is {style.interval(found.interval)}{style.points}, by the luck of the examples alone ({evidence})."
+        f"On this test set the models of {names} differ on {differ} of {len(found.seeds)} seeds, each looked at alone. "
+        f"For 95 % of redrawn test sets, the mean over the seeds is {style.interval(found.interval)}{style.points} "
+        f"({evidence})."
     )
 
 
-def robust_averages(section: Section) -> str | None:
+def robust_averages(section: Section, subject: Arm | None) -> str | None:
     """Says the interquartile means, and how likely a run of each arm is better than one of the baseline.
+
+    With a subject: how likely a run of it is better than one of each other arm.
 
     None where no arm has as many seeds as that takes.
     """
@@ -136,7 +139,9 @@ def robust_averages(section: Section) -> str | None:
     improvements = [f"{row.arm.label} {row.improvement:.2f}" for row in rows if row.improvement is not None]
     if not improvements:
         return sentence
-    return f"{sentence} Probability of improvement over the baseline: {'; '.join(improvements)}."
+    what = "Probability of improvement" + ("" if subject is None else f" of {subject.label}")
+    over = "over the baseline: " if subject is None else "over "
+    return f"{sentence} {what} {over}{'; '.join(improvements)}."
 
 
 def _wins(difference: PairedDifference) -> str:

@@ -21,6 +21,8 @@ SHOWN_TEXTS = 3
 def terminal_table(comparison: Comparison) -> Table:
     """Per metric and arm: mean ± sd over the seeds, difference from the baseline with its 95 % interval, wins, ties
     and losses over the paired seeds, and the cost of a step in time and memory against the baseline.
+
+    With a subject, the differences are the subject's from each other arm, as in the verdict.
     """
     table = Table(
         title=Text(f"{comparison.name}: {counted(len(comparison.seeds), 'seed')}", style="bold"),
@@ -55,7 +57,7 @@ def terminal_notes(comparison: Comparison) -> list[str]:
         shown = [f"{name}: {text}{_whose(seeds, comparison)}" for text, seeds in texts.items()]
         lines += shown[:SHOWN_TEXTS]
         if len(shown) > SHOWN_TEXTS:
-            lines.append(f"{name}: and {len(shown) - SHOWN_TEXTS} more, each of other runs")
+            lines.append(f"{name}: {len(shown) - SHOWN_TEXTS} more such notes, on other runs")
     return lines
 
 
@@ -104,6 +106,7 @@ def _cost_ratios(comparison: Comparison, arm: Arm) -> list[str]:
 def _caption(comparison: Comparison) -> str:
     lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
     if comparison.subject is not None:
+        lines[-1] = "diff.: last arm minus this one, paired by seed; W/T/L: seeds better, equal, worse"
         lines.append("time: of the whole training")
     if comparison.side_by_side() > 1:
         lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")

@@ -561,7 +561,7 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
     for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
         console.print(terminal_table(comparison))
         console.print(Text(comparison.verdict(), "bold"))
-        for remark in comparison.remarks():
+        for remark in comparison.remarks(contests=2):  # of more, a screen would not do; the page has all
             console.print(Text(remark))
         for hint in comparison.hints():
             console.print(Text(f"Hint: {hint}", "yellow"))

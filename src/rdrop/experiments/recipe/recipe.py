@@ -350,7 +350,7 @@ class Recipe(Section):
         """Returns this recipe with other values, e.g. `replace(alpha=0.0, **{"data.train_labels": 100})`.
 
         `method` takes a whole `Method`. `alpha="auto"` stands for an alpha of 4 that rises with the square of progress:
-        a schedule, not an adaptation, and experimental.
+        a schedule, not an adaptation.
         """
         fields = self.model_dump(mode="json")
         if changes.get("alpha") == "auto":

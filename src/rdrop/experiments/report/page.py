@@ -205,7 +205,7 @@ def glossary() -> Markup:
         "Interquartile mean": "The mean without the lowest and the highest quarter of the seeds, from eight seeds on.",
         "Probability of improvement": (
             "How likely a run of the arm is better than a run of the baseline, each with any seed; 0.5 where neither "
-            "is."
+            "is. Where the table says last arm minus this one, it is the last arm's over this one."
         ),
         "By examples": (
             "A paired bootstrap: test examples drawn anew, with replacement, the same for both arms. It says whether "

@@ -13,7 +13,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.examples import ChangedExample, changed_examples, example_difference
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
-from rdrop.experiments.comparison.learning import divergence_of, has_learned
+from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import difference_shown
 from rdrop.experiments.comparison.wording import (
@@ -37,17 +37,21 @@ _MIB = 2**20
 
 
 def scores(comparison: Comparison) -> Markup:
-    """Shows mean ± sd of every arm, and its paired difference from the baseline with what is to be known of it."""
+    """Shows mean ± sd of every arm, and its paired difference from the baseline with what is to be known of it.
+
+    With a subject: the difference of the subject from each other arm.
+    """
     has_quarters = any(row.interquartile_mean is not None for section in comparison.sections for row in section.rows)
     headings = (
         *("", "mean ± sd"),
         *(["interquartile mean"] if has_quarters else []),
         *("difference", "95 % interval", "p", "wins / ties / losses", "probability of improvement"),
     )
+    around = comparison.subject is not None
+    what, whose = ("last arm minus this one", "the last") if around else ("arm minus baseline", "the")
     caption = (
-        f"Scores over {counted(len(comparison.seeds), 'seed')}: mean ± standard deviation. "
-        "Difference: arm minus baseline, paired by seed. p: sign-flip test, corrected. "
-        "Wins: seeds on which the arm is better."
+        f"Scores over {counted(len(comparison.seeds), 'seed')}: mean ± standard deviation. Difference: {what}, paired "
+        f"by seed. p: sign-flip test, corrected. Wins: seeds on which {whose} arm is better."
     )
     if any(arm.has_failed_runs for arm in comparison.arms):
         caption += " \N{DAGGER}: with runs that did not learn, or diverged."
@@ -268,7 +272,7 @@ def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Pat
 
 
 def _marked_seed(run: FinishedRun) -> str:
-    if divergence_of(run) is not None:
+    if how_diverged(run) is not None:
         return f"{run.seed} (diverged)"
     return f"{run.seed} (did not learn)" if has_learned(run) is False else str(run.seed)
 

@@ -9,7 +9,7 @@ from rdrop.experiments.recipe import Recipe
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """The learning rate of the update after `step` updates: linearly to the peak, then the schedule."""
+    """Returns the learning rate of the update after `step` updates: linearly to the peak, then the schedule."""
     if step < recipe.warmup_updates:
         return recipe.learning_rate * (step + 1) / recipe.warmup_updates
     if recipe.schedule == "inverse-sqrt":
@@ -20,7 +20,7 @@ def learning_rate_at(step: int, recipe: Recipe) -> float:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's; weight decay on matrices and embeddings, not on biases and norms."""
+    """Builds the recipe's optimizer; weight decay acts on matrices and embeddings, not on biases and norms."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},

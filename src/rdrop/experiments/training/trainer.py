@@ -35,7 +35,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.learning import divergence_seen
+from rdrop.experiments.comparison.learning import how_rows_diverged
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
@@ -533,7 +533,7 @@ class _Training:
 
     def note_on_divergence(self, valid: dict[str, float], constant: dict[str, float]) -> dict[str, str]:
         """Returns a word for the reader where all was finite, and yet training has diverged."""
-        seen = divergence_seen([*self.valid_rows(), {"kind": "valid", **valid}], constant)
+        seen = how_rows_diverged([*self.valid_rows(), {"kind": "valid", **valid}], constant)
         if seen is None:
             return {}
         recipe = self.recipe
@@ -541,7 +541,7 @@ class _Training:
         return {"diverged": f"{seen}; lower {rate} or raise {warmup}"}
 
     def save(self) -> None:
-        """A checkpoint of this step, unless it is there already."""
+        """Saves a checkpoint of this step, unless it is there already."""
         if self.state.step == self.saved_step:
             return
         self.require_finite_weights()

@@ -64,7 +64,7 @@ class Fused:
         return self._seen or _why_forward_stays(self.layer, "the output layer")
 
     def reason_seen(self, logits: Tensor, forward: Callable[[], Tensor]) -> str | None:
-        """Returns whether these `logits` of the model are the output layer's, plus a bias at most.
+        """Returns why these `logits` of the model are not the output layer's plus a bias at most; None if they are.
 
         `forward` runs the model again, on the same batch without labels.
         """
@@ -167,7 +167,10 @@ class EncoderOnce:
         return self._seen or _why_forward_stays(self.encoder, "the encoder")
 
     def reason_seen(self, forward: Callable[[], Any]) -> str | None:
-        """Returns whether something in the encoder is random that is no dropout module; runs `forward` once."""
+        """Returns why the encoder's passes differ, by something that is no dropout module; None if they do not.
+
+        The first call runs `forward`.
+        """
         if not self._is_seen:
             encoded: list[Any] = []
             handle = self.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output))

@@ -82,7 +82,7 @@ class RDropMixin(FiniteUpdates):
     Args:
         alpha: the paper's weight of the divergence; 0 is plain training, by the stock Trainer's own loss wherever that
             is the mean over the whole update. "auto" stands for 4 with the schedule "quadratic": a schedule, not an
-            adaptation, and experimental.
+            adaptation.
         alpha_schedule: the course of alpha (`alpha_at`): "constant"; or rising from 0 to alpha at the last update,
             "linear" or "quadratic". The last update is the one planned, also where training stops earlier.
         passes: m >= 2, dropout masks per example.
