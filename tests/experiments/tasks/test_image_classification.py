@@ -478,12 +478,19 @@ def test_a_file_name_of_other_bytes_than_utf_8_is_kept_with_its_prediction(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("cat", "c\u200bat"), ("a b", "a  b")]
+    ("first", "second"),
+    [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), ("cat", "c\u200bat"), ("a b", "a  b"), ("c", "c\u3164")],
 )
 def test_two_folders_whose_names_look_the_same_are_refused(first: str, second: str, tmp_path: Path) -> None:
     message = refusal(read_class_folders, write_classes(tmp_path, {first: 2, second: 2}))
     assert "are one class in two spellings" in message
     assert all(ascii(name) in message for name in (first, second))
+
+
+@pytest.mark.parametrize("name", ["nan", "#NV", "[null]"])
+def test_a_folder_that_is_called_as_a_missing_value_is_refused(name: str, tmp_path: Path) -> None:
+    message = refusal(read_class_folders, write_classes(tmp_path, {"a": 2, name: 2}))
+    assert f"the class {name!a} is called as programs write a missing value" in message
 
 
 def test_classes_that_differ_by_case_alone_are_noted(tmp_path: Path) -> None:

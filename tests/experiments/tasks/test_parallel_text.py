@@ -204,7 +204,8 @@ def test_two_parallel_files_are_given_by_the_name_before_the_language(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("source\ttarget\na\tb\na\t \n", r"own\.tsv:3: target is empty"),
+        ("source\ttarget\na\tb\na\t \n", r"own\.tsv:3: target is missing \(' '\)"),
+        ("source\ttarget\na\tb\na\t#N/A\n", r"own\.tsv:3: target is missing \('#N/A'\)"),
         ("source\ttarget\na\n", r"own\.tsv:2: the row has 1 fields and the header 2"),
         ("source\ttarge\na\tb\n", r"own\.tsv:1: has no column 'target' \(the nearest is 'targe'\)"),
     ],

@@ -41,13 +41,38 @@ def test_what_shows_something_is_not_blank(text: str) -> None:
         "-nan(ind)",
         "#VALUE!",
         "#DIV/0!",
+        "1.#IND",
+        "-1.#QNAN",
+        "nan\u200b",
+        "\uff2e\uff21",
+        "NONE",
+        "nil",
+        "[null]",
+        "<null>",
+        '"nan"',
+        "''",
+        "[]",
+        "NA_character_",
+        "n.a.",
+        "#NV",
+        "#N/D",
+        "#\u041d/\u0414",
+        "#WERT!",
+        "#SPILL!",
+        "#¿NOMBRE?",
+        "#¡DIV/0!",
+        "#DĚLENÍ_NULOU!",
+        "#YOK",
+        "Err:502",
     ],
 )
 def test_what_programs_write_for_nothing_is_a_missing_label(label: str) -> None:
     assert is_missing(label)
 
 
-@pytest.mark.parametrize("label", ["none", "Na", "no", "0", "unknown", "nano", "nullable", "-", "?"])
+@pytest.mark.parametrize(
+    "label", ["none", "Na", "no", "0", "unknown", "nano", "nullable", "-", "--", "?", ".", "#MeToo", "1.5"]
+)
 def test_an_answer_is_no_missing_label(label: str) -> None:
     assert not is_missing(label)
 
@@ -71,6 +96,14 @@ def test_an_answer_is_no_missing_label(label: str) -> None:
         ("good", "\ufeffgood"),
         ("❤", "❤\ufe0f"),
         ("ﬁne", "fine"),
+        *(("pos", f"po{unseen}s") for unseen in "\u180b\u17b4\U000e0100\u034f\u2065"),
+        *(("po s", f"po{blank}s ") for blank in "\u3164\u2800\u115f\uffa0"),
+        ("pos", "pos\u3164"),
+        ("C", "\u0421"),
+        ("1", "1,0"),
+        ("1.5", "1,5"),
+        ("1000", "1,000"),
+        ("1000.5", "1 000,5"),
     ],
 )
 def test_two_spellings_are_one_label(first: str, second: str) -> None:
@@ -87,7 +120,10 @@ def test_two_spellings_are_one_label(first: str, second: str) -> None:
         ("e", "é"),
         ("1_0", "10"),
         ("a b", "ab"),
-        ("1.5", "1,5"),
+        ("1" * 30 + "2", "1" * 30 + "3"),
+        ("5e1234567", "50e1234566"),
+        ("5e1234567", "5e1234568"),
+        ("1,2", "1,2,3"),
     ],
 )
 def test_two_labels_are_two(first: str, second: str) -> None:
@@ -98,6 +134,7 @@ def test_classes_that_differ_in_case_alone_are_noted() -> None:
     assert note_on_case(["Good", "bad", "good"]) == {
         "names of classes": "'Good' and 'good' are different classes by case alone"
     }
+    assert note_on_case(["\u0412", "\u0432"]) != {}
     assert note_on_case(["Good", "bad"]) == {}
 
 

@@ -108,6 +108,7 @@ def test_a_file_cut_short_is_refused_with_both_counts(aeslc: SummarizationRecipe
     [
         ('{"document": "a b", "subject": " "}', "no text in the column 'subject'"),
         ('{"document": "a b", "subject": "nan"}', "subject is missing"),
+        ('{"document": "#N/A", "subject": "a"}', "document is missing"),
         ('{"document": "", "subject": "a"}', "no text in the column 'document'"),
         ('{"document": "a b", "subjct": "a"}', "has no column 'subject' \\(the nearest is 'subjct'\\)"),
         ('{"document": "a b", "subject": 1.5', "not JSON"),

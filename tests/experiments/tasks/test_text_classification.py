@@ -256,6 +256,8 @@ def test_a_second_text_is_used_where_it_is(tmp_path: Path) -> None:
     assert found.test.second is not None
     assert found.test.second[0].startswith("u ")
     assert splits(OWN, train=pairs, text2_column=None).test.second is None
+    with pytest.raises(DataError, match=r"has no column 'Text2' \(the nearest is 'text2'\).*set data\.text2_column"):
+        splits(OWN, train=pairs, text2_column="Text2")
     with pytest.raises(DataError, match=r"b\.csv: one of .*a\.tsv and this file has a second text; give it to both"):
         splits(OWN, train=pairs, test=reviews(tmp_path / "b.csv"))
 
@@ -303,6 +305,11 @@ def test_a_missing_label_of_the_hub_is_named_but_a_declared_class_may_have_any_n
     declared = rows | {"label": [row % 2 for row in range(20)]}
     on_the_hub(monkeypatch, {"train": declared, "test": declared}, ["None", "some"])
     assert splits(OWN, **hub).classes == ("None", "some")
+    with pytest.raises(DataError, match=r"train: has no column 'text_b'.*set data\.text2_column"):
+        splits(OWN, **hub, text2_column="text_b")
+    on_the_hub(monkeypatch, {"train": declared, "test": declared}, ["nan", "some"])
+    with pytest.raises(DataError, match=r"train:1: the label is missing \('nan'\)"):
+        splits(OWN, **hub)
 
 
 @pytest.mark.parametrize(

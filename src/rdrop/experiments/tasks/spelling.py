@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from decimal import MAX_PREC, Context, Decimal
 from functools import lru_cache
 from itertools import chain, islice
 
@@ -14,21 +14,41 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"})
 """The Unicode categories of characters that show nothing, or nothing by themselves."""
-UNSEEN_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # Hangul fillers, the empty Braille cell
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0\U00013441\U00013442\U0001d159"
+"""Letters and symbols that show nothing, with a width: Hangul fillers, the empty Braille cell, empty hieroglyphs."""
+IGNORED = re.compile("[\u034f\u17b4\u17b5\u180b-\u180f\u2065\ufe00-\ufe0f\ufff0-\ufff8\U00016fe4\U000e0000-\U000e0fff]")
+"""What Unicode has renderers leave out, beside the categories Cc and Cf: selectors of variants, and their like."""
 
-# As pandas, R, spreadsheets, databases and C write a missing value.
-MISSING = frozenset(
+# As pandas, R, spreadsheets, databases and C write a missing value; spreadsheets do it in the language of their user.
+MISSING = re.compile(
+    r"[+-]?[qs]?nan(\(\w*\))? | [+-]?1\.\#(ind|[qs]?nan)0* | nat | n/a | n\.a\.? | null | nil | \\n"
+    r"| na_(character|integer|real|complex)_"
+    r"| \#(null|na|nv|yok|saknas|puuttuu|hiányzik|není_k_dispozici|getting_data) | \#\w/\w(\ .*)?"
+    r"| \#[¡¿]?[^\W\d_][\w/]*[!?] | err:\d{3}",
+    re.VERBOSE,
+)
+MISSING_AS_SPELLED = frozenset({"NA", "na", "None", "NONE"})  # sodium is Na, and "none" may be an answer
+MISSING_IN_BRACKETS = MISSING_AS_SPELLED | {"none", ""}
+LONGEST_MISSING = 100
+"""Characters of the longest that is asked for its spelling: a summary is not."""
+
+LATIN_FORMS = ("АВЕЅІЈКМНОРСТХУаеѕіјорсхуΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "ABESIJKMHOPCTXYaesijopcxyABEZHIKMNOPTYXo")  # noqa: RUF001
+ALIKE = str.maketrans(
     {
-        *("nan", "-nan", "-nan(ind)", "1.#qnan", "-1.#ind", "nat", "null", "(null)", "\\n", "n/a", "<na>"),
-        *("#n/a", "#na", "#n/a n/a", "#value!", "#div/0!", "#ref!", "#name?", "#num!", "#null!"),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        **dict.fromkeys("\u2018\u2019\u02bc\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u2033", '"'),
+        **dict(zip(*LATIN_FORMS, strict=True)),
+        **dict.fromkeys(BLANKS, " "),
     }
 )
-MISSING_AS_SPELLED = frozenset({"NA", "na", "None"})  # sodium is Na, and "none" may be an answer
-
-ALIKE = str.maketrans(
-    {**dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"), **dict.fromkeys("\u2018\u2019\u02bc", "'")}
-)
-"""What office programs write in the place of hyphens, minus signs and apostrophes."""
+"""What looks like another character: office programs' hyphens and quotes, Cyrillic and Greek letters, blanks."""
+EXACT = Context(prec=MAX_PREC)
+VALUE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+"""A `NUMBER` that a float may be; an id such as 5e1234567 is none."""
+GROUPED = re.compile(r"[+-]?\d{1,3}([ ',]\d{3})+([.,]\d+)?", re.ASCII)
+BETWEEN_GROUPS = re.compile(r"[ ',](?=\d{3}(\D|$))", re.ASCII)
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+", re.ASCII)
 
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -42,26 +62,37 @@ SAMPLE = 100_000
 
 def is_blank(text: str) -> bool:
     """Whether a reader sees nothing of it: it has only spaces, control and zero-width characters, or is empty."""
-    return all(unicodedata.category(letter) in UNSEEN or letter in UNSEEN_LETTERS for letter in text)
+    return all(unicodedata.category(letter) in UNSEEN or letter in BLANKS or IGNORED.match(letter) for letter in text)
 
 
 def is_missing(label: str) -> bool:
     """Whether the label is blank, or what programs write for a value that is not there: "nan", "NA", "null"."""
-    text = label.strip()
-    return is_blank(text) or text.casefold() in MISSING or text in MISSING_AS_SPELLED
+    if len(label) > LONGEST_MISSING or is_blank(label):
+        return is_blank(label)
+    text = _as_seen(label)
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1].strip()
+    inner = text[1:-1].strip() if text[:1] + text[-1:] in ("[]", "()", "<>", "{}") else None
+    if inner is not None and inner in MISSING_IN_BRACKETS:
+        return True
+    return not text or text in MISSING_AS_SPELLED or MISSING.fullmatch((inner or text).casefold()) is not None
 
 
 @lru_cache(maxsize=2**16)
 def label_key(label: str) -> str:
     """Returns what all spellings of one label share.
 
-    Blanks at the ends, composition of letters and invisible characters do not count, nor which of the dashes and
-    apostrophes that look alike it has, nor how a number is written: "1" and "1.0" are one label.
+    Blanks at the ends, composition of letters and invisible characters do not count, nor which of the characters that
+    look alike it has, nor how a number is written: "1", "1.0" and "1,0" are one label.
     """
-    composed = unicodedata.normalize("NFKC", label).translate(ALIKE)
-    seen = (letter for letter in composed if not _is_ignorable(letter))
-    text = " ".join("".join(seen).split())
-    return str(Decimal(text).normalize() + 0) if NUMBER.fullmatch(text) else text
+    text = _as_seen(label)
+    plain = BETWEEN_GROUPS.sub("", text) if GROUPED.fullmatch(text) else text
+    if DECIMAL_COMMA.fullmatch(plain):
+        plain = plain.replace(",", ".")
+    if not VALUE.fullmatch(plain):
+        return text
+    value = Decimal(plain).normalize(EXACT)
+    return str(value) if value else "0"
 
 
 def is_unspaced(lines: Sequence[str]) -> bool:
@@ -74,11 +105,19 @@ def note_on_case(names: Iterable[str]) -> dict[str, str]:
     """Returns a note on classes whose names differ in case alone, as "Cat" and "cat" do; else nothing."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(label_key(name).casefold(), []).append(name)
+        alike.setdefault(label_key(name.casefold()), []).append(name)
     pairs = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return {"names of classes": f"{', '.join(pairs)} are different classes by case alone"} if pairs else {}
 
 
-def _is_ignorable(letter: str) -> bool:
-    is_selector = "\ufe00" <= letter <= "\ufe0f" or letter == "\u034f"
-    return is_selector or (unicodedata.category(letter) in ("Cf", "Cc") and not letter.isspace())
+def _as_seen(label: str) -> str:
+    """Returns the label with one character for all that look alike, and without those that show nothing."""
+    if label.isascii() and label.isprintable():
+        return " ".join(label.split())
+    composed = unicodedata.normalize("NFKC", label).translate(ALIKE)
+    return " ".join("".join(letter for letter in composed if not _is_ignored(letter)).split())
+
+
+def _is_ignored(letter: str) -> bool:
+    is_control = unicodedata.category(letter) in ("Cf", "Cc") and not letter.isspace()
+    return is_control or IGNORED.match(letter) is not None

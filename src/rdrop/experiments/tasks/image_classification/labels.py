@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.tasks.files import DataError
-from rdrop.experiments.tasks.spelling import label_key
+from rdrop.experiments.tasks.spelling import MISSING_AS_SPELLED, is_missing, label_key
 
 
 def require_labels(labels: NDArray[Any], images: int, where: str, *, classes: int | None = None) -> None:
@@ -66,9 +66,14 @@ def require_names_that_can_be_shown(names: Sequence[str], where: str) -> None:
 
 
 def require_one_spelling(names: Sequence[str], where: str) -> None:
-    """Refuses two names of classes that look the same."""
+    """Refuses two names of classes that look the same, and one that stands for a missing value."""
     first: dict[str, str] = {}
     for name in names:
+        if is_missing(name) and name not in MISSING_AS_SPELLED:  # a class may be called "None"
+            raise DataError(
+                f"{where}: the class {name!a} is called as programs write a missing value; give its images a class, "
+                "leave them out, or rename it"
+            )
         other = first.setdefault(label_key(name), name)
         if other != name:
             raise DataError(

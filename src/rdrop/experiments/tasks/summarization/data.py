@@ -135,7 +135,6 @@ def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
     for column, text in texts:
         if not isinstance(text, str) or is_blank(text):
             raise DataError(f"{row.where}: there is no text in the column {column!r}; give it one, or delete the row")
-    for column, text in texts[1:]:
         if is_missing(text):
             raise DataError(f"{row.where}: {column} is missing ({text!r}); give it a text, or delete the row")
     document, *summaries = (text.strip() for _, text in texts)

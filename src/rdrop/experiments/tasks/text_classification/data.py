@@ -5,7 +5,7 @@ Of GLUE the test split is the official dev set, whose labels are published, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, require_columns
-from rdrop.experiments.tasks.spelling import NUMBER, is_blank, is_missing, label_key
+from rdrop.experiments.tasks.spelling import MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
 from rdrop.experiments.tasks.splits import (
     Rows,
     fold_rows,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rdrop.experiments.tasks.text_classification.recipes import TextClassificationData
 
 SHOWN_CLASSES = 10  # in an error
+SECOND_TEXT = "text2"
+"""The column of own files that may be absent; one by another name was asked for."""
 ALL = "all"
 """In the place of a file without labels: the training examples, also those with a label."""
 
@@ -213,7 +215,9 @@ def _columns(data: TextClassificationData) -> _Columns:
     assert data.label_column is not None
     text2 = () if data.text2_column is None else (data.text2_column,)
     keys = {data.text_column: "data.text_column", data.label_column: "data.label_column"}
-    return _Columns((data.text_column,), text2, (data.label_column,), True, False, keys)
+    keys |= dict.fromkeys(text2, "data.text2_column")
+    may_lack = data.text2_column in (None, SECOND_TEXT)
+    return _Columns((data.text_column,), text2, (data.label_column,), may_lack, False, keys)
 
 
 def _without_label(columns: _Columns) -> _Columns:
@@ -261,8 +265,8 @@ def _read_hub(hub: str, split: str, data: TextClassificationData) -> _Table:
     assert first is not None
     assert labels is not None
     table = _Table(name, _HubRows(name, len(first)), first, second, labels)
-    if not any(isinstance(found.features.get(column), ClassLabel) for column in columns.label):
-        _require_labels(table)  # where classes are declared, one may be called "None"
+    is_declared = any(isinstance(found.features.get(column), ClassLabel) for column in columns.label)
+    _require_labels(table, but=MISSING_AS_SPELLED if is_declared else ())
     return _checked(table, columns)
 
 
@@ -296,9 +300,10 @@ def _checked(table: _Table, columns: _Columns) -> _Table:
     return table
 
 
-def _require_labels(table: _Table) -> None:
+def _require_labels(table: _Table, but: Collection[str] = ()) -> None:
+    """Refuses labels that are missing; where classes are declared, one may be called "None"."""
     for where, label in zip(table.where, table.labels, strict=False):
-        if is_missing(label):
+        if is_missing(label) and label not in but:
             raise DataError(
                 f"{where}: the label is missing ({label!r}); give the example one, or delete it (if this is the name "
                 "of a class, write another, e.g. 'unknown')"

@@ -31,7 +31,7 @@ class TextClassificationData(DataFiles):
     )
     text_column: str | None = Field(description="Name of the column with the text.")
     text2_column: str | None = Field(
-        description="Name of the column with the second text, used where the training examples have it. null: not used."
+        description="Name of the column with the second text; `text2` is used where it is there. null: not used."
     )
     label_column: str | None = Field(description="Name of the column with the class, or with the number to predict.")
     hub_splits: list[str] | None = Field(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rdrop.experiments.randomness import derived_seed
 from rdrop.experiments.tasks.files import TABLES, DataError, ParallelText, find_file, load_hub, read_table
-from rdrop.experiments.tasks.spelling import is_blank
+from rdrop.experiments.tasks.spelling import is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.token_cache import file_digest
 from rdrop.experiments.tasks.translation.tiny import file_names, write_tiny_pairs
@@ -231,8 +231,11 @@ def _own_split(data: TranslationData, path: str) -> Pairs:
     rows = read_table(path, languages, keys={data.source: "data.source", data.target: "data.target"})
     for row in rows:
         for language in languages:
-            if is_blank(row.values[language]):
-                raise DataError(f"{row.where}: {language} is empty; give it text, or delete the line")
+            if is_missing(text := row.values[language]):
+                raise DataError(
+                    f"{row.where}: {language} is missing ({text[:60]!r}); give it text, or delete the line (if it is a "
+                    "word, end it with a full stop)"
+                )
     pairs = [(row.values[data.source], row.values[data.target]) for row in rows]
     return Pairs(path, pairs, lambda row, side: rows[row].where, lowercase=data.lowercase)
 
