@@ -806,6 +806,14 @@ def test_a_pretrained_model_gets_dropout_a_new_output_layer_and_its_own_normaliz
     torch.testing.assert_close(black.flatten(), torch.tensor([-0.1, -0.1, -0.075]))
 
 
+def test_an_output_layer_of_as_many_classes_is_replaced(pretrained: Path, tmp_path: Path) -> None:
+    before = ViTForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    before.save_pretrained(pretrained)
+    model: Any = fine_tuning(pretrained, tmp_path, **{"model.zero_head": False}).build_model()
+    assert not torch.equal(model.classifier.weight, before.classifier.weight)
+    assert torch.equal(model.vit.layernorm.weight, before.vit.layernorm.weight)
+
+
 def test_a_pretrained_model_interpolates_its_positions_for_another_image_size(pretrained: Path, tmp_path: Path) -> None:
     task = fine_tuning(pretrained, tmp_path, **{"data.image_size": 24})
     batch = task.train_batch([0, 1], epoch=0)

@@ -126,6 +126,7 @@ HIGH_BYTES = gray(0, 0x12, 0x80, 0xFF)
             png(16, 2, (1, 1), [struct.pack(">HHH", 0x1234, 0, 0xFFFF)]), [(0x12, 0, 0xFF)], id="16-bit colors"
         ),
         pytest.param(png(16, 4, (1, 1), [struct.pack(">HH", 0x1234, 0xFFFF)]), gray(0x12), id="16-bit gray and alpha"),
+        pytest.param(png(16, 4, (1, 1), [struct.pack(">HH", 0, 0xFFFF)]), gray(0), id="16-bit black and alpha"),
         pytest.param(encoded(Image.new("I;16", (2, 2)), "PNG"), gray(*[0] * 4), id="16 bits, all black"),
     ],
 )
@@ -138,6 +139,8 @@ def test_depths_are_scaled_so_that_white_is_255(content: bytes, seen: list[tuple
     [
         (encoded(Image.fromarray(WORDS // 16), "PNG"), r"has 16 bits (mode I;16) and no pixel above 4095 of 65535"),
         (png(16, 2, (2, 1), [struct.pack(">6H", *[4095] * 6)]), "(mode RGB;16) and no pixel above 4095 of 65535"),
+        (png(16, 4, (1, 1), [struct.pack(">2H", 4095, 65535)]), "(mode RGBA;16) and no pixel above 4095 of 65535"),
+        (png(16, 6, (1, 1), [struct.pack(">4H", 0, 9, 4095, 65535)]), "(mode RGBA;16) and no pixel above 4095 of"),
         (encoded(Image.fromarray(WORDS.astype(np.int32)), "TIFF"), "has 32-bit or signed integers (mode I)"),
         (tiff(32, 1, (1, 1), bytes(4)), "has 32-bit or signed integers (mode I)"),
         (tiff(16, 1, (1, 1), bytes(2), sample_format=2), "has 32-bit or signed integers (mode I)"),
@@ -307,6 +310,21 @@ def test_an_image_is_turned_as_its_camera_says(format: str, orientation: int) ->
         "bottom left",
     ]
     assert white == [seen[orientation - 1]]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_raw_pixels_of_a_file_are_turned_as_those_of_its_bytes(kind: Any, orientation: int, tmp_path: Path) -> None:
+    """Pillow maps the pixels of a path into memory."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = (np.arange(32) * 2 ** (8 * np.dtype(kind).itemsize - 5)).astype(kind).reshape(4, 8)
+    content = encoded(Image.fromarray(pixels), "TIFF", exif=exif)
+    (tmp_path / "x.tif").write_bytes(content)
+    seen = np.asarray(read_image_file(tmp_path / "x.tif"))
+    assert np.array_equal(seen, np.asarray(read_image_bytes(content, "x")))
+    turned = {5: (0, 31), 6: (24, 7), 7: (31, 0), 8: (7, 24)}[orientation]  # what is first and last, of 0 to 31
+    assert (seen[0, 0, 0] >> 3, seen[-1, -1, 0] >> 3) == turned
 
 
 def test_damaged_notes_of_a_camera_leave_the_pixels() -> None:

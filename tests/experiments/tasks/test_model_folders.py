@@ -140,6 +140,22 @@ def test_quantized_weights_are_refused(write: Write) -> None:
         load("language", write("language", quantization_config={"quant_method": "mxfp4"}))
 
 
+def test_an_adapter_beside_the_weights_is_refused(kind: str, write: Write) -> None:
+    folder = write(kind)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"model\.name=.*has an adapter .*; merge it .*, or give a folder without"):
+        load(kind, folder)
+    (folder / "adapter_config.json").unlink()  # the remedy
+    load(kind, folder)
+
+
+def test_a_pointer_in_the_place_of_weights_is_said_to_be_one(kind: str, write: Write) -> None:
+    folder = write(kind)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(RecipeError, match=r"; model\.safetensors is a pointer of Git LFS: call `git lfs pull` in that"):
+        load(kind, folder)
+
+
 @pytest.mark.parametrize("number", [1_001, 10**30, 10**400])
 def test_layers_without_end_are_refused_before_they_are_built(number: float, kind: str, write: Write) -> None:
     key = {"language": "n_layer", "summary": "decoder_layers"}.get(kind, "num_hidden_layers")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -17,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
 )
 
@@ -97,8 +99,14 @@ EACH = pytest.mark.parametrize("task", MODELS)
 
 @EACH
 def test_a_model_with_its_own_tokenizer_is_taken(task: str, tmp_path: Path) -> None:
+    """Also where its config.json asks for tuples, or for feed-forward layers in parts, into which few texts divide."""
     name = saved(tmp_path / "model", MODELS[task](), tokenizer())
-    load_task(recipe_of(task, tmp_path, name)).build_model()
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False, "chunk_size_feed_forward": 3}))
+    loaded = load_task(recipe_of(task, tmp_path, name))
+    model = loaded.build_model()
+    for index in (0, 1):
+        loaded.logits(model, loaded.train_batch([index], 0))
 
 
 @EACH
@@ -122,12 +130,16 @@ BROKEN: dict[str, tuple[tuple[str, object], ...]] = {
     "summarization": (
         *(("decoder_attention_heads", -1), ("encoder_attention_heads", -1), ("decoder_layers", -1), ("d_model", [8])),
         *(("decoder_start_token_id", value) for value in (-1, 10**30)),
-        *(("eos_token_id", value) for value in (None, -1, 0, 10**30, [8])),
+        *(("eos_token_id", value) for value in (None, -1, 0, 10**30, [2, 8])),
         *(("pad_token_id", value) for value in (None, -1)),
         ("is_encoder_decoder", None),
     ),
 }
 """Values of a config.json, some of which only a forward or a search stumbles on."""
+REFUSED = (
+    r"(cannot be loaded \(.*\); give|its file has no weights of the shape that config\.json says for 1 tensors"
+    r"|its config\.json has eos_token_id .* writes an empty summary as \[1, 2\]; put the number)"
+)
 
 
 @EACH
@@ -139,7 +151,7 @@ def test_a_configuration_with_which_nothing_can_be_computed_is_one_line_about_th
     good = json.loads(path.read_text())
     for key, value in BROKEN[task]:
         path.write_text(json.dumps(good | {key: value}))
-        with pytest.raises(RecipeError, match=r"^model\.name=.*: cannot be loaded \(.*\); give") as found:
+        with pytest.raises(RecipeError, match=rf"^model\.name=.*: {REFUSED}") as found:
             load_task(recipe).build_model()
         assert "\n" not in str(found.value), key
 
@@ -160,6 +172,50 @@ def test_ids_beyond_the_embedding_are_refused(task: str, tmp_path: Path) -> None
     loaded = load_task(recipe_of(task, tmp_path, name))
     with pytest.raises(RecipeError, match=r"^model\.name=.*: its tokenizer has ids up to 13.* embedding has 10 rows"):
         loaded.build_model()
+
+
+@EACH
+def test_a_token_that_was_added_without_a_row_is_refused(task: str, tmp_path: Path) -> None:
+    """It stands in no text: it fills a batch, or begins the text."""
+    model, own = MODELS[task](), tokenizer()
+    own.add_special_tokens({"bos_token" if task == "language-modeling" else "pad_token": "<new>"})
+    recipe = recipe_of(task, tmp_path, saved(tmp_path / "model", model, own))
+    with pytest.raises(RecipeError, match=r"^model\.name=.*ids up to 14, .* has 14 rows; .* resize_token_embeddings"):
+        load_task(recipe).build_model()
+    model.resize_token_embeddings(len(own))
+    saved(tmp_path / "model", model, own)
+    load_task(recipe).build_model()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_output_layer_is_new_whatever_was_saved(classes: int, tmp_path: Path) -> None:
+    before = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=14, max_position_embeddings=18, pad_token_id=0, num_labels=classes, **SIZES)
+    )
+    nn.init.ones_(before.classifier.out_proj.bias)
+    name = saved(tmp_path / "model", before, tokenizer())
+    task = load_task(recipe_of("text-classification", tmp_path, name))
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model: Any = task.build_model()
+        assert torch.equal(model.classifier.dense.weight, before.classifier.dense.weight)
+        assert not model.classifier.out_proj.bias.any()
+        drawn.append(model.classifier.out_proj.weight)
+    assert drawn[0].shape == (2, 16)
+    assert 0.01 < drawn[0].std() < 0.03
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[0], before.classifier.out_proj.weight[:2])
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", bert(), tokenizer())
+    bert(positions=32).config.save_pretrained(name)
+    with pytest.raises(
+        RecipeError, match=r"^model\.name=.*: its file has no weights of the shape .* for 1 tensors, e\.g\. bert\.emb"
+    ):
+        load_task(recipe_of("text-classification", tmp_path, name)).build_model()
 
 
 @EACH

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from rdrop.experiments.recipe.settings import RecipeError
 
@@ -18,6 +20,15 @@ LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 SPARE_ROWS, SPARE_SHARE = 128, 0.04
 """How many rows of an embedding may be without an entry of the tokenizer: some models have a round number of rows."""
+
+OUTPUT_STD = 0.02
+"""Of the weights of a new output layer, where the configuration has no `initializer_range`."""
+
+OWN_SETTINGS = {"return_dict": True, "chunk_size_feed_forward": 0}
+"""How a model gives its outputs and saves memory, whatever its config.json says; what it computes is the same."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""How the text begins that Git has in the place of a large file."""
 
 MOST_LAYERS = 1_000
 """Several times as many as any model has."""
@@ -57,18 +68,26 @@ def pretrained_config(name: str, model_class: Any, kind: str) -> Any:
         settings, _ = PreTrainedConfig.get_config_dict(name)
     _require_sane(settings, name)
     with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **OWN_SETTINGS)
     if type(config) not in model_class._model_mapping:
         raise RecipeError("model.name", f"is a {config.model_type}, and not a {kind}", value=name)
     return config
 
 
 def _require_files(name: str) -> None:
-    """Refuses a folder with a pipe, a socket or a device: reading it may never end."""
+    """Refuses a pipe, a socket or a device, which may never end, and an adapter: only that would be trained."""
     for entry in os.listdir(name) if os.path.isdir(name) else ():
         path = os.path.join(name, entry)
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise RecipeError("model.name", f"has {entry!r}, which is no file; delete it", value=name)
+    with loading(name):
+        adapter = find_adapter_config_file(name)
+    if adapter is not None:
+        rule = (
+            "has an adapter (adapter_config.json), and its own weights would not be trained; merge it into them with "
+            "peft (merge_and_unload, then save_pretrained), or give a folder without that file"
+        )
+        raise RecipeError("model.name", rule, value=name)
 
 
 def _require_sane(settings: Any, name: str) -> None:
@@ -112,12 +131,21 @@ def pretrained_tokenizer(name: str, config: Any) -> Any:
     return tokenizer
 
 
+def require_padding(tokenizer: Any, name: str) -> None:
+    """Raises `RecipeError` if the tokenizer has nothing to fill a batch with."""
+    if tokenizer.pad_token_id is None:
+        raise RecipeError("model.name", "its tokenizer must have a padding token", value=name)
+
+
 def require_rows(model: nn.Module, name: str, largest: int) -> None:
-    """Raises `RecipeError` if the embedding of a pre-trained model has no row for the `largest` id of the texts."""
+    """Raises `RecipeError` if the embedding of a pre-trained model has no row for the `largest` id that it reads."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = embedding.weight.shape[0]
     if largest >= rows:
-        rule = f"its tokenizer has ids up to {largest}, and its embedding has {rows} rows; put its own tokenizer there"
+        rule = (
+            f"its tokenizer has ids up to {largest}, and its embedding has {rows} rows; put its own tokenizer there, "
+            "or save the model after resize_token_embeddings"
+        )
         raise RecipeError("model.name", rule, value=name)
 
 
@@ -162,6 +190,46 @@ def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -
     return loaded
 
 
+def pretrained_classifier(name: str, model_class: Any, config: Any) -> nn.Module:
+    """Loads the pre-trained weights in fp32 under a new output layer, also where the saved one is of as many classes.
+
+    Raises `RecipeError` where the file lacks weights of the model, or has others.
+    """
+    model, report = pretrained_model(name, model_class, config, output_loading_info=True, ignore_mismatched_sizes=True)
+    output = _output_layer(model, model_class, config, name)
+    body = f"{model.base_model_prefix}."
+    drawn = {key for key, *_ in report["mismatched_keys"]} | report["missing_keys"]
+    lost = {key for key in report["missing_keys"] if key.startswith(body) and "pooler" not in key}
+    lost |= {key for key, *_ in report["mismatched_keys"]} - output
+    if lost:
+        rule = (
+            f"its file has no weights of the shape that config.json says for {len(lost)} tensors, e.g. {min(lost)}; "
+            "get both files again"
+        )
+        raise RecipeError("model.name", rule, value=name)
+    for key in sorted(output - drawn):
+        _draw(model.get_parameter(key), getattr(config, "initializer_range", None) or OUTPUT_STD)
+    classifier: nn.Module = model
+    return classifier
+
+
+def _output_layer(model: nn.Module, model_class: Any, config: Any, name: str) -> set[str]:
+    """Returns the parameters that have another shape where there is one class more."""
+    wider = copy.deepcopy(config)
+    wider.num_labels = config.num_labels + 1
+    with loading(name), torch.device("meta"):
+        shapes = {key: values.shape for key, values in model_class.from_config(wider).named_parameters()}
+    return {key for key, values in model.named_parameters() if shapes[key] != values.shape}
+
+
+def _draw(parameter: nn.Parameter, std: float) -> None:
+    """Draws weights, and sets biases to 0, as the models of transformers begin."""
+    if parameter.dim() > 1:
+        nn.init.normal_(parameter, std=std)
+    else:
+        nn.init.zeros_(parameter)
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Turns what transformers raises while it loads the model `name` into a `RecipeError` of model.name."""
@@ -174,5 +242,14 @@ def loading(name: str) -> Iterator[None]:
     ) as error:  # of the files, the hub, and a value in config.json that any line of the model stumbles on
         reason = " ".join(str(error).split())[:300]
         files = "config.json, safetensors, and its tokenizer or preprocessor_config.json"
-        rule = f"cannot be loaded ({reason}); give a hub id, or a folder with {files}"
-        raise RecipeError("model.name", rule, value=name) from error
+        remedy = _fetch_of_pointers(name) or f"give a hub id, or a folder with {files}"
+        raise RecipeError("model.name", f"cannot be loaded ({reason}); {remedy}", value=name) from error
+
+
+def _fetch_of_pointers(name: str) -> str | None:
+    """Returns how a folder gets the files that Git has only pointers of; None where it has none."""
+    for entry in os.listdir(name) if os.path.isdir(name) else ():
+        with suppress(OSError), open(os.path.join(name, entry), "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{entry} is a pointer of Git LFS: call `git lfs pull` in that folder"
+    return None

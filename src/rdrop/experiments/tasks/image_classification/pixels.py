@@ -26,6 +26,8 @@ MOST_PIXELS = 89_478_485  # Pillow's own limit: above it, it warns of a decompre
 LONGEST_EDGE = 65_535  # no JPEG has a longer one; and each row costs memory, however short it is
 
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+OF_COLORS = {"RGB": 3, "RGBX": 3, "RGBA": 3, "RGBa": 3, "LA": 1, "La": 1}
+"""How many of the channels of a mode are colors, of which light is high; the others are alpha."""
 DARKEST = 16
 """Of 256 levels: what a 16-bit image must reach. One that does not is taken for 12 bits, or fewer, left unscaled."""
 
@@ -64,7 +66,11 @@ class _ContentError(Exception):
 
 def _decoded(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        # Of a path, Pillow maps raw pixels into memory, and turns the size of a TIFF before the pixels.
+        with (
+            file.open("rb") if isinstance(file, Path) else file as stream,
+            Image.open(stream, formats=FORMATS) as image,
+        ):
             _require_size(image)
             tags = getattr(image, "tag_v2", {})
             if tags:
@@ -142,8 +148,10 @@ def _eight_bits(image: Image.Image, bits: int, tags: Mapping[int, Any]) -> Image
         kind = "32-bit or signed integers" if mode == "I" else "signed integers"
         raise _ContentError(f"has {kind} (mode {mode}), whose white is not known; save it with 8 or 16 bits, unsigned")
     else:
-        if mode == "RGB" and bits == 16:
-            _require_light(max(high for _, high in image.getextrema()), bits, "RGB;16")  # type: ignore[misc]
+        if bits == 16 and mode in OF_COLORS:
+            highest = max(high for _, high in image.getextrema()[: OF_COLORS[mode]])  # type: ignore[misc]
+            if highest or mode == "RGB":  # black on a transparent ground is a drawing
+                _require_light(highest, bits, f"{mode};16")
         return image
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # of fewer bits, Pillow sees to it
         gray = 255 - gray

@@ -42,7 +42,7 @@ from rdrop.experiments.tasks.image_classification.data import Split, Unlabeled, 
 from rdrop.experiments.tasks.image_classification.images import read_unlabeled
 from rdrop.experiments.tasks.image_classification.sources import Source
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
-from rdrop.experiments.tasks.pretrained import loading, pretrained_config, pretrained_model
+from rdrop.experiments.tasks.pretrained import loading, pretrained_classifier, pretrained_config
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import few_labels, note_on_few
 from rdrop.experiments.tasks.task import Batch
@@ -122,9 +122,7 @@ class ImageClassification:
         if name is None:
             model: nn.Module = ViTForImageClassification(self._config)  # type: ignore[arg-type]
         else:
-            # The output layer is of another set of classes.
-            options = {"ignore_mismatched_sizes": True}
-            model = pretrained_model(name, AutoModelForImageClassification, self._config, **options)
+            model = pretrained_classifier(name, AutoModelForImageClassification, self._config)
             self._try_out(model, name)
         if self._model.zero_head:
             _zero(_head(model))

@@ -99,7 +99,8 @@ class LanguageModeling:
         model = self._model
         if model.name is not None:
             pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
-            require_rows(pretrained, model.name, max(int(tokens.ids.max()) for tokens in self._tokens.values()))
+            largest = max(self._vocabulary.start_id, *(int(tokens.ids.max()) for tokens in self._tokens.values()))
+            require_rows(pretrained, model.name, largest)
             inputs = {"input_ids": self.train_batch([0], 0)["input_ids"][:, :TRIED_TOKENS]}
             try_out(pretrained, model.name, lambda: self.logits(pretrained, inputs))
             return pretrained

@@ -106,8 +106,14 @@ def seq2seq_model(name: str | None, config: Any) -> nn.Module:
 
 
 def target_prefix(tokenizer: Any, config: Any) -> tuple[int, ...]:
-    """Returns what the tokenizer puts before every summary, such as BART's `<s>`."""
+    """Returns what the tokenizer puts before every summary, such as BART's `<s>`; `config` says what ends one."""
     ids: list[int] = tokenizer(text_target="")["input_ids"]
+    if config.eos_token_id not in ids:
+        rule = (
+            f"its config.json has eos_token_id {config.eos_token_id}, and its tokenizer writes an empty summary as "
+            f"{ids}; put the number there that ends it"
+        )
+        raise RecipeError("model.name", rule, value=config.name_or_path)
     return tuple(ids[: ids.index(config.eos_token_id)])
 
 

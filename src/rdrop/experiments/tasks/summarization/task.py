@@ -18,7 +18,13 @@ from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.generate import TransformersDecoder
 from rdrop.experiments.tasks.decoding.search import Decoder, Search
 from rdrop.experiments.tasks.files import DataError
-from rdrop.experiments.tasks.pretrained import pretrained_tokenizer, require_rows, set_rates, try_out
+from rdrop.experiments.tasks.pretrained import (
+    pretrained_tokenizer,
+    require_padding,
+    require_rows,
+    set_rates,
+    try_out,
+)
 from rdrop.experiments.tasks.sequence_to_sequence import IGNORE_INDEX, forward_logits, search_and_loss, source_use
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import note_on_few, notes_on_repeats
@@ -78,7 +84,8 @@ class Summarization:
         model = seq2seq_model(self._model.name, self._config)
         if self._model.name is not None:
             tokens = [*self._documents.values(), *self._summaries.values()]
-            require_rows(model, self._model.name, max(int(own.ids.max()) for own in tokens))
+            largest = max(self._tokenizer.pad_token_id, *(int(own.ids.max()) for own in tokens))
+            require_rows(model, self._model.name, largest)
             try_out(model, self._model.name, lambda: self._write_a_little(model))
         return model
 
@@ -177,7 +184,9 @@ class Summarization:
     def _build_tokenizer(self, train: Sequence[Example]) -> Any:
         model = self._model
         if model.name is not None:
-            return pretrained_tokenizer(model.name, pretrained_config(model.name))
+            tokenizer = pretrained_tokenizer(model.name, pretrained_config(model.name))
+            require_padding(tokenizer, model.name)
+            return tokenizer
         assert model.vocabulary is not None  # the recipe has seen to it
         assert model.lowercase is not None
         texts = [text for example in train for text in (example.document, example.summaries[0])]

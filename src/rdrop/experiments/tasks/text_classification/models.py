@@ -61,8 +61,7 @@ def learned_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokeni
 def pretrained_tokenizer(name: str) -> Any:
     """Loads the tokenizer of an encoder, which must have a padding token."""
     tokenizer = pretrained.pretrained_tokenizer(name, _pretrained_config(name))
-    if tokenizer.pad_token_id is None:
-        raise RecipeError("model.name", "its tokenizer must have a padding token", value=name)
+    pretrained.require_padding(tokenizer, name)
     return tokenizer
 
 
@@ -89,15 +88,7 @@ def classifier(name: str | None, config: Any) -> nn.Module:
     """Loads the pre-trained weights in fp32 under a new output layer; without a name, all weights are new."""
     if name is None:
         return BertForSequenceClassification(config)
-    model, report = pretrained.pretrained_model(
-        name, AutoModelForSequenceClassification, config, output_loading_info=True
-    )
-    body = f"{model.base_model_prefix}."
-    lost = sorted(key for key in report["missing_keys"] if key.startswith(body) and "pooler" not in key)
-    if lost:
-        raise RecipeError("model.name", f"its file has no weights for {len(lost)} tensors, e.g. {lost[0]}", value=name)
-    encoder: nn.Module = model
-    return encoder
+    return pretrained.pretrained_classifier(name, AutoModelForSequenceClassification, config)
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ class TextClassification:
     def _require_room(self, model: nn.Module, name: str) -> None:
         """Refuses a pre-trained model that cannot read the texts: too few rows in an embedding, too few positions."""
         tokens = [inputs["input_ids"] for inputs in self._inputs.values()]
-        require_rows(model, name, max(int(own.ids.max()) for own in tokens))
+        require_rows(model, name, max(self._tokenizer.pad_token_id, *(int(own.ids.max()) for own in tokens)))
         config: Any = model.config
         kinds = [int(own["token_type_ids"].ids.max()) for own in self._inputs.values() if "token_type_ids" in own]
         if kinds and 0 < (getattr(config, "type_vocab_size", None) or 0) <= max(kinds):
