@@ -122,7 +122,7 @@ def section(comparison: Comparison, setting: dict[str, object], name: str, root:
         element("p", first, class_="verdict first"),
         report_figures.overview(comparison, name),
         *(element("p", sentence, class_="verdict") for sentence in others),
-        _list(comparison.remarks(), "remarks"),
+        *_remarks(comparison),
         _list(comparison.hints(), "hints"),
         _list(_warnings(comparison), "warnings"),
         element("h3", "Result"),
@@ -155,6 +155,14 @@ def _titled(title: str, content: Markup | None) -> Markup | None:
     return None if content is None else joined((element("h3", title), content))
 
 
+def _remarks(comparison: Comparison) -> list[Markup | None]:
+    """Returns the remarks as a list; what is said of each of many contests can be unfolded."""
+    shown = comparison.remarks(contests=2)
+    folded = _list([remark for remark in comparison.remarks() if remark not in shown], "remarks")
+    more = element("details", element("summary", "More on each of these differences"), folded) if folded else None
+    return [_list(shown, "remarks"), more]
+
+
 def _list(sentences: list[str], class_: str) -> Markup | None:
     return element("ul", *(element("li", s) for s in sentences), class_=class_) if sentences else None
 
@@ -172,7 +180,7 @@ def _warnings(comparison: Comparison) -> list[str]:
         if any(run.result.get(key) != runs[0].result.get(key) for run in runs):
             sentences.append(f"The runs were not all made with the same {key}: {consequence}.")
     rdrop_arms = sum(not arm.method.is_plain for arm in comparison.arms)
-    if rdrop_arms > 1:
+    if rdrop_arms > 1 and comparison.subject is None:  # a subject was chosen before
         sentences.append(
             f"{rdrop_arms} R-Drop arms stand against one baseline. p is corrected for that, but each interval is for "
             "itself alone, and the best of them looks better than it is. Choose one on valid, then confirm it with "
