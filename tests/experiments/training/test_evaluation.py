@@ -21,6 +21,7 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES, load_recipe
 from rdrop.experiments.run_folder import ResultsError, find_runs
 from rdrop.experiments.tasks.decoding.search import Search
+from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.data import load_splits
 from rdrop.experiments.tasks.language_modeling.data import load_lines
 from rdrop.experiments.tasks.summarization.data import load_examples
@@ -28,6 +29,7 @@ from rdrop.experiments.tasks.text_classification.data import load_labeled_texts
 from rdrop.experiments.tasks.translation.data import load_pairs
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
 from rdrop.experiments.tasks.translation.tiny import write_tiny_pairs
+from rdrop.experiments.training.checkpoints import CheckpointError
 from rdrop.experiments.training.evaluation import NOTES_ON_TRAINING, rescore
 from rdrop.experiments.training.trainer import train
 
@@ -255,6 +257,41 @@ def test_several_runs_are_compared_and_nothing_is_written(compared: Path, capsys
     assert "2/2" in err
     assert f"left out: {compared / 'other'}: unfinished" in err
     assert contents(compared) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DataError("x.csv: there is no such file"), 2),
+        (RecipeError("model.name", "is gone", value="x"), 2),
+        (ResultsError("the training data are not those of the run"), 2),
+        (CheckpointError("the weights are damaged"), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_run_that_cannot_be_scored_is_named_and_the_others_are(
+    error: Exception, status: int, compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(run.path for run in split_usable(find_runs(compared))[0])
+    bad: list[Path] = []
+
+    def score(run: FinishedRun, settings: Sequence[str]) -> dict[str, Any]:
+        if run.path in bad:
+            raise error
+        return dict(run.result)
+
+    monkeypatch.setattr("rdrop.experiments.training.evaluation.rescore", score)
+    for number in (0, 1):
+        bad[:] = paths[number : number + 1]
+        out, err = shown([compared, "--json"], capsys, status)
+        assert [Path(found["run"]) for found in json.loads(out)] == [path for path in paths if path not in bad]
+        assert str(error) in err
+    assert "accuracy" in shown([compared], capsys, status)[0]
+    bad[:] = paths
+    out, err = shown([compared], capsys, status)
+    assert out == ""
+    is_said_once = isinstance(error, (DataError, RecipeError))
+    assert err.count(str(error)) == (1 if is_said_once else 2)
 
 
 def test_one_run_as_json(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:

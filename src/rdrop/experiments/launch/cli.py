@@ -481,9 +481,9 @@ def _kernel_line(missing: dict[str, str | None]) -> str:
 
 
 def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Failure]]:
-    """The finished runs below `runs`, with new scores of the test split in the place of the old; those without weights.
+    """The finished runs below `runs`, with new scores of the test split in the place of the old; and those without any.
 
-    Raises `FailedRunsError` if none has weights.
+    Raises `FailedRunsError` if none could be scored; where all say the same of the command, that error.
     """
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.launch.jobs import quiet_transformers
@@ -499,6 +499,7 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
     _show_unusable(unusable, console)
     quiet_transformers()
     scored, failures = [], []
+    mistakes: dict[str, Exception] = {}
     for number, run in enumerate(finished, start=1):
         label = _label_of(run.recipe)
         try:
@@ -506,11 +507,17 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
         except (CheckpointError, ResultsError) as error:
             failures.append(Failure(label, run.path, str(error), 1 if isinstance(error, CheckpointError) else 2))
             continue
+        except (DataError, RecipeError) as error:  # of this run alone, or of the command
+            failures.append(Failure(label, run.path, f"{run.path}: {error}", 2))
+            mistakes[str(error)] = error
+            continue
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
-    if not scored:
-        raise FailedRunsError(failures)
-    return scored, failures
+    if scored:
+        return scored, failures
+    if len(mistakes) == 1:
+        raise mistakes.popitem()[1]
+    raise FailedRunsError(failures)
 
 
 def _label_of(recipe: Mapping[str, Any]) -> str:
