@@ -657,6 +657,17 @@ def hub_of(monkeypatch: pytest.MonkeyPatch, stored: list[Any], feature: Any = No
     monkeypatch.setattr(image_sets, "load_hub", lambda *arguments: found)
 
 
+def test_a_row_of_the_hub_without_an_image_or_a_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = {"bytes": encoded(Image.new("L", (2, 2)), "PNG"), "path": None}
+    hub_of(monkeypatch, [picture, picture, None])
+    images = read_hub("org/name", None, "train", "image", "label")
+    assert refusal(images.read, 2).startswith("org/name (train):3:image: there is no image; choose another")
+    found = datasets.Dataset.from_dict({"image": [picture] * 3, "label": [0, None, 1]})
+    monkeypatch.setattr(image_sets, "load_hub", lambda *arguments: found)
+    message = refusal(read_hub, "org/name", None, "train", "image", "label")
+    assert message.startswith("org/name (train):2: label has no value; choose another")
+
+
 @pytest.mark.parametrize("feature", [datasets.Image(), datasets.Value("binary")])
 def test_an_image_of_the_hub_is_read_as_that_of_a_file_is(monkeypatch: pytest.MonkeyPatch, feature: Any) -> None:
     contents = [encoded(Image.fromarray(WORDS), "PNG"), drawing_in_alpha((0, 0, 0))]

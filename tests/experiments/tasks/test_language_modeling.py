@@ -136,7 +136,7 @@ def test_the_hub_gives_the_lines_of_the_files(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DataError, match="split train: has 24 lines and must have 1801350"):
         load_lines(WIKITEXT_103.data)
     rows["train"][4] = "two\nlines\n"
-    with pytest.raises(DataError, match="split train, row 4: has a newline inside"):
+    with pytest.raises(DataError, match="split train:5: has a newline inside"):
         load_lines(WIKITEXT_103.data)
 
 

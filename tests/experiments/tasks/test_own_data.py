@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import find_runs
+from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.training.fingerprint import fingerprint
 
@@ -73,6 +75,43 @@ def test_a_file_of_windows_trains_as_the_same_file_of_linux(task: str, tmp_path:
     windows.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     loaded = [load_task(override(RECIPES[task], [*SHORT, f"data.train={path}"])) for path in (file, windows)]
     assert fingerprint(loaded[0]) == fingerprint(loaded[1])
+
+
+PAIR = {"en": "a b c d", "de": "e f g h"}
+HUB: dict[str, tuple[dict[str, object], str, str]] = {
+    "translation": ({"translation": PAIR}, "translation", "has no pair"),
+    "summarization": ({"document": "a text", "summary": "text"}, "summary", "has no value"),
+    "text-classification": ({"text": "a text", "label": "x"}, "text", "has no value"),
+    "language-modeling-from-scratch": ({"text": "a line"}, "text", "has no value"),
+}
+"""A row of the hub for each task, one of its columns, and what is said where that is null."""
+LISTS = {
+    "translation": (PAIR | {"de": ["e", "f"]}, "de"),
+    "summarization": ({"document": ["a", "b"], "summary": "text"}, "document"),
+    "text-classification": ({"text": "a text", "label": ["x"]}, "label"),
+    "language-modeling-from-scratch": ({"text": ["a", "b"]}, "text"),
+}
+"""The same with a list in one of the columns."""
+
+
+def load_from_hub(task: str, rows: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **options: datasets.Dataset.from_list(rows))
+    languages = ["data.source=en", "data.target=de"] if task == "translation" else []
+    load_task(override(RECIPES[task], [*SHORT, "data.hub=org/name", *languages]))
+
+
+@pytest.mark.parametrize("task", HUB)
+def test_what_is_no_text_in_a_data_set_of_the_hub_is_named_by_row_and_column(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, column, what = HUB[task]
+    for missing in (0, 3):
+        rows = [row | {column: None} if number == missing else row for number in range(20)]
+        with pytest.raises(DataError, match=rf"^org/name.*:{missing + 1}: {column} {what}; "):
+            load_from_hub(task, rows, monkeypatch)
+    lists, column = LISTS[task]
+    with pytest.raises(DataError, match=rf"^org/name.*:1: {column} must be text or a number, and is a list; choose"):
+        load_from_hub(task, [lists] * 20, monkeypatch)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import zip_longest
+from numbers import Number
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,18 @@ def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[st
             f"{name}: the split {split} cannot be loaded ({reason}); check data.hub, data.hub_config and the network, "
             "or download it and set data.folder"
         ) from error
+
+
+def hub_text(value: object, where: str, column: str) -> str:
+    """Returns what a row of the hub has in a column: text, or a number as it is written. Raises `DataError`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Number):
+        return str(value)
+    if value is None:
+        raise DataError(f"{where}: {column} has no value; choose another column or split")
+    kind = type(value).__name__
+    raise DataError(f"{where}: {column} must be text or a number, and is a {kind}; choose another column")
 
 
 def have_same_content(path: AnyPath, other: AnyPath) -> bool:

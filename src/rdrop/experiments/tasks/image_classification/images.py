@@ -158,7 +158,10 @@ def read_hub(hub: str, config: str | None, split: str, image_column: str, label_
         if column not in rows.column_names:
             columns = ", ".join(rows.column_names)
             raise DataError(f"{where}: has no column {column!r}; set data.{key} to one of {columns}")
-    labels = np.asarray(rows.select_columns([label_column])[:][label_column])
+    found = rows.select_columns([label_column])[:][label_column]
+    if None in found:
+        raise DataError(f"{where}:{found.index(None) + 1}: {label_column} has no value; choose another column or split")
+    labels = np.asarray(found)
     names = getattr(rows.features[label_column], "names", None)
     require_labels(labels, len(rows), f"{where}:{label_column}", classes=len(names) if names else None)
     classes = tuple(names) if names else _numbers(labels.max() + 1)

@@ -118,9 +118,9 @@ class HubImages:
 
     def _content(self, index: int) -> bytes | Path:
         try:
-            image = self._rows[index][self._column]
+            image = self._rows[index][self._column] or {"bytes": None, "path": None}
             content, path = image["bytes"], image["path"]
-        except Exception as error:  # a cache that was deleted, a row that is null
+        except Exception as error:  # a cache that was deleted
             reason = " ".join(str(error).split())
             raise DataError(f"{self._at(index)}: cannot be read ({reason}); download it again") from error
         if content is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rdrop.experiments.tasks.files import DataError, find_file, load_hub, read_lines
+from rdrop.experiments.tasks.files import DataError, find_file, hub_text, load_hub, read_lines
 from rdrop.experiments.tasks.language_modeling.tiny import write_tiny_lines
 from rdrop.experiments.tasks.spelling import is_blank
 from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, require_count, require_different_files, require_ten
@@ -105,14 +105,14 @@ def _from_hub(data: "LanguageModelingData", hub: str) -> Texts:
             raise DataError(
                 f"{where}: has no column {HUB_COLUMN!r}, only {', '.join(found.column_names)}; set data.train"
             )
-        texts[split] = [_line(text, f"{where}, row {number}") for number, text in enumerate(found[HUB_COLUMN])]
+        texts[split] = [_line(text, f"{where}:{row}") for row, text in enumerate(found[HUB_COLUMN], start=1)]
         _require_count(data, split, len(texts[split]), where)
     return _laid_out(texts, data.layout)
 
 
-def _line(text: str, where: str) -> str:
+def _line(text: object, where: str) -> str:
     """Returns the line that a row of the hub is, with or without its newline."""
-    line = text.removesuffix("\n")
+    line = hub_text(text, where, HUB_COLUMN).removesuffix("\n")
     if "\n" in line:
         raise DataError(f"{where}: has a newline inside; a row must be one line: set data.train to a file of them")
     return line

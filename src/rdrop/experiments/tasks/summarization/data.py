@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdrop.experiments.recipe.settings import nearest_name
-from rdrop.experiments.tasks.files import DataError, TableRow, find_file, load_hub, read_table
+from rdrop.experiments.tasks.files import DataError, TableRow, find_file, hub_text, load_hub, read_table
 from rdrop.experiments.tasks.spelling import is_blank, is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.summarization.tiny import write_tiny_documents
@@ -88,8 +88,8 @@ def _from_hub(data: "SummarizationData", hub: str) -> Examples:
         columns = [data.document_column, data.summary_column, *_references(data, split)]
         texts = [_hub_column(found, column, where) for column in columns]
         examples[split] = [
-            _example(_hub_row(f"{where}, row {number}", dict(zip(columns, row, strict=True)), data), data, split)
-            for number, row in enumerate(zip(*texts, strict=True))
+            _example(_hub_row(f"{where}:{number}", dict(zip(columns, row, strict=True)), data), data, split)
+            for number, row in enumerate(zip(*texts, strict=True), start=1)
         ]
     return examples
 
@@ -98,22 +98,26 @@ def _count(data: "SummarizationData", split: str) -> int | None:
     return None if data.counts is None else data.counts[SPLITS.index(split)]
 
 
-def _hub_column(found: Any, column: str, where: str) -> Iterable[str]:
+def _hub_column(found: Any, column: str, where: str) -> Iterable[object]:
     if column not in found.column_names:
         nearest = nearest_name(column, found.column_names)
         raise DataError(
             f"{where}: has no column {column!r} (the nearest is {nearest!r}), only {', '.join(found.column_names)}; "
             "set data.document_column and data.summary_column"
         )
-    texts: Iterable[str] = found[column]
-    return texts
+    values: Iterable[object] = found[column]
+    return values
 
 
 def _hub_row(where: str, values: dict[str, Any], data: "SummarizationData") -> TableRow:
+    """Returns the texts of a row, which may have several summaries."""
     summaries = values[data.summary_column]
     if not isinstance(summaries, list) or not summaries:
-        return TableRow(where, values)
-    return TableRow(where, values | {data.summary_column: summaries[0]}, {data.summary_column: summaries[1:]})
+        summaries = [summaries]
+    values = values | {data.summary_column: summaries[0]}
+    texts = {column: hub_text(value, where, column) for column, value in values.items()}
+    others = [hub_text(summary, where, data.summary_column) for summary in summaries[1:]]
+    return TableRow(where, texts, {data.summary_column: others})
 
 
 def _read(path: str | Path, data: "SummarizationData", split: str) -> list[Example]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, load_hub, read_table, require_columns
+from rdrop.experiments.tasks.files import TABLES, DataError, find_file, hub_text, load_hub, read_table, require_columns
 from rdrop.experiments.tasks.spelling import MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
 from rdrop.experiments.tasks.splits import (
     Rows,
@@ -289,7 +289,7 @@ def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[s
         if min(values) < 0:
             raise DataError(f"{name}:{values.index(min(values)) + 1}: has no label; choose a split that has labels")
         return [feature.names[value] for value in values]  # type: ignore[attr-defined]
-    return [str(value) for value in values]
+    return [hub_text(value, f"{name}:{row}", column) for row, value in enumerate(values, start=1)]
 
 
 def _checked(table: _Table, columns: _Columns) -> _Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import compress
+from itertools import compress, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.tasks.files import TABLES, DataError, ParallelText, find_file, load_hub, read_table
+from rdrop.experiments.tasks.files import TABLES, DataError, ParallelText, find_file, hub_text, load_hub, read_table
 from rdrop.experiments.tasks.spelling import is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.token_cache import file_digest
@@ -114,13 +114,28 @@ class HubPairs:
 
     def __iter__(self) -> Iterator[Pair]:
         source, target = self._languages
+        number = 0
+        pairs: Iterable[tuple[object, object]]
         for rows in self._dataset.iter(READ_AT_ONCE):
-            pairs: Iterable[tuple[str | None, str | None]]
             if self._nested:
-                pairs = ((row[source], row[target]) for row in rows["translation"])
+                pairs = (
+                    (sides[source], sides[target]) for sides in map(self._sides, rows["translation"], count(number))
+                )
             else:
                 pairs = zip(rows[source], rows[target], strict=True)
-            yield from ((first or "", second or "") for first, second in pairs)
+            for first, second in pairs:
+                number += 1
+                yield self._text(first, source, number), self._text(second, target, number)
+
+    def _sides(self, value: object, row: int) -> dict[str, object]:
+        """Returns both sides of a row that has them in one column."""
+        if not isinstance(value, dict):
+            raise DataError(f"{self.place(row, 0)}: translation has no pair; delete the row, or choose another split")
+        return value
+
+    def _text(self, value: object, language: str, number: int) -> str:
+        """Returns one side of a pair; null is an empty one."""
+        return "" if value is None else hub_text(value, f"{self._where}:{number}", language)
 
     def place(self, row: int, side: int) -> str:
         return f"{self._where}:{row + 1}"
@@ -129,7 +144,7 @@ class HubPairs:
         return [self._dataset._fingerprint, *self._languages]
 
     def _check_columns(self) -> None:
-        names = list(self._dataset[0]["translation"]) if self._nested else self._dataset.column_names
+        names = list(self._sides(self._dataset[0]["translation"], 0)) if self._nested else self._dataset.column_names
         for language in self._languages:
             if language not in names:
                 raise DataError(
