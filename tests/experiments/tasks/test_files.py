@@ -7,11 +7,14 @@ import json
 import lzma
 import random
 import re
+import shlex
 import subprocess
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,13 @@ def write(path: Path, content: str | bytes) -> Path:
     raw = content if isinstance(content, bytes) else content.encode()
     path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(raw))
     return path
+
+
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("sheet.xml", "x")
+    return content.getvalue()
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -130,13 +140,17 @@ WRONG = {
     "UTF-16 without a mark": (WHOLE.encode("utf-16-le"), WHOLE),
     "UTF-16, big end first, without a mark": (WHOLE.encode("utf-16-be"), WHOLE),
     "UTF-32": (WHOLE.encode("utf-32"), WHOLE),
-    "Windows-1252 of Windows": (
-        WHOLE.replace("née", "“née”").replace("\n", "\r\n").encode("cp1252"),
-        WHOLE.replace("née", "“née”"),
-    ),
-    "Windows-1252": (WHOLE.replace("née", "“née”").encode("cp1252"), WHOLE.replace("née", "“née”")),
-    "Latin-1": (WHOLE.replace("née", "née\x81").encode("latin1"), WHOLE.replace("née", "née\x81")),
 }
+
+
+def follow(error: DataError, **changed: str) -> Path:
+    """Runs the command of a message, with what stands `changed` there, and returns the file that it makes."""
+    command = str(error).rpartition(" by: ")[2]
+    for old, new in changed.items():
+        command = command.replace(f" {old} ", f" {new} ")
+    subprocess.run(["bash", "-c", command], check=True)
+    (target,) = shlex.split(command.rstrip(")"))[-1:]
+    return Path(target)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -146,22 +160,111 @@ def test_the_remedy_of_a_message_mends_the_file_when_followed_word_for_word(
 ) -> None:
     content, mended = WRONG[wrong]
     path = write(tmp_path / name, content)
+    before = path.read_bytes()
     with pytest.raises(DataError) as found:
         read_lines(path)
-    command = str(found.value).rpartition(": ")[2]
-    subprocess.run(["bash", "-c", command], check=True)
-    assert read_lines(path) == mended.removesuffix("\n").split("\n")
+    assert read_lines(follow(found.value)) == mended.removesuffix("\n").split("\n")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("encoding", "word"),
+    [
+        ("cp1252", "“née”"),
+        ("cp1250", "źdźbło"),
+        ("cp1251", "фильм"),
+        ("koi8-r", "фильм"),
+        ("macintosh", "café"),
+        ("cp932", "映画は良い"),
+        ("gb18030", "电影很好"),
+        ("big5", "電影很好"),
+        ("cp949", "영화가"),
+    ],
+)
+def test_the_reader_chooses_an_encoding_by_what_a_word_becomes(tmp_path: Path, encoding: str, word: str) -> None:
+    text = f'text,label\r\n"{word}, a",1\r\n'
+    path = write(tmp_path / "a.csv", text.encode(encoding))
+    with pytest.raises(DataError, match=rf"a\.csv:2: byte \d+ is not UTF-8, .*'{word}' by {encoding}") as found:
+        read_lines(path)
+    first = re.search(r"reads right for (\S+) here", str(found.value))
+    assert first is not None
+    assert read_lines(follow(found.value, **{first[1]: encoding})) == text.split("\r\n")[:-1]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-def test_a_remedy_that_fails_leaves_the_file_as_it_was(tmp_path: Path, suffix: str) -> None:
+def test_a_remedy_that_fails_leaves_nothing_to_take_for_the_whole(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a.txt{suffix}", "ok \u201c\n".encode("cp1252") + b"and \x81, which cp1252 has not\n")
     before = path.read_bytes()
-    with pytest.raises(DataError, match="from cp1252") as found:
+    with pytest.raises(DataError, match="for cp1252 here") as found:
         read_lines(path)
-    command = str(found.value).rpartition(": ")[2]
-    assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode != 0
+    with pytest.raises(subprocess.CalledProcessError):
+        follow(found.value)
     assert path.read_bytes() == before
+    assert not (tmp_path / f"a-mended.txt{suffix}").exists()
+
+
+PLAIN = b"text,label\ngood,1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.csv", zipped(), r"a zip archive, as \.xlsx .*, and no text; save the sheet as CSV"),
+        ("a.csv.gz", zipped(), r"a zip archive, as \.xlsx .*, and not \.gz as its name says; save the sheet as CSV"),
+        ("a.csv", b"PAR1\x15\x04\0\x15", r"a Parquet file, .*; convert it, with pandas: pandas\.read_parquet"),
+        ("a.csv", b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "a PDF, and no text; save the text"),
+        ("a.csv", b"\x89PNG\r\n\x1a\n\0", "an image, and no text"),
+        ("a.csv.gz", gzip.compress(gzip.compress(PLAIN)), "compressed by gzip, and no text; unpack it"),
+        ("a.csv", b"\n<!DOCTYPE html>\n<title>Sign in</title>", "an HTML page, .*; download the file itself"),
+        ("a.jsonl", b'<?xml version="1.0"?>', "XML, and no table; write its rows as CSV"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git-lfs's pointer"),
+    ],
+)
+def test_what_is_no_table_is_told_by_its_content(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}:1: the file is {what}"):
+        read_table(tmp_path / name, ["text"], keys={"text": "data.text_column"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a b.csv", gzip.compress(PLAIN)),
+        ("a.csv", lzma.compress(PLAIN)),
+        ("a.csv.gz", PLAIN),
+        ("a.csv.xz", PLAIN),
+        ("a.csv.gz", lzma.compress(PLAIN)),
+    ],
+)
+def test_a_file_is_read_under_the_name_that_a_message_gives_it(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="rename it: mv -n") as found:
+        read_table(tmp_path / name, ["text"])
+    command = str(found.value).rpartition(": ")[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert read_table(shlex.split(command)[-1], ["text"])[0].values == {"text": "good"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b'sep=;\r\ntext;label\r\n"good, x";1\r\n'),
+        ("a.csv", b'sep=,\ntext,label\n"good, x",1\n'),
+        ("a.csv", b'"sep=\t"\ntext\tlabel\ngood, x\t1\n'),
+        ("a.tsv", b"sep=\t\ntext\tlabel\ngood, x\t1\n"),
+    ],
+)
+def test_the_line_that_names_the_separator_is_no_header(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path / name, content)
+    (row,) = read_table(path, ["text", "label"])
+    assert (row.values, row.where) == ({"text": "good, x", "label": "1"}, f"{path}:3")
+
+
+def test_a_text_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.csv.gz", b"text\n" + b"good film " * 20_000 + b"\n")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000))
+    with pytest.raises(DataError, match=r"a\.csv\.gz: its text does not fit into the memory that is free"):
+        read_table(path, ["text"])
 
 
 def test_a_list_of_texts_is_read_where_it_may_stand(tmp_path: Path) -> None:

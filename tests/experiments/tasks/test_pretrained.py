@@ -235,13 +235,20 @@ def test_texts_that_become_the_same_tokens_are_refused(task: str, tmp_path: Path
     deaf.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(word, "") for word in longest_first])
     name = saved(tmp_path / "model", MODELS[task](), deaf)
     with pytest.raises(
-        RecipeError, match=r"^model\.name=.*: its tokenizer loses the texts of train: all 16 become the "
+        RecipeError,
+        match=r"^model\.name=.*: its tokenizer loses the texts of train: 10 of 10 different ones become the ",
     ):
         load_task(recipe_of(task, tmp_path, name))
     own = saved(tmp_path / "own", MODELS[task](), tokenizer())
+    mostly = [f"{WORDS[0]} {WORDS[0] if row else WORDS[1]} {WORDS[row % 10]} {WORDS[row // 10]}" for row in range(20)]
     key = "data.max_length" if task == "text-classification" else "data.document_tokens"
-    with pytest.raises(RecipeError, match=rf"^{key}=2: is too little for the texts of train: all 16 become the same 2"):
-        load_task(recipe_of(task, tmp_path, own).replace(**{key: 2}))
+    for texts, length, what in (
+        (None, 2, "is too little for the texts of train: 10 of 10 different ones become the same 2"),
+        (None, 1, "leaves no room for the texts of train beside the special tokens"),
+        (mostly, 4, r"is too little for the texts of \w+: \d+ of \d+ different ones become the same"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^{key}={length}: {what}"):
+            load_task(recipe_of(task, tmp_path, own, texts).replace(**{key: length}))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Summarization: what is read, what the model sees, how summaries are written and scored."""
 
+import csv
 import json
 import lzma
 import random
@@ -126,6 +127,21 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path: Path, broken: str, mess
         load_examples(data)
 
 
+def test_a_list_in_a_cell_is_read_as_the_list_that_it_is(tmp_path: Path) -> None:
+    def loaded(*summaries: str) -> list[tuple[str, ...]]:
+        rows = [[f"document {row}", summaries[row % len(summaries)]] for row in range(20)]
+        with (tmp_path / "a.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["document", "summary"], *rows])
+        found = load_examples(SUMMARIZATION.replace(**{"data.train": str(tmp_path / "a.csv")}).data)
+        return sorted({example.summaries for examples in found.values() for example in examples})
+
+    assert loaded(str(["it's good", "fine"]), '["née", "b"]') == [("it's good", "fine"), ("née", "b")]
+    for text in ("[sic] a good film", "['quoted] and 'more']", '["one", 2]', "[1, 2]"):
+        assert loaded(text) == [(text,)]
+    with pytest.raises(DataError, match=r"a\.csv:2: summary is a list that cannot be read for certain"):
+        loaded("['movie 0 good' 'long movie 0']")
+
+
 def test_splits_without_a_file_are_held_out_as_the_split_seed_draws(tmp_path: Path) -> None:
     first = load_examples(own(tmp_path).data)
     assert {split: len(examples) for split, examples in first.items()} == {"train": 16, "valid": 2, "test": 2}
@@ -240,7 +256,9 @@ def test_padding_changes_no_logit_and_a_repeated_batch_is_the_batch_twice(tiny: 
 
 def test_long_documents_and_summaries_are_cut_and_keep_their_end(tmp_path: Path) -> None:
     changes = {"data.document_tokens": 4, "data.summary_tokens": 3, "decoding.max_length": 3}
-    task = Summarization(own(tmp_path, **changes))
+    long = [{"document": f"{i} text of the file", "summary": f"{i} text of it"} for i in range(20)]
+    path = write_rows(tmp_path / "long.jsonl", long)
+    task = Summarization(own(tmp_path, **changes, **{"data.train": str(path)}))
     batch = task.train_batch(list(range(task.train_size())), epoch=3)
     assert batch["input_ids"].shape[1] == 4
     assert batch["labels"].shape[1] == 3

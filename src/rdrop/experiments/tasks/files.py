@@ -13,7 +13,9 @@ import io
 import json
 import lzma
 import os
+import re
 import shlex
+import sys
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,7 +28,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rdrop.experiments.recipe.settings import nearest_name
+from rdrop.experiments.tasks.not_text import (
+    HEAD_BYTES,
+    LFS_POINTER,
+    binary_kind,
+    compressed_suffix,
+    is_text,
+    page_kind,
+    readings,
+)
 from rdrop.experiments.tasks.spelling import is_blank
 
 AnyPath = str | PathLike[str]
@@ -43,6 +56,8 @@ OTHER_KINDS = {
 """What to do with a file that is no table, by the end of its name."""
 LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
 PIECE_BYTES = 2**20  # that are read at once
+GIB = 2**30
+SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?')
 NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
 
@@ -69,7 +84,27 @@ def read_lines(path: AnyPath) -> list[str]:
     Raises `DataError` for a file that is missing, empty or cut off, and for a line that is not UTF-8, is longer than
     `LONGEST_LINE_BYTES`, begins with a byte order mark after the first line, or has a carriage return or a zero byte.
     """
-    return list(lines_of(path))
+    lines: list[str] = []
+    size, free = 0, psutil.virtual_memory().available
+    with _fitting(path):
+        for line in lines_of(path):
+            size += sys.getsizeof(line)
+            if 2 * size > free:  # what is made of the lines has to fit too
+                raise MemoryError
+            lines.append(line)
+    return lines
+
+
+@contextmanager
+def _fitting(path: AnyPath) -> Iterator[None]:
+    """Turns what is raised where memory ends into a `DataError`."""
+    try:
+        yield
+    except MemoryError:
+        free = psutil.virtual_memory().available / GIB
+        raise DataError(
+            f"{path}: its text does not fit into the memory that is free ({free:.1f} GiB); give less of it"
+        ) from None
 
 
 def lines_of(path: AnyPath) -> Iterator[str]:
@@ -149,32 +184,49 @@ def read_table(
 ) -> list[TableRow]:
     """Reads the rows of a `.csv`, `.tsv` or `.jsonl` file (also with `.gz` or `.xz`), in their order.
 
-    The first line of a CSV or TSV file names the columns. CSV is quoted as spreadsheets do; in TSV no character is
-    special but tab and newline, as in GLUE. A JSON line is an object, whose numbers keep their spelling as text. In a
-    column of `lists` its value may be a list of texts. `keys` are the keys of the recipe that name the columns.
+    The first line of a CSV or TSV file names the columns; the one before it may say what separates them, as `sep=;`,
+    which is Excel's. CSV is quoted as spreadsheets do; in TSV no character is special but tab and newline, as in GLUE.
+    A JSON line is an object, whose numbers keep their spelling as text. In a column of `lists` its value may be a list
+    of texts. `keys` are the keys of the recipe that name the columns.
 
     Raises `DataError`, also for a missing column (it names the nearest there is) and a row of another length.
     """
-    kind = table_kind(path)
+    with _fitting(path):
+        return _rows(path, table_kind(path), columns, optional, lists, keys or {})
+
+
+def _rows(
+    path: AnyPath,
+    kind: str,
+    columns: Sequence[str],
+    optional: Sequence[str],
+    lists: Collection[str],
+    keys: Mapping[str, str],
+) -> list[TableRow]:
     lines = read_lines(path)
-    if kind != ".jsonl":
-        csv.field_size_limit(LONGEST_LINE_BYTES)  # its own is 131,072 characters
-        _require_own_dialect(lines[0], kind, path)
-    match kind:
-        case ".jsonl":
-            return [
-                _json_row(line, f"{path}:{number}", columns, optional, lists, keys or {})
-                for number, line in enumerate(lines, 1)
-            ]
-        case ".csv":
-            records = _csv_records(lines, path)
-        case _:
-            records = ((number, line.split("\t")) for number, line in enumerate(lines, 1))
+    page = page_kind(next(filter(None, map(str.strip, lines)), ""))
+    if page is not None:
+        raise DataError(f"{path}:1: the file is {page[0]}, and no table; {page[1]}")
+    if kind == ".jsonl":
+        return [
+            _json_row(line, f"{path}:{number}", columns, optional, lists, keys) for number, line in enumerate(lines, 1)
+        ]
+    csv.field_size_limit(LONGEST_LINE_BYTES)  # its own is 131,072 characters
+    mark, start = {".csv": ",", ".tsv": "\t"}[kind], 1
+    declared = SEPARATOR_LINE.fullmatch(lines[0])
+    if declared and (kind == ".csv" or declared[1] == mark):
+        mark, start = declared[1], 2
+    lines = lines[start - 1 :] or [""]
+    _require_own_dialect(lines[0], mark, kind, path)
+    if kind == ".csv":
+        records = _csv_records(lines, path, start, mark)
+    else:
+        records = ((number, line.split("\t")) for number, line in enumerate(lines, start))
     _, header = next(records)
-    places = _places(header, f"{path}:1", columns, optional, keys or {})
+    places = _places(header, f"{path}:{start}", columns, optional, keys)
     rows = [_row(fields, f"{path}:{number}", header, places) for number, fields in records]
     if not rows:
-        raise DataError(f"{path}:1: there is only the line that names the columns; give it rows")
+        raise DataError(f"{path}:{start}: there is only the line that names the columns; give it rows")
     return rows
 
 
@@ -270,11 +322,45 @@ def _explained(path: AnyPath, line: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise DataError(
-            f"{path}:{line()}: the compressed file is cut off or damaged ({error}); get it again"
-        ) from error
+        what = _what_is_stored(path) or f"the compressed file is cut off or damaged ({error}); get it again"
+        raise DataError(f"{path}:{line()}: {what}") from error
     except OSError as error:
         raise DataError(f"{path}:{line()}: {error.strerror or error}; check the file") from error
+
+
+def _what_is_stored(path: AnyPath) -> str | None:
+    """Says what a file is that is not compressed as its name says; None for one that is, or is damaged."""
+    with open(path, "rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    suffix, found, kind = Path(path).suffix, compressed_suffix(head), binary_kind(head)
+    if found == suffix or (kind is None and not is_text(head)):
+        return None
+    what, remedy = kind or ("text that is not compressed", "")
+    if kind is None or found:
+        remedy = _renaming(path, f"{_without_suffix(path)}{found}")
+    return f"the file is {what}, and not {suffix} as its name says; {remedy}"
+
+
+def _what_is_unpacked(path: AnyPath) -> str | None:
+    """Says what a file is that is no text, by its first bytes; None where these do not show it."""
+    with opened(path) as stream, _explained(path, lambda: 1):
+        head = stream.read(HEAD_BYTES)
+    kind, found = binary_kind(head), compressed_suffix(head)
+    if kind is None:
+        return None
+    what, remedy = kind
+    if found and _without_suffix(path) == str(path):
+        remedy = _renaming(path, f"{path}{found}")
+    return f"the file is {what}, and no text; {remedy}"
+
+
+def _renaming(path: AnyPath, new: str) -> str:
+    return f"rename it: mv -n {shlex.quote(str(path))} {shlex.quote(new)}"
+
+
+def _without_suffix(path: AnyPath) -> str:
+    """Returns the path without the `.gz` or `.xz` at its end."""
+    return str(path)[:-3] if Path(path).suffix in COMPRESSED[1:] else str(path)
 
 
 def _empty(path: AnyPath) -> DataError:
@@ -285,11 +371,16 @@ def _decoded(raw: bytes, path: AnyPath, number: int) -> str:
     line = raw[:-1].removesuffix(b"\r") if raw.endswith(b"\n") else raw
     if number == 1:
         line = line.removeprefix(BOM_UTF8)
+        if line.startswith(LFS_POINTER):
+            raise DataError(f"{path}:1: the file is git-lfs's pointer to the one that is meant; get that: git lfs pull")
     if len(line) <= LONGEST_LINE_BYTES and b"\r" not in line and b"\0" not in line and line[:3] != BOM_UTF8:
         try:
             return line.decode()
         except UnicodeDecodeError:
             pass
+    is_binary = _what_is_unpacked(path)
+    if is_binary is not None:
+        raise DataError(f"{path}:1: {is_binary}")
     what, command = _what_is_wrong(raw, line, number)
     raise DataError(f"{path}:{number}: {what}{'' if command is None else _filtered(path, command)}")
 
@@ -302,26 +393,40 @@ def _what_is_wrong(raw: bytes, line: bytes, number: int) -> tuple[str, str | Non
     encodings = ((BOM_UTF32_LE, "utf-32"), (BOM_UTF32_BE, "utf-32"), (BOM_UTF16_LE, "utf-16"), (BOM_UTF16_BE, "utf-16"))
     of_mark = next((encoding for mark, encoding in encodings if number == 1 and raw.startswith(mark)), None)
     if of_mark is not None:
-        return f"the file is {of_mark.upper()} and not UTF-8; convert it: ", f"iconv -f {of_mark} -t utf-8"
+        return f"the file is {of_mark.upper()} and not UTF-8; give one made by: ", f"iconv -f {of_mark} -t utf-8"
     without_mark = _utf16_without_mark(line) if number == 1 else None
     if without_mark is not None:
-        return "the file is UTF-16 and not UTF-8; convert it: ", f"iconv -f {without_mark} -t utf-8"
+        return "the file is UTF-16 and not UTF-8; give one made by: ", f"iconv -f {without_mark} -t utf-8"
     if len(line) > LONGEST_LINE_BYTES:
         return (
             f"the line is longer than {LONGEST_LINE_BYTES} bytes; split it, or check that this is a text file",
             None,
         )
     if line.startswith(BOM_UTF8):
-        return "the line begins with a byte order mark; remove it: ", r"LC_ALL=C sed $'s/^\xef\xbb\xbf//'"
+        return (
+            "the line begins with a byte order mark; give a file without, made by: ",
+            r"LC_ALL=C sed $'s/^\xef\xbb\xbf//'",
+        )
     if b"\0" in line:
-        return "the line has a zero byte; check that this is a text file, and delete zero bytes: ", r"tr -d '\000'"
+        return (
+            "the line has a zero byte, as no text has; get it again, or give a file without, made by: ",
+            r"tr -d '\000'",
+        )
     if b"\r" in line and number == 1 and not raw.endswith(b"\n"):
-        return "lines end in carriage returns; make them newlines: ", r"tr '\r' '\n'"
+        return "lines end in carriage returns; give a file with newlines, made by: ", r"tr '\r' '\n'"
     if b"\r" in line:
-        what = "the line has a carriage return; delete those at the ends of lines, and make a space of others: "
-        return what, r"LC_ALL=C sed $'s/\r*$//; s/\r/ /g'"
-    encoding, byte = _guessed_encoding(raw), _first_wrong_byte(raw)
-    return f"byte {byte} is not UTF-8; convert the file, from {encoding} with: ", f"iconv -f {encoding} -t utf-8"
+        what = "the line has a carriage return; give a file without those at the ends of lines, with spaces for others"
+        return f"{what}, made by: ", r"LC_ALL=C sed $'s/\r*$//; s/\r/ /g'"
+    byte = _first_wrong_byte(raw)
+    found = readings(raw.rstrip(b"\r\n"), byte - 1)
+    if not found:
+        return f"byte {byte} is not UTF-8, nor of another encoding that is known here; check that this is text", None
+    shown = ", ".join(f"{word!r} by {encoding}" for encoding, word in found.items())
+    encoding = next(iter(found))
+    what = (
+        f"byte {byte} is not UTF-8, and its word reads {shown}; take the encoding that reads right for {encoding} here"
+    )
+    return f"{what}, and give a file made by: ", f"iconv -f {encoding} -t utf-8"
 
 
 def _utf16_without_mark(line: bytes) -> str | None:
@@ -340,29 +445,23 @@ def _first_wrong_byte(raw: bytes) -> int:
     return 0
 
 
-def _guessed_encoding(raw: bytes) -> str:
-    try:
-        raw.decode("cp1252")
-    except UnicodeDecodeError:
-        return "latin1"
-    return "cp1252"
-
-
 def _filtered(path: AnyPath, command: str) -> str:
-    """Returns the shell command that puts the file through another; a failure leaves it as it was."""
-    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
-    program = {".gz": "gzip", ".xz": "xz"}.get(Path(path).suffix)
+    """Returns the shell command that writes the file to a new one, through another command, all of it or nothing."""
+    plain, suffix = Path(_without_suffix(path)), Path(path).suffix
+    compressed = suffix if suffix in COMPRESSED[1:] else ""
+    new = plain.with_name(f"{plain.stem}-mended{plain.suffix}{compressed}")
+    file, part, target = (shlex.quote(str(name)) for name in (path, f"{new}.part", new))
+    program = {".gz": "gzip", ".xz": "xz"}.get(compressed)
     if program is None:
-        return f"{command} < {file} > {new} && mv {new} {file}"
-    pipeline = f"{program} -dc {file} | {command} | {program} > {new}"
-    return f"(set -o pipefail; {pipeline}) && mv {new} {file}"
+        return f"{command} < {file} > {part} && mv {part} {target}"
+    return f"(set -o pipefail; {program} -dc {file} | {command} | {program} > {part}) && mv {part} {target}"
 
 
-def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[str]]]:
-    """Yields each record with the number of its first line: a quoted field may have newlines."""
-    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+def _csv_records(lines: list[str], path: AnyPath, start: int, mark: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields each record with the number of its first line, from `start`: a quoted field may have newlines."""
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=mark, strict=True)
     while True:
-        number = reader.line_num + 1
+        number = reader.line_num + start
         try:
             fields = next(reader)
         except StopIteration:
@@ -374,9 +473,8 @@ def _csv_records(lines: list[str], path: AnyPath) -> Iterator[tuple[int, list[st
         yield number, fields or [""]
 
 
-def _require_own_dialect(header: str, kind: str, path: AnyPath) -> None:
+def _require_own_dialect(header: str, own: str, kind: str, path: AnyPath) -> None:
     """Refuses a table that another character separates, or whose TSV is quoted: no key of the recipe would help."""
-    own = {".csv": ",", ".tsv": "\t"}[kind]
     separated = [mark for mark in (own, ";", "\t", "|", ",") if len(next(csv.reader([header], delimiter=mark))) > 1]
     is_quoted = kind == ".tsv" and all(name[:1] == name[-1:] == '"' for name in header.split(own))
     if not separated or (separated[0] == own and not is_quoted):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.token_cache import cached, is_large, text_digest
 
 LEARNED = "tokenizer.json"
+COMPARED = 10_000
+"""Texts of which two that become the same are looked for."""
 LONGEST_WORD = 10_000
 """In characters. What is longer, such as base64 in crawled text, is learned from in pieces: learning is quadratic in
 the length of a word, and one of 900 kB would take minutes."""
@@ -79,28 +83,42 @@ def require_content(
     model: str | None,
     limit: tuple[str, int],
 ) -> None:
-    """Raises `RecipeError` if texts do not reach the model with what they say: unknown tokens, or the same for all.
+    """Raises `RecipeError` if texts do not reach the model with what they say: unknown tokens, or those of others.
 
     `ids` are the tokens of all texts of a split in a row, `lengths` how many each has, cut to `limit`, a key of the
     recipe with its value. `model` is the pre-trained one that has the tokenizer.
     """
     key, longest = limit
+    if lengths.max() > longest:  # tokenizers cut no special tokens, and then nothing
+        raise RecipeError(key, f"leaves no room for the texts of {split} beside the special tokens", value=longest)
     lost, is_cut = mostly_unknown(ids, tokenizer.all_special_ids, _own_unknown_id(tokenizer)), False
-    size = len(lengths)
-    are_alike = (
-        split == "train"
-        and size > 1
-        and np.all(lengths == lengths[0])
-        and np.all(ids.reshape(size, -1) == ids[: lengths[0]])
-    )
-    if lost is None and are_alike and len(set(texts)) > 1:
-        lost, is_cut = f"all {size} become the same {lengths[0]} tokens", bool(lengths[0] >= longest)
+    if lost is None:
+        lost, is_cut = _mostly_the_same(ids, lengths, texts, longest)
     if lost is None:
         return
     if model is None or is_cut:
         raise RecipeError(key, f"is too little for the texts of {split}: {lost}", value=longest)
     rule = f"its tokenizer loses the texts of {split}: {lost}; give a model for such texts, with its own tokenizer"
     raise RecipeError("model.name", rule, value=model)
+
+
+def _mostly_the_same(
+    ids: NDArray[np.int32], lengths: NDArray[np.int64], texts: Iterable[Hashable], longest: int
+) -> tuple[str | None, bool]:
+    """Says how many different texts become the same tokens, if it is most of them; and whether the cut does it.
+
+    The first `COMPARED` texts are compared.
+    """
+    tokens_of: dict[Hashable, bytes] = {}
+    end = 0
+    for text, length in zip(islice(texts, COMPARED), lengths.tolist(), strict=False):
+        tokens_of[text] = ids[end : end + length].tobytes()
+        end += length
+    (same, count), *_ = Counter(tokens_of.values()).most_common(1)
+    if len(tokens_of) < 2 or 2 * count <= len(tokens_of):
+        return None, False
+    length = len(same) // ids.itemsize
+    return f"{count} of {len(tokens_of)} different ones become the same {length} tokens", length >= longest
 
 
 def mostly_unknown(ids: NDArray[np.int32], special: Collection[int], unknown: int | None) -> str | None:

@@ -1,5 +1,7 @@
 """Documents with their summaries: from files, a folder or the hub to the examples of each split."""
 
+import ast
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,6 +138,7 @@ def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
     columns = (data.document_column, data.summary_column, *_references(data, split))
     texts = [(column, row.values[column]) for column in columns]
     texts += [(data.summary_column, summary) for summary in row.more.get(data.summary_column, ())]
+    texts[1:] = [(column, each) for column, text in texts[1:] for each in _listed(text, f"{row.where}: {column}")]
     for column, text in texts:
         if not isinstance(text, str) or is_blank(text):
             raise DataError(f"{row.where}: there is no text in the column {column!r}; give it one, or delete the row")
@@ -143,3 +146,22 @@ def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
             raise DataError(f"{row.where}: {column} is missing ({text!r}); give it a text, or delete the row")
     document, *summaries = (text.strip() for _, text in texts)
     return Example(document, tuple(summaries))
+
+
+def _listed(text: Any, where: str) -> list[Any]:
+    """Returns the texts of a list that stands in a cell as Python or JSON writes it; of any other text, the text."""
+    if not isinstance(text, str) or text[:2] not in ("['", '["') or text[-2:] not in ("']", '"]'):
+        return [text]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            continue
+        if read is json.loads or repr(found) == text:
+            return found
+        raise DataError(  # NumPy sets no commas, and Python makes one text of those that stand side by side
+            f'{where} is a list that cannot be read for certain ({text[:40]!r}); write it as JSON, ["one", "two"]'
+        )
+    return [text]
