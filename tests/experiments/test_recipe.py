@@ -250,8 +250,18 @@ def test_a_recipe_is_found_by_name_or_by_path(tmp_path: Path) -> None:
     assert find_recipe("digits-vit") is DIGITS_VIT
     (tmp_path / "recipe.json").write_text(BASE.to_json())
     assert find_recipe(str(tmp_path / "recipe.json")) == BASE
+    (tmp_path / "recipe.json").write_text(BASE.to_json(), encoding="utf-8-sig")
+    assert find_recipe(str(tmp_path / "recipe.json")) == BASE
     with pytest.raises(RecipeError, match="the nearest is digits"):
         find_recipe("digit")
+
+
+def test_the_name_of_a_file_must_be_utf_8() -> None:
+    recipe = RECIPES["text-classification"]
+    with pytest.raises(RecipeError, match=r"^data\.train=.*: is not UTF-8, and cannot be saved; rename the file"):
+        recipe.replace(**{"data.train": "donn\udce9es.csv"})
+    with pytest.raises(RecipeError, match=r"^data\.hub_splits=.*: is not UTF-8"):
+        recipe.replace(**{"data.hub_splits": ["train", "\udce9"]})
 
 
 def test_every_key_is_described() -> None:

@@ -147,7 +147,7 @@ def _read_json(path: Path) -> dict[str, object]:
             raise RecipeError("recipe", f"a recipe has at most {LARGEST_FILE_BYTES} bytes")
         if not path.is_file():  # reading it may never end
             raise RecipeError("recipe", "is no file, but a folder, a pipe, a socket or a device; name a file")
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        fields = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise RecipeError("recipe", error.strerror or str(error)) from None
     except UnicodeDecodeError:

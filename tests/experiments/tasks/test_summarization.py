@@ -462,6 +462,8 @@ def test_aeslc_has_the_figures_of_rouge_score(aeslc_examples: Examples) -> None:
         ("새로운 공원이 열렸다", "오래된 학교가 닫혔다"),
         ("新公园开放", "旧学校关闭"),
         ("เปิดสวน", "ห้าม"),
+        ("ꦥꦱꦂ", "ꦲꦮꦤ"),
+        ("\u2163 \u00bd", "\u2167"),
     ],
 )
 def test_words_of_any_script_are_scored(right: str, wrong: str) -> None:
@@ -475,6 +477,8 @@ def test_scripts_without_spaces_are_scored_by_character_and_others_by_word() -> 
     assert WordsOfAnyScript().tokenize("iPhone手机 2台") == ["iphon", "手", "机", "2", "台"]
     assert WordsOfAnyScript().tokenize("हिन्दी में") == ["हिन्दी", "में"]
     assert WordsOfAnyScript().tokenize("می\u200cرود") == ["میرود"]
+    for text in ("\ua9a5\ua9b1", "\u1b13\u1b33", "\u1950\u1951", "\U00011700\U00011701", "ㄅㄆ"):
+        assert WordsOfAnyScript().tokenize(text) == list(text)
     assert rouge(["新公园"], [["新学园"]])["rouge1"] == pytest.approx(200 / 3)
 
 

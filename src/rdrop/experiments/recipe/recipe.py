@@ -445,5 +445,5 @@ def _raise_as_recipe_error(error: ValidationError, kind: type[Recipe]) -> NoRetu
         raise _unknown_key(key, first["input"], kind) from None
     if first["type"] == "missing":
         raise RecipeError(key, "is missing; a saved recipe has every key") from None
-    rule = TYPE_RULES.get(first["type"]) or first["msg"].replace("Input should be", "must be", 1)
+    rule = TYPE_RULES.get(first["type"]) or str(cause or first["msg"].replace("Input should be", "must be", 1))
     raise RecipeError(key, rule, value=first["input"]) from None

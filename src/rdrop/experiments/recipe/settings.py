@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # No real run comes near this bound. A slip of the finger fails here, in words, and not in an allocator.
 LARGEST_COUNT = 10**9
@@ -37,6 +37,14 @@ class Section(BaseModel):
     """A part of a recipe: a frozen value whose keys are checked, and never converted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_saved(cls, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError("is not UTF-8, and cannot be saved; rename the file")
+        return value
 
 
 def added(old: object, description: str) -> Any:

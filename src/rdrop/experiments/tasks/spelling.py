@@ -51,10 +51,13 @@ BETWEEN_GROUPS = re.compile(r"[ ',](?=\d{3}(\D|$))", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+", re.ASCII)
 
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a00-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007"
+    "\u3021-\u3029\u3031-\u3035\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\ua4cf\ua980-\ua9ff"
+    "\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00011000-\U0001107f\U00011700-\U0001174f\U00011f00-\U00011f5f"
+    "\U00012000-\U0001345f\U00016fe0-\U0001b2ff\U00020000-\U0003ffff]"
 )
-"""A letter of a script without spaces: Thai, Lao, Burmese, Khmer, kana, or a Chinese character."""
+"""A letter of a script without spaces: of Southeast Asia, as Thai, Khmer, Tai Le, Balinese and Javanese; kana and
+Bopomofo, Chinese characters, Yi, Tangut, Nushu; Brahmi, cuneiform, hieroglyphs."""
 
 
 SAMPLE = 100_000
