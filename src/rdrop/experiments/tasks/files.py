@@ -56,7 +56,6 @@ OTHER_KINDS = {
 """What to do with a file that is no table, by the end of its name."""
 LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
 PIECE_BYTES = 2**20  # that are read at once
-GIB = 2**30
 SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?')
 NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
@@ -101,10 +100,7 @@ def _fitting(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        free = psutil.virtual_memory().available / GIB
-        raise DataError(
-            f"{path}: its text does not fit into the memory that is free ({free:.1f} GiB); give less of it"
-        ) from None
+        raise DataError(f"{path}: its text does not fit into the memory that is free; give less of it") from None
 
 
 def lines_of(path: AnyPath) -> Iterator[str]:

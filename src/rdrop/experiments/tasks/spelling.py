@@ -29,7 +29,7 @@ MISSING = re.compile(
 )
 MISSING_AS_SPELLED = frozenset({"NA", "na", "None", "NONE"})  # sodium is Na, and "none" may be an answer
 MISSING_IN_BRACKETS = MISSING_AS_SPELLED | {"none", ""}
-LONGEST_MISSING = 100
+LONGEST_MISSING = 40
 """Characters of the longest that is asked for its spelling: a summary is not."""
 
 LATIN_FORMS = ("АВЕЅІЈКМНОРСТХУаеѕіјорсхуΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "ABESIJKMHOPCTXYaesijopcxyABEZHIKMNOPTYXo")  # noqa: RUF001

@@ -17,7 +17,7 @@ KINDS = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
 
 
 class WordsOfAnyScript(Tokenizer):  # type: ignore[misc]  # rouge-score has no types
-    """Splits text into its words: runs of letters and numbers, in lower case.
+    """Splits text into its words: runs of letters and digits, in lower case.
 
     Of text in ASCII they are exactly rouge-score's own, which drops all other letters. A character of a script without
     spaces, such as Chinese or Thai, is a word of its own. Words in ASCII are stemmed, others are not.
@@ -35,7 +35,7 @@ class WordsOfAnyScript(Tokenizer):  # type: ignore[misc]  # rouge-score has no t
 
 
 class _Characters(dict[int, str]):
-    """Maps each character to what becomes of it, found when it is first met: letters, marks and numbers are kept."""
+    """Maps each character to what becomes of it, found when it is first met: letters, marks and digits are kept."""
 
     def __missing__(self, code: int) -> str:
         letter = chr(code)
@@ -45,7 +45,7 @@ class _Characters(dict[int, str]):
             kept = ""
         else:
             category = unicodedata.category(letter)
-            kept = letter if category[0] in "LMN" else " "
+            kept = letter if category[0] in "LM" or category in ("Nd", "Nl") else " "  # of "m²" rouge-score has "m"
         self[code] = kept
         return kept
 
