@@ -53,6 +53,11 @@ def test_a_part_that_fails_or_takes_too_long_is_recorded_and_the_next_ones_run(t
     assert (tmp_path / "works.log").read_text() == "done\n"
 
 
+def test_a_rehearsal_takes_the_time_it_takes(tmp_path: Path):
+    summary = run([Part("late", ["-c", "print('done')"], 0)], tmp_path, budget=0, rehearse=True)
+    assert summary["parts"]["late"]["state"] == "done"
+
+
 def test_what_the_budget_leaves_no_time_for_is_said_and_not_begun(tmp_path: Path):
     summary = run([Part("late", ["-c", "print('done')"], 60)], tmp_path, budget=0)
     assert summary["parts"] == {"late": {"state": "out of time", "seconds": 0.0}}
