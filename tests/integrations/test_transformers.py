@@ -689,6 +689,37 @@ def test_a_token_beyond_the_vocabulary_is_named(case: Any, alpha: float, folder:
     )
 
 
+def evaluate(problem_type: str, labels: Any, folder: str) -> dict[str, float]:
+    trainer = RDropTrainer(model=classifier(problem_type), args=arguments(folder), data_collator=only_item, alpha=1.0)
+    return trainer.evaluate(with_labels(labels))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "message"),
+    [
+        (ONE, [0, 3, 0, 0], r"labels \(4,\) of torch.int64, of which example 1 has 3, do not fit"),
+        (NUMBERS, [[0.5, math.nan, 7.0]] * 4, r"labels \(4, 3\) of torch.float32, of which example 0 has .*nan"),
+    ],
+)
+def test_labels_of_an_evaluation_that_do_not_fit_are_refused(
+    problem_type: str, labels: Any, message: str, folder: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(problem_type, labels, folder)
+
+
+def test_a_batch_of_an_evaluation_without_labels_is_warned_of(folder: str) -> None:
+    with pytest.warns(UserWarning, match="a batch of the evaluation has no label that counts: all are -100"):
+        assert math.isnan(evaluate(ONE, [-100] * 4, folder)["eval_loss"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool])
+def test_classes_of_another_type_are_refused_with_the_one_to_give(dtype: torch.dtype, folder: str) -> None:
+    batches = [{**with_labels([0])[0], "labels": torch.tensor([0, 1, 1, 0], dtype=dtype)}]
+    message = rf"of {dtype} are not taken for classes .*; give them as torch.long"
+    refuses(message, classifier(None), folder, batches=batches)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_training_without_a_label_that_counts_is_refused(alpha: float, epochs: int, folder: str) -> None:
@@ -710,7 +741,8 @@ def test_an_update_without_a_label_that_counts_changes_nothing(name: str, alpha:
     case = CASES[name]
     nothing = {**case.batches[1], "labels": torch.full_like(case.batches[1]["labels"], -100)}
     settings = {"max_steps": 2, "train_sampling_strategy": "sequential"}
-    trained = train(RDropTrainer, build(case), [case.batches[0], nothing], folder, settings, alpha=alpha)
+    with pytest.warns(UserWarning, match="1 of 2 updates had no label that counts: all were -100"):
+        trained = train(RDropTrainer, build(case), [case.batches[0], nothing], folder, settings, alpha=alpha)
     assert logged(trained, "loss")[1] == logged(trained, "task_loss")[1] == 0
     assert not any(gradient.any() for gradient in trained.gradients[1].values())
 

@@ -219,6 +219,12 @@ def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
     """Returns one prediction per example: a class, a yes or no for each of K labels, or K numbers."""
     labels = _required(inputs, "labels")
     kind = config.problem_type
+    is_one_class = labels.shape[1:].numel() == 1 and config.num_labels > 1
+    if is_one_class and not labels.is_floating_point() and labels.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} of {labels.dtype} are not taken for classes by the models of transformers; "
+            "give them as torch.long, as torch.tensor(int(label)) is"
+        )
     if kind is None:  # the rule by which the models themselves decide
         indices = labels.dtype in (torch.long, torch.int)
         single = "single_label_classification" if indices else "multi_label_classification"

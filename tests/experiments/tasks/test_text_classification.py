@@ -275,8 +275,18 @@ def test_labels_are_what_the_training_file_has(tmp_path: Path) -> None:
     assert splits(OWN, train=numbers, regression=True).train.labels.dtype == np.float32
     with pytest.raises(DataError, match=r"a\.csv:2: the label 'good' is not a number"):
         splits(OWN, train=own, regression=True)
-    with pytest.raises(DataError, match="the labels of the valid split are all equal"):
-        splits(OWN, train=write(tmp_path / "e.csv", "text,label", *["x,1"] * 20), regression=True)
+    equal = write(tmp_path / "e.csv", "text,label", *["x,1"] * 20)
+    varied = write(tmp_path / "f.csv", "text,label", *(f"y,{row}" for row in range(20)))
+    with pytest.raises(DataError, match=r"e\.csv: the labels of the train split are all equal"):
+        splits(
+            OWN, train=equal, valid=varied, test=write(tmp_path / "g.csv", "text,label", "x,1", "y,2"), regression=True
+        )
+    with pytest.raises(DataError, match=r"e\.csv: the labels of the test split are all equal"):
+        splits(OWN, train=varied, test=equal, regression=True)
+    close = write(tmp_path / "h.csv", "text,label", *(f"x,17000000000{row:02}" for row in range(1, 21)))
+    with pytest.raises(DataError, match=r"from 1700000000001 to 1700000000020, which .*; subtract 1700000000001 from"):
+        splits(OWN, train=close, regression=True)
+    splits(OWN, train=varied, regression=True)  # the remedy
 
 
 MISSING = ("", " ", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "<NA>", "\u200b")

@@ -5,12 +5,14 @@
     RDropTrainer(model=model, args=args, train_dataset=train, alpha=1.0).train()
 
 `RDropMixin` turns the targets of a model (`targets.py`) into the loss of a training step. What it refuses stands in
-`checks.py`, how it computes less in `forward.py`. Evaluation and prediction are untouched.
+`checks.py`, how it computes less in `forward.py`. Of evaluation and prediction only the labels are checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -210,6 +212,8 @@ class RDropMixin(FiniteUpdates):
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._unlabeled, self._unlabeled_parts = self._unlabeled_batches(), list[list[Batch]]()
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
+        self._updates_without_labels: Tensor | int = 0
+        self._is_warned_of_labels = False
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -238,6 +242,7 @@ class RDropMixin(FiniteUpdates):
                 self._require_labels()
             else:
                 self._labels_seen += total[:, 0].sum()
+        self._updates_without_labels += total[:, 0].sum() == 0  # read where something is logged
         return batches, total
 
     def _counts_of(self, batch: Batch) -> Tensor:
@@ -317,17 +322,8 @@ class RDropMixin(FiniteUpdates):
         self._weight = weight
         self.current_gradient_accumulation_steps = 1  # by which the Trainer would divide the loss once more
         self._loss_was_computed = False
-        try:
+        with _labels_named(inputs):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        except IndexError as error:  # of the model's own cross-entropy, on a CPU
-            labels = inputs.get("labels")
-            if "out of bounds" not in str(error) or not isinstance(labels, Tensor):
-                raise
-            raise ValueError(
-                f"labels {tuple(labels.shape)} from {labels.min()} to {labels.max()}: one of them is no class of the "
-                f"model ({error}). Classes count from 0, and -100 stands for no label; a tokenizer with more tokens "
-                "than the model needs model.resize_token_embeddings(len(tokenizer))"
-            ) from error
         if not self._loss_was_computed:
             raise TypeError(
                 f"{type(self).__name__}.compute_loss does not call RDropMixin.compute_loss, so R-Drop is off. To add "
@@ -340,7 +336,9 @@ class RDropMixin(FiniteUpdates):
     ) -> Any:
         """Computes the R-Drop loss in training, or the plain one in updates without it; else the stock Trainer's."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._check_evaluated(inputs)
+            with _labels_named(inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
             raise TypeError(
                 "no counts of labels: get_batch_samples of this trainer does not call RDropMixin.get_batch_samples"
@@ -353,6 +351,17 @@ class RDropMixin(FiniteUpdates):
         else:
             loss, outputs = self._plain_step(model, inputs, targets, num_items_in_batch, return_outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _check_evaluated(self, inputs: Batch) -> None:
+        """Refuses labels of an evaluation that do not fit, as in training; warns where a batch has none."""
+        if self._loss_is_overridden() or any(inputs.get(name) is None for name in self.label_names):
+            return
+        if all(target.count()[0] == 0 for target in self._targets_of_model(inputs)):
+            warnings.warn(
+                "a batch of the evaluation has no label that counts: all are -100. Its loss is 0 / 0, so that of the "
+                "evaluation is NaN: leave such examples out",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------------- with R-Drop
 
@@ -571,6 +580,15 @@ class RDropMixin(FiniteUpdates):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._term_means.pop(self.accelerator))
+        some_count = self._labels_seen is None or self._labels_seen > 0  # else all is refused in the end
+        if some_count and not self._is_warned_of_labels and (without := int(self._updates_without_labels)):
+            self._is_warned_of_labels = True
+            warnings.warn(
+                f"{without} of {self.state.global_step} updates had no label that counts: all were -100, and nothing "
+                "was learned from their examples. See what the data collator leaves of the labels, and whether "
+                "truncation cuts off the part with them",
+                stacklevel=2,
+            )
         if "divergence" in logs:
             logs["alpha"] = self._alpha_used  # of the last regularized update
         super().log(logs, start_time)
@@ -667,6 +685,22 @@ class _TermMeans:
         }
         self._sums, self._updates = {}, {}
         return means
+
+
+@contextmanager
+def _labels_named(inputs: Batch) -> Iterator[None]:
+    """Turns what the model's own cross-entropy raises on a CPU for a label that is no class into words about it."""
+    try:
+        yield
+    except IndexError as error:
+        labels = inputs.get("labels")
+        if "out of bounds" not in str(error) or not isinstance(labels, Tensor):
+            raise
+        raise ValueError(
+            f"labels {tuple(labels.shape)} from {labels.min()} to {labels.max()}: one of them is no class of the "
+            f"model ({error}). Classes count from 0, and -100 stands for no label; a tokenizer with more tokens "
+            "than the model needs model.resize_token_embeddings(len(tokenizer))"
+        ) from error
 
 
 def _depends_on(loss: Tensor, count: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -122,9 +123,11 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None, se
     splits = {name: labeled["train"].take(drawn) for name, drawn in rows.items()}
     splits |= {name: own for name, own in labeled.items() if name != "train"}
     if data.regression:
-        for name in ("valid", "test"):
+        for name in ("train", "valid", "test"):
             if np.ptp(splits[name].labels) == 0:
-                raise DataError(f"{train.name}: the labels of the {name} split are all equal; give it others")
+                source = name if name in tables else "train"
+                _require_numbers_apart(tables[source], labeled[source].labels)
+                raise DataError(f"{tables[source].name}: the labels of the {name} split are all equal; give it others")
     without_labels = None if unlabeled is None else _with_zeros(unlabeled, data)
     if data.unlabeled == ALL:
         without_labels = replace(splits["train"], labels=np.zeros_like(splits["train"].labels))
@@ -366,6 +369,16 @@ def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClas
     raise DataError(
         f"{table.where[row]}: the label {table.labels[row][:60]!r} is not among {whose} ({known}); correct it"
     )
+
+
+def _require_numbers_apart(table: _Table, numbers: NDArray[np.float32]) -> None:
+    """Refuses labels that are one number in float32, in which they are learned, and not as they are written."""
+    written = sorted({Decimal(label.strip()) for label in table.labels})
+    if np.ptp(numbers) == 0 and len(written) > 1:
+        raise DataError(
+            f"{table.name}: the labels are from {written[0]} to {written[-1]}, which float32 does not tell apart; "
+            f"subtract {written[0]} from all"
+        )
 
 
 def _numbers(table: _Table, data: TextClassificationData) -> NDArray[np.float32]:
