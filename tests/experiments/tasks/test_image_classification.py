@@ -71,7 +71,7 @@ def cifar() -> Path:
 
 
 def write_image(
-    path: Path, value: int | tuple[int, ...] = 0, *, mode: str = "RGB", size: tuple[int, int] = (8, 8)
+    path: Path, value: int | tuple[int, ...] = 9, *, mode: str = "RGB", size: tuple[int, int] = (8, 8)
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path)
@@ -81,7 +81,7 @@ def write_image(
 def write_classes(root: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         for index in range(count):
-            write_image(root / name / f"{index:02d}.png", (index, 0, 0))
+            write_image(root / name / f"{index:02d}.png", (index, 0, 9))
     return root
 
 
@@ -367,6 +367,33 @@ def test_a_folder_of_splits_is_read_by_their_names(tmp_path: Path) -> None:
     found = splits(IMAGE_CLASSIFICATION, folder=str(tmp_path))
     assert [len(found[name].rows) for name in ("train", "valid", "test")] == [18, 4, 2]
     assert found["valid"].images.labels.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dark", ["train", "test"])
+def test_images_that_would_be_black_are_refused_in_any_form(dark: str, tmp_path: Path) -> None:
+    """Masks of 0 and 1, or numbers from 0 to 1; those of digits, from 0 to 16, are read."""
+    draw = np.random.default_rng(0)
+    for highest in (1, 16):
+        npz, folder = tmp_path / f"{highest}.npz", tmp_path / f"{highest}"
+        images, labels = draw.integers(0, highest + 1, (30, 8, 8), dtype=np.uint8), np.arange(30) % 2
+        np.savez(npz, images=images, labels=labels)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / str(label) / f"{number}.png")
+    for other, source in (("16", "1.npz"), ("16.npz", "1")):
+        own = {"train": other, "test": other} | {dark: source}
+        message = refusal(splits, IMAGE_CLASSIFICATION, **{name: str(tmp_path / path) for name, path in own.items()})
+        assert message.startswith(f"{tmp_path / source}: no pixel of its ")
+        assert message.endswith(" images is above 1, and white is 255; multiply them by 255")
+    recipe = FEW.replace(**{"data.train": str(tmp_path / "16.npz"), "data.unlabeled": str(tmp_path / "1.npz")})
+    with pytest.raises(DataError, match=r"1\.npz: no pixel of its 30 images is above 1"):
+        ImageClassification(recipe)
+
+
+def test_images_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.full((30, 8, 8), 9, dtype=np.uint8), labels=np.arange(30) % 2)
+    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path / "x.npz"))
+    assert message == f"{tmp_path / 'x.npz'}: all 24 images to train on are the same; give different ones"
 
 
 def test_imagenets_validation_folder_is_the_test_split(tmp_path: Path) -> None:

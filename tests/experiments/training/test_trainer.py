@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -446,6 +447,13 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TrainingError, match=r"step 1: the update overflowed embedding.weight .*Lower learning_rate"):
         train(RECIPE.replace(checkpoint_every=1), tmp_path)
     assert load_newest_good(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("alpha", [1e30, 1e300])
+def test_an_alpha_that_overflows_is_named(alpha: float, tmp_path: Path) -> None:
+    named = re.escape(f"Lower alpha (={alpha:g}): alpha / 2 times the divergence is ")
+    with pytest.raises(TrainingError, match=rf"step 1: .* is inf.*{named}.*, and the task loss \d"):
+        train(RECIPE.replace(alpha=alpha), tmp_path)
 
 
 def test_a_score_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

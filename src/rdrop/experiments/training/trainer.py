@@ -20,7 +20,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -84,6 +84,8 @@ class DivergedError(TrainingError):
         self.step, self.batch = step, batch
 
 
+DOMINATES = 1000
+"""How many times the task loss the weighted divergence is where it, and not the learning rate, made an update fail."""
 SHOWN_EXAMPLES = 8
 """Of the batch in which a run diverged, in the message."""
 
@@ -357,7 +359,8 @@ class _Training:
             self.append_row("train", self.state.step + 1, dict.fromkeys(TRAIN_KEYS) | measured)
             step = self.state.step + 1
             batch = self.batch_at(step - 1)
-            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", self.advice(), batch)
+            advice = _advice_on_alpha(measured) or self.advice()
+            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", advice, batch)
 
     def batch_at(self, step: int) -> dict[str, Any]:
         """Which examples the update after `step` updates has: the epoch, and the indices of the training examples."""
@@ -671,6 +674,16 @@ def _batch_in_words(batch: dict[str, Any]) -> str:
     shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
     more = f", ... ({len(examples)}, all of them in {FAILURE})" if len(examples) > SHOWN_EXAMPLES else ""
     return f"Its batch has the training examples {shown}{more}, counted from 0, of epoch {batch['epoch']}."
+
+
+def _advice_on_alpha(measured: Mapping[str, float]) -> str | None:
+    """Returns what to do where an update failed by the weight of the divergence; None where it is not that."""
+    alpha, task_loss = measured.get("alpha", 0.0), measured.get("task_loss", math.nan)
+    weighted = alpha / 2 * measured.get("divergence", 0.0)
+    if not weighted > DOMINATES * abs(task_loss):  # as of NaN
+        return None
+    terms = f"alpha / 2 times the divergence is {weighted:.3g}, and the task loss {task_loss:.3g}"
+    return f"Lower alpha (={alpha:g}): {terms}."
 
 
 def _means(state: RunState) -> dict[str, float]:

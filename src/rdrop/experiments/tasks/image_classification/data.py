@@ -54,7 +54,26 @@ def load_splits(data: ImageData, test: str | None = None) -> dict[str, Split]:
         images = _read_own(Path(test)).with_classes(splits["train"].images.classes)
         splits["test"] = Split(images, np.arange(len(images)))
     _require_own_images(splits)
+    for images, rows in splits.values():
+        require_light(images.source, rows, images.where)
+    _require_different(*splits["train"])
     return splits
+
+
+def require_light(source: Source, rows: NDArray[np.int64], where: str) -> None:
+    """Refuses images none of which has a pixel above 1: those of masks, or divided by 255. Reads until one has."""
+    if all(np.asarray(source.read(int(row))).max() <= 1 for row in rows):
+        raise DataError(
+            f"{where}: no pixel of its {len(rows)} images is above 1, and white is 255; multiply them by 255"
+        )
+
+
+def _require_different(images: ImageSet, rows: NDArray[np.int64]) -> None:
+    """Refuses images to train on that are all one. Reads until two differ."""
+    first, *others = (int(row) for row in rows)
+    content = images.source.stored(first)
+    if others and all(images.source.stored(row) == content for row in others):
+        raise DataError(f"{images.where}: all {len(rows)} images to train on are the same; give different ones")
 
 
 def notes_on(splits: Mapping[str, Split]) -> dict[str, str]:

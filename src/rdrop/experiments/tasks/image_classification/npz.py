@@ -34,7 +34,7 @@ def read_arrays(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         require_memory(images.size_bytes + labels.size_bytes, f"{path}:{IMAGES}")
         found = _member(archive, LABELS, path)
         require_labels(found, images.shape[0], f"{path}:{LABELS}")
-        pixels = _require_white(_member(archive, IMAGES, path), path)
+        pixels = _member(archive, IMAGES, path)
     return pixels, found.astype(np.int64)
 
 
@@ -45,13 +45,7 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
         promised = _header(archive, IMAGES, path)
         _require_pixels(promised, f"{path}:{IMAGES}")
         require_memory(promised.size_bytes, f"{path}:{IMAGES}")
-        return _require_white(_member(archive, IMAGES, path), path)
-
-
-def _require_white(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
-    if pixels.max() <= 1:
-        raise DataError(f"{path}:{IMAGES}: no pixel is above 1, and white is 255; multiply them by 255")
-    return pixels
+        return _member(archive, IMAGES, path)
 
 
 def require_memory(needed: int, where: str) -> None:

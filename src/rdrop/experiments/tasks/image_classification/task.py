@@ -38,7 +38,14 @@ from rdrop.experiments.tasks.class_scores import (
     top_class_confidence,
 )
 from rdrop.experiments.tasks.image_classification.augmentation import augment, to_pixel_values, whole
-from rdrop.experiments.tasks.image_classification.data import Split, Unlabeled, load_splits, note_on_unlabeled, notes_on
+from rdrop.experiments.tasks.image_classification.data import (
+    Split,
+    Unlabeled,
+    load_splits,
+    note_on_unlabeled,
+    notes_on,
+    require_light,
+)
 from rdrop.experiments.tasks.image_classification.images import read_unlabeled
 from rdrop.experiments.tasks.image_classification.sources import Source
 from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
@@ -109,6 +116,7 @@ class ImageClassification:
                 return Unlabeled(images.source, rows)
             case path:
                 source, size = read_unlabeled(Path(path))
+                require_light(source, np.arange(size), path)
                 return Unlabeled(source, np.arange(size))
 
     def _with_tiny_images(self, data: ImageData) -> ImageData:
