@@ -1,4 +1,4 @@
-"""What all tests need: the kernels of a GPU where there is none, Ctrl-C, a quick garbage collector, and `--keep`.
+"""What all tests need: a GPU's kernels where there is none, Ctrl-C, a quick garbage collector, and `--keep`.
 
 Triton's interpreter must be chosen before triton is imported. A shell starts what it runs in the background with
 SIGINT ignored, and so do their children.
@@ -39,3 +39,12 @@ def pytest_collection_finish() -> None:
     """Takes what the imports left out of the garbage collector: every training collects, and it would look at all."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Mends Triton's interpreter to the end of the session."""
+    from tests.interpreter import like_a_gpu
+
+    with like_a_gpu():
+        yield

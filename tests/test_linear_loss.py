@@ -27,6 +27,8 @@ EVEN, RAGGED, VERY_RAGGED = (4, 16, 64), (5, 13, 37), (7, 3, 131)  # N, D, V
 def implementation(request):
     if request.param != "reference" and (reason := kernels.available()[request.param]):
         pytest.skip(reason)
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
     return request.param
 
 
