@@ -206,6 +206,11 @@ def test_a_remedy_that_fails_leaves_nothing_to_take_for_the_whole(tmp_path: Path
 PLAIN = b"text,label\ngood,1\n"
 
 
+def id_of(value: object) -> str | None:
+    """Returns a test's id without the content of its file: zip and gzip write the time into it."""
+    return "content" if isinstance(value, bytes) else None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -219,6 +224,7 @@ PLAIN = b"text,label\ngood,1\n"
         ("a.jsonl", b'<?xml version="1.0"?>', "XML, and no table; write its rows as CSV"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git-lfs's pointer"),
     ],
+    ids=id_of,
 )
 def test_what_is_no_table_is_told_by_its_content(tmp_path: Path, name: str, content: bytes, what: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -235,6 +241,7 @@ def test_what_is_no_table_is_told_by_its_content(tmp_path: Path, name: str, cont
         ("a.csv.xz", PLAIN),
         ("a.csv.gz", lzma.compress(PLAIN)),
     ],
+    ids=id_of,
 )
 def test_a_file_is_read_under_the_name_that_a_message_gives_it(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
