@@ -18,6 +18,8 @@ from rdrop.experiments.comparison.comparison import Comparison
 PLOT = Path(__file__).resolve().parents[1] / "docs/plots/pairs.svg"
 PREFIX = "multi30k-en-de-"
 """Of the names of the comparisons that differ in the number of pairs."""
+LOOKS = ((OURS, "solid", "o"), (OTHERS, "dashed", "o"), (INK, "none", "s"))
+"""Color, line and marker for each baseline."""
 
 
 class Gain(NamedTuple):
@@ -50,8 +52,8 @@ def draw(found: Mapping[str, Comparison]) -> str:
         axes = figure.subplots()
         axes.axhline(0, color=INK, linewidth=0.8)
         sizes: set[int] = set()
-        looks = zip(gains(found).items(), ((OURS, "solid"), (OTHERS, "dashed")), strict=True)
-        for place, ((label, points), (color, line)) in enumerate(looks):
+        looks = zip(gains(found).items(), LOOKS, strict=True)
+        for place, ((label, points), (color, line, marker)) in enumerate(looks):
             sizes.update(point.pairs for point in points)
             axes.errorbar(
                 [point.pairs * (1 + 0.03 * place) for point in points],  # beside each other, not one upon another
@@ -59,7 +61,7 @@ def draw(found: Mapping[str, Comparison]) -> str:
                 [[point.mean - point.low for point in points], [point.high - point.mean for point in points]],
                 color=color,
                 linestyle=line,
-                marker="o",
+                marker=marker,
                 markersize=4,
                 capsize=3,
                 label=f"R-Drop minus {label}",

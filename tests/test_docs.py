@@ -176,7 +176,7 @@ def test_the_plot_of_gains_is_that_of_the_records():
 
 def test_gains_are_sorted_by_pairs_and_have_the_mean_in_their_interval():
     found = gains.gains(experiments.recorded_comparisons())
-    assert list(found) == ["baseline", "baseline, twice the batch"]
+    assert list(found) == ["baseline", "baseline, twice the batch", "baseline, twice the updates"]
     for points in found.values():
         assert [point.pairs for point in points] == sorted({point.pairs for point in points})
         assert all(point.low < point.mean < point.high for point in points)
