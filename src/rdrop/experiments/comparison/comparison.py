@@ -119,13 +119,12 @@ class Comparison:
         center = self._center
         if self.baseline is None or center is None:
             return {}
-        judged = [(contest.arm, contest.reference, contest) for contest in self.contests]
-        sides = [
-            (theirs if ours is center else ours, contest)
-            for ours, theirs, contest in judged
-            if center in (ours, theirs)
-        ]
-        of_verdict = {(self.metric, arm.label): contest.p_value for arm, contest in sides}
+        of_verdict = {}
+        for contest in self.contests:
+            if contest.arm is center:
+                of_verdict[self.metric, contest.reference.label] = contest.p_value
+            elif contest.reference is center:
+                of_verdict[self.metric, contest.arm.label] = contest.p_value
         rows = [(metric, arm) for metric in self._test_metrics() for arm in self.arms if arm is not center]
         others = [(metric, arm) for metric, arm in rows if (metric, arm.label) not in of_verdict]
         pairs = [(*((arm, center) if self.subject is None else (center, arm)), metric) for metric, arm in others]
@@ -210,16 +209,21 @@ class Comparison:
 
         With `contests`: where there are more than that, what would be said of each is left out.
         """
-        section = self.sections[0]
-        each = self.contests if contests is None or len(self.contests) <= contests else ()
         found = sentences.corrections(self.contests)
-        found += filter(None, (sentences.seeds_needed(contest, section.style) for contest in each))
-        found += filter(None, [sentences.robust_averages(section, self.subject)])
-        for contest in each:
+        found += filter(None, [sentences.robust_averages(self.sections[0], self.subject)])
+        if contests is None or len(self.contests) <= contests:
+            found += self._remarks_on_contests
+        return [*found, *(f"Predictions left out: {problem}" for problem in self.kept.problems)]
+
+    @cached_property
+    def _remarks_on_contests(self) -> tuple[str, ...]:
+        style = self.sections[0].style
+        found = [*filter(None, (sentences.seeds_needed(contest, style) for contest in self.contests))]
+        for contest in self.contests:
             on_examples = example_difference(self.kept, contest.arm.runs, contest.reference.runs)
             if on_examples is not None:
-                found.append(sentences.on_these_examples(contest, on_examples, self.metric, section.style))
-        return [*found, *(f"Predictions left out: {problem}" for problem in self.kept.problems)]
+                found.append(sentences.on_these_examples(contest, on_examples, self.metric, style))
+        return tuple(found)
 
     def hints(self) -> list[str]:
         """Says what the curves and the data tell about whether this comparison can be judged, and what to change."""

@@ -104,9 +104,9 @@ def _cost_ratios(comparison: Comparison, arm: Arm) -> list[str]:
 
 
 def _caption(comparison: Comparison) -> str:
-    lines = ["", "diff.: arm minus baseline, paired by seed; W/T/L: seeds better, equal, worse"]
+    what = "arm minus baseline" if comparison.subject is None else "last arm minus this one"
+    lines = ["", f"diff.: {what}, paired by seed; W/T/L: seeds better, equal, worse"]
     if comparison.subject is not None:
-        lines[-1] = "diff.: last arm minus this one, paired by seed; W/T/L: seeds better, equal, worse"
         lines.append("time: of the whole training")
     if comparison.side_by_side() > 1:
         lines.append(f"time and memory: of up to {comparison.side_by_side()} runs side by side, each slower for it")

@@ -35,6 +35,7 @@ _SIGNATURES = {
     b"\x7fELF": ("a program", "give a file of text"),
 }
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that Git has in the place of a large file."""
 _PAGES = {
     ("<!doctype html", "<html", "<head"): (
         "an HTML page, as servers send where they refuse",

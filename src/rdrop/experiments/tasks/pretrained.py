@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.tasks.not_text import LFS_POINTER
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Always 0: one forward of a repeated batch would drop the same layers in every pass."""
@@ -26,9 +27,6 @@ OUTPUT_STD = 0.02
 
 OWN_SETTINGS = {"return_dict": True, "chunk_size_feed_forward": 0}
 """How a model gives its outputs and saves memory, whatever its config.json says; what it computes is the same."""
-
-LFS_POINTER = b"version https://git-lfs.github.com/"
-"""How the text begins that Git has in the place of a large file."""
 
 MOST_LAYERS = 1_000
 """Several times as many as any model has."""
