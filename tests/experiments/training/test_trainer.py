@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from rdrop import rdrop_loss, squared_difference, squared_error
 from rdrop.experiments import metrics
 from rdrop.experiments.randomness import derived_seed, seed_all
-from rdrop.experiments.run_folder import RunFolder
+from rdrop.experiments.run_folder import RunFolder, find_runs
+from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import load, load_newest_good
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
@@ -474,6 +475,22 @@ def test_r_drop_without_dropout_is_refused_before_the_first_step(
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"batch_size \(=30\) must be at most .* \(=28\)"):
         train(RECIPE.replace(batch_size=30), tmp_path)
+
+
+def test_what_is_refused_before_the_first_update_leaves_no_run_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError):
+        train(RECIPE.replace(batch_size=30), tmp_path)
+    assert find_runs(tmp_path) == []
+
+    def refused(task: TinyTask, recipe: TinyRecipe) -> None:
+        raise DataError("bad.csv: no")
+
+    monkeypatch.setattr(TinyTask, "__init__", refused)
+    with pytest.raises(DataError):
+        train(RECIPE, tmp_path)
+    assert find_runs(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves behind

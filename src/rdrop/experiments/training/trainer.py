@@ -1,8 +1,8 @@
 """START HERE for experiments. One training loop for every task, with R-Drop (`alpha` > 0) or plainly (`alpha` = 0).
 
     train(recipe, folder)
-      -> recipe.json
-      -> task, seeded model, newest good checkpoint if the run was interrupted
+      -> task, seeded model: what they refuse leaves no run behind
+      -> recipe.json, newest good checkpoint if the run was interrupted
       -> updates; every so often a score on the valid split, a checkpoint
       -> the weights that are the best on valid, scored on valid and test, once: result.json
 
@@ -198,7 +198,7 @@ class _Training:
         )
         self.stop = StopSignals(self.any_process, self.accelerator.num_processes)
 
-        self.write_recipe()
+        self.require_same_recipe()
         self.task = load_task(recipe)
         self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
@@ -220,6 +220,8 @@ class _Training:
                 self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
             self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
         self.is_sharded = plugin is not None
+        if self.accelerator.is_main_process:  # not before: data that are refused leave nothing to resume
+            self.folder.write_recipe(self.asked.saved())
         self.state = RunState(data=fingerprint(self.task), processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
@@ -614,12 +616,9 @@ class _Training:
 
     # ------------------------------------------------------------------------------------------ files and processes
 
-    def write_recipe(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        if (self.folder.path / "recipe.json").exists():
+    def require_same_recipe(self) -> None:
+        if self.accelerator.is_main_process and (self.folder.path / "recipe.json").exists():
             _require_same_recipe(self.asked, self.folder.recipe(), self.folder.path)
-        self.folder.write_recipe(self.asked.saved())
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
