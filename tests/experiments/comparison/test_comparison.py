@@ -796,14 +796,20 @@ def test_a_metric_is_spelled_as_the_field_spells_it(metric: str, spelled: str) -
 
 
 def test_twice_the_batch_belongs_to_a_recipe_in_epochs_with_twice_its_epochs(tmp_path):
-    for name, batch, epochs in (("a", 32, 20.0), ("b", 64, 40.0), ("c", 64, 20.0)):
+    for name, batch, epochs, patience in (
+        ("a", 32, 20.0, 3),
+        ("b", 64, 40.0, 6),
+        ("c", 64, 20.0, 6),
+        ("d", 64, 40.0, 3),
+    ):
         folder = write_run(tmp_path / name, 0.7, batch_size=batch)
         for file in ("recipe.json", "result.json"):
             content = json.loads((folder / file).read_text())
-            content.get("recipe", content).update(updates=None, epochs=epochs)
+            content.get("recipe", content).update(updates=None, epochs=epochs, evaluate_every=None, patience=patience)
             (folder / file).write_text(json.dumps(content))
     found = comparisons(find_runs(tmp_path))
     assert sorted([arm.label for arm in comparison.arms] for comparison in found) == [
+        ["baseline"],
         ["baseline"],
         ["baseline", "baseline, twice the batch"],
     ]

@@ -1,5 +1,6 @@
 """What the curves of finished runs say: each hint where it applies, and where it does not."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def test_a_divergence_of_zero_says_that_r_drop_does_nothing() -> None:
     )
 
 
+def test_passes_that_have_views_and_do_not_differ_are_not_advised_to_have_them() -> None:
+    views = Arm("R-Drop", Method(alpha=1.0, views="each"), 32, (run(1.0, divergence=[0.0]),))
+    assert "Raise the dropout rate, or augment them more (" in str(no_divergence(views))
+
+
 @pytest.mark.parametrize("divergence", [[0.0, 0.001], [0.1, 0.0], []])
 def test_a_divergence_that_rose_once_or_is_not_known_says_nothing(divergence: list[float]) -> None:
     assert no_divergence(arm(1.0, run(1.0, divergence=divergence))) is None
@@ -125,6 +131,22 @@ def test_a_baseline_whose_best_is_late_once_or_not_known_says_nothing_of_a_short
 ) -> None:
     baseline = arm(0.0, *(with_best(run(0.0, seed), step, **lengths) for seed, step in enumerate(steps)))
     assert best_early(baseline, [baseline]) is None
+
+
+def test_the_hint_of_a_shorter_baseline_keeps_the_larger_batch_that_arms_would_replace() -> None:
+    recipe = find_recipe("text-classification").replace(epochs=20.0, patience=3, **{"model.name": "minilm"})
+    plain, _, larger = plan_arms(recipe, larger_batch=True).arms.values()
+    arms = [
+        Arm(label, of.method, of.batch_size or 0, (with_best(run(0.0), 20, **of.saved()),))
+        for label, of in (("baseline", plain), ("baseline, twice the batch", larger))
+    ]
+    said = best_early(arms[0], arms)
+    assert said is not None
+    given = re.findall(r'--arm "(.*?)"', said)
+    assert given == ["alpha=0 batch_size=16 epochs=40 patience=6", "alpha=0 epochs=10"]
+    found = plan_arms(recipe, given, larger_batch=True).arms
+    assert larger in found.values()
+    assert len(found) == 4
 
 
 SLOW = [2.0, 1.9, 1.8, 1.2]

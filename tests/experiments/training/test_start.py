@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rdrop.experiments.launch import cli
+from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
@@ -91,7 +92,33 @@ def test_a_resumed_run_needs_its_start_no_more_and_ends_in_the_same_bits(started
 def test_a_start_that_means_something_else_is_refused(recipe, message: str, started: Path, tmp_path: Path) -> None:
     with pytest.raises((ResultsError, checkpoints.CheckpointError), match=message):
         trainer.train(recipe(started), tmp_path)
-    assert RunFolder(tmp_path).result() is None
+    assert find_runs(tmp_path) == []
+
+
+def test_a_run_is_not_taken_for_one_from_other_weights_than_its_own(started: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(started / "0", start)
+    recipe, finished, begun = second(start), tmp_path / "finished", tmp_path / "begun"
+    run = Run("the second", recipe, finished)
+    trainer.train(recipe, finished)
+
+    def stop(progress: trainer.Progress) -> None:
+        if progress.step == 3:
+            raise Preempted(15, 3, tmp_path)
+
+    with pytest.raises(Preempted):
+        trainer.train(recipe, begun, on_progress=stop)
+    shutil.rmtree(start)
+    trainer.train(BOTH.replace(learning_rate=0.02), start)
+
+    for ask in (lambda: trainer.train(recipe, finished), run.result, lambda: trainer.train(recipe, begun)):
+        with pytest.raises(ResultsError, match=r"this run started from .*, seed 0, update .* holds .* now") as refused:
+            ask()
+        remedy = str(refused.value).rpartition(": ")[2]
+        assert remedy in (f"rm -r {finished}", f"rm -r {begun}")
+    shutil.rmtree(finished)
+    trainer.train(recipe, finished)
+    assert run.result() is not None
 
 
 def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

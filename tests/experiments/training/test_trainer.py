@@ -632,6 +632,19 @@ def test_training_that_ends_early_says_how_far_alpha_rose(tmp_path: Path, monkey
     assert result["notes"]["alpha"] == "rose to 1 of 2: training ended after 6 of 12 updates"
 
 
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [(0, "rose to 0.125 of 2: the weights that are scored are of update 3 of 12"), (2, None)],
+)
+def test_weights_from_before_alpha_had_risen_say_so(
+    best: int, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([*(1.0 if place == best else 2.0 for place in range(4)), 2.0, 2.0])
+    monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
+    result = train(RECIPE.replace(updates=12, evaluate_every=3, alpha_schedule="quadratic"), tmp_path)
+    assert result["notes"].get("alpha") == said
+
+
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_a_run_all_of_whose_labels_are_ignored_is_refused(
     alpha: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

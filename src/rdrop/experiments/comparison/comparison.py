@@ -285,6 +285,8 @@ def _family(run: FinishedRun) -> str:
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
     if is_finite_number(shared.get("epochs")):
         shared["epochs"] /= run.batch  # as many updates: twice the batch has twice the epochs
+    if shared.get("evaluate_every") is None and is_finite_number(shared.get("patience")):
+        shared["patience"] /= run.batch  # and twice the scores, one after each
     return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
 
 

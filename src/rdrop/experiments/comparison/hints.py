@@ -90,9 +90,11 @@ def no_divergence(arm: Arm) -> str | None:
     known = [(value, loss) for value, loss in zip(largest, losses, strict=True) if value is not None]
     if not known or any(value > NO_DIVERGENCE * loss for value, loss in known):
         return None
+    has_views = arm.method.views == "each"
+    remedy = "augment them more" if has_views else "give each pass a view of its own"
     return (
         f"The divergence of {arm.label} stays at 0: its passes hardly differ, so R-Drop does nothing. Raise the "
-        f"dropout rate, or give each pass a view of its own ({PAGE})."
+        f"dropout rate, or {remedy} ({PAGE})."
     )
 
 
@@ -121,11 +123,26 @@ def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
     if any(arm.method.is_plain and _is_shorter(arm.runs[0].recipe, recipe) for arm in arms if arm.runs):
         return None
     halved = [f"{key}={_half(recipe[key])}" for key in (*_LENGTHS, "warmup_updates") if recipe.get(key)]
+    beside = [*_larger_batches(baseline, arms), f"alpha=0 {' '.join(halved)}"]
+    given = " ".join(f'--arm "{settings}"' for settings in beside)
     return (
         f"The weights of {baseline.phrase} are from the first {math.ceil(100 * max(shares))} % of its updates on each "
         "seed. A training that is planned to be shorter, so that its learning rate falls in time, may do as well as "
-        f'R-Drop for less. Set it beside: --arm "alpha=0 {" ".join(halved)}" ({PAGE}).'
+        f"R-Drop for less. Set it beside: {given} ({PAGE})."
     )
+
+
+def _larger_batches(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Returns the settings of plain training with a larger batch, which a comparison has until `--arm` names others."""
+    own = baseline.runs[0].recipe
+    found = []
+    for arm in arms:
+        if arm.method.is_plain and arm.batch != baseline.batch and arm.runs:
+            recipe = arm.runs[0].recipe
+            differing = [key for key in own if recipe.get(key) != own[key] and key not in ("seed", "method")]
+            if set(differing) <= {"batch_size", "batch_tokens", "epochs", "patience"}:
+                found.append(" ".join(["alpha=0", *(f"{key}={recipe[key]:g}" for key in differing)]))
+    return found
 
 
 def _planned_updates(run: FinishedRun) -> float | None:

@@ -16,6 +16,7 @@ from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import ARMS, find_recipe
 from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
+from rdrop.experiments.run_folder.source import require_same_source
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,18 @@ class Run:
         return cls(label, recipe, earlier if earlier.exists() else folder)
 
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json, or None while the run is not finished. Raises `ResultsError` if it is damaged."""
+        """The content of result.json, or None while the run is not finished.
+
+        Raises `ResultsError` if it is damaged, or of a run that started from other weights than `init_from` holds now.
+        """
         result = read_result(RunFolder(self.folder))
         differing = [] if result is None else saved.differing_keys(self.recipe.saved(), result["recipe"])
         if differing:
             file = self.folder / RESULT
             what = f"it is the result of another recipe, which differs in {', '.join(differing)}"
             raise ResultsError(f"{file}: {what}. {remedy(file)}")
+        if result is not None:
+            require_same_source(self.recipe.init_from, self.recipe.seed, result.get("notes", {}), self.folder)
         return result
 
     def failure(self) -> str | None:
@@ -168,11 +174,17 @@ def plan_comparison(
 def with_larger_batch(baseline: Recipe) -> Recipe:
     """Returns plain training at R-Drop's compute: its batch has as many examples as R-Drop's has passes."""
     unit = "batch_size" if baseline.batch_tokens is None else "batch_tokens"
-    epochs = None if baseline.epochs is None else baseline.epochs * baseline.method.passes  # as many updates
+    times = baseline.method.passes
+    larger = {unit: getattr(baseline, unit) * times}
+    if baseline.epochs is not None:
+        larger["epochs"] = baseline.epochs * times  # as many updates
+    if baseline.patience is not None and baseline.evaluate_every is None:
+        larger["patience"] = (
+            baseline.patience * times
+        )  # as many updates: its epochs, after which it is scored, have fewer
     try:
-        return baseline.replace(epochs=epochs, **{unit: getattr(baseline, unit) * baseline.method.passes})
+        return baseline.replace(**larger)
     except RecipeError as error:
-        times = baseline.method.passes
         rule = f"{error.rule}; this is the baseline with {times} times the batch; --no-double-batch omits it"
         raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None
 

@@ -50,8 +50,8 @@ def _seen(sign: str, value: float, step: int) -> str:
             f"{value:+.3f} nats"
         )
     return (
-        f"the model says nearly the same of all valid examples after {step} updates: its predictions differ by "
-        f"{100 * value:.1f} % of what the labels do"
+        "what the model predicts, for classes their probabilities, is nearly the same for all valid examples after "
+        f"{step} updates: it differs by {100 * value:.1f} % of what the labels do"
     )
 
 

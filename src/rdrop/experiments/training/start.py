@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.run_folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.run_folder import ResultsError, source
 from rdrop.experiments.tasks.task import NamesItsIds, Task
 from rdrop.experiments.training import checkpoints
 
@@ -27,7 +26,7 @@ def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[st
     """
     if recipe.init_from is None:
         return {}
-    run = _find(Path(recipe.init_from), recipe.seed)
+    run = source.find_source(recipe.init_from, recipe.seed)
     assert run.result is not None  # it is finished
     own, theirs = vocabulary_digest(task), run.result.get("vocabulary")
     if own is None:
@@ -41,24 +40,4 @@ def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[st
         )
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
     checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
-    first = run.result["recipe"]
-    update = f"the mean of {len(averaged_steps)} weights" if averaged_steps else f"update {best_step}"
-    return {"started from": f"{first['name']}, seed {first['seed']}, {update} ({run.result['digest']})"}
-
-
-def _find(path: Path, seed: int) -> RunRecord:
-    """Returns the finished run in the folder; the one with this seed, if the folder holds several."""
-    finished = [run for run in find_runs(path) if run.problem is None and run.result is not None]
-    if len(finished) == 1 and finished[0].path == path:
-        return finished[0]
-    fitting = [run for run in finished if run.result is not None and run.result["recipe"]["seed"] == seed]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not fitting:
-        raise ResultsError(
-            f"init_from (={path}) holds no finished run with seed {seed}; train it first, or name one run's folder"
-        )
-    raise ResultsError(
-        f"init_from (={path}) holds {len(fitting)} finished runs with seed {seed}; name the folder of one: "
-        f"{', '.join(str(run.path) for run in fitting)}"
-    )
+    return {source.NOTE: source.described(run)}

@@ -41,6 +41,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import FAILURE, FORMAT, RunFolder, read_result, saved
 from rdrop.experiments.run_folder.predictions import write_predictions
+from rdrop.experiments.run_folder.source import require_same_source
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import (
     Batch,
@@ -220,13 +221,13 @@ class _Training:
                 self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
             self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
         self.is_sharded = plugin is not None
-        if self.accelerator.is_main_process:  # not before: data that are refused leave nothing to resume
-            self.folder.write_recipe(self.asked.saved())
         self.state = RunState(data=fingerprint(self.task), processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         if not (self.state.step or self.state.resumed):
             self.state.start = start_from(recipe, self.task, self.stored[0])
+        if self.accelerator.is_main_process:  # not before: what is refused leaves nothing to resume
+            self.folder.write_recipe(self.asked.saved())
         # What is trained: under DDP, its wrapper.
         self.parallel_model = self.model if self.is_sharded else self.accelerator.prepare_model(self.model)
         if recipe.compile:
@@ -528,13 +529,22 @@ class _Training:
         return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {self.recipe.updates} updates"}
 
     def note_on_alpha(self) -> dict[str, str]:
-        """Returns a word for the reader where alpha has not risen to its value, as training ended before."""
-        step, recipe, method = self.state.step, self.recipe, self.recipe.method
-        if method.is_plain or method.alpha_schedule == "constant" or step == recipe.updates:
+        """Returns a word for the reader where the weights that are scored were not trained with much of alpha."""
+        state, recipe, method = self.state, self.recipe, self.recipe.method
+        if method.is_plain or method.alpha_schedule == "constant":
             return {}
-        reached = method.alpha_at(step - 1, recipe.total_updates)
-        ended = f"training ended after {step} of {recipe.updates} updates"
-        return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {ended}"}
+        scored = state.averaged_steps[-1] if state.averaged_steps else state.best_step or state.step
+        in_scored = method.alpha_at(scored - 1, recipe.total_updates)
+        if state.step < recipe.total_updates:
+            reached, why = (
+                method.alpha_at(state.step - 1, recipe.total_updates),
+                f"training ended after {state.step} of {recipe.updates} updates",
+            )
+        elif in_scored < method.alpha / 2:
+            reached, why = in_scored, f"the weights that are scored are of update {scored} of {recipe.updates}"
+        else:
+            return {}
+        return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {why}"}
 
     def note_on_divergence(self, valid: dict[str, float], constant: dict[str, float]) -> dict[str, str]:
         """Returns a word for the reader where all was finite, and yet training has diverged."""
@@ -584,6 +594,7 @@ class _Training:
             checkpoint.restore_model(model)
             checkpoint.restore_optimizer(optimizer)
             self.state = self.resumed_state(_parse_state(checkpoint))
+            require_same_source(self.asked.init_from, self.asked.seed, self.state.start, self.folder.path)
             self.state.resumed += 1
             self.saved_step = self.state.step
         elif self.accelerator.is_main_process and (rows := self.folder.metrics()):
@@ -653,6 +664,7 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     result = read_result(run)
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path)
+        require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
         if is_first_process():
             run.restore_recipe(recipe.saved())
     return result
