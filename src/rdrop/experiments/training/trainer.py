@@ -536,10 +536,8 @@ class _Training:
         scored = state.averaged_steps[-1] if state.averaged_steps else state.best_step or state.step
         in_scored = method.alpha_at(scored - 1, recipe.total_updates)
         if state.step < recipe.total_updates:
-            reached, why = (
-                method.alpha_at(state.step - 1, recipe.total_updates),
-                f"training ended after {state.step} of {recipe.updates} updates",
-            )
+            reached = method.alpha_at(state.step - 1, recipe.total_updates)
+            why = f"training ended after {state.step} of {recipe.updates} updates"
         elif in_scored < method.alpha / 2:
             reached, why = in_scored, f"the weights that are scored are of update {scored} of {recipe.updates}"
         else:
