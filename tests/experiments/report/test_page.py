@@ -445,6 +445,19 @@ def test_curves_leave_gaps_where_a_value_is_no_finite_number(tmp_path):
     assert values.tolist() == [[0.5, 0.3]]
 
 
+@pytest.mark.parametrize(
+    ("sign", "title"),
+    [("source_use", "Use of the source."), ("prediction_spread", "Spread of the predictions.")],
+)
+def test_what_tells_whether_a_run_has_begun_is_drawn_where_it_was_measured(tmp_path, sign, title):
+    folder = write_run(tmp_path / "with", 0.7)
+    rows = [{"kind": "valid", "step": step, "loss": 1.0, sign: 0.1 * step} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert title in page_of(tmp_path / "with").visible
+    write_run(tmp_path / "without", 0.7)
+    assert title not in page_of(tmp_path / "without").visible
+
+
 def test_notes_on_the_scores_stand_below_them_once_where_all_runs_agree(tmp_path):
     for seed in (0, 1, 2):
         notes = {"decoded by": "ctranslate2 4" if seed else "transformers 5", "train pairs": "read 30, used 26"}
