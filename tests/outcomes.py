@@ -1,6 +1,6 @@
 """Keeps what the tests found, one JSON object a line, and leaves out those that have passed before.
 
-`pytest -m long --keep build/long.jsonl` can be stopped and started again. A line has the test, its outcome, how long
+`pytest -m long --keep=build/long.jsonl` can be stopped and started again. A line has the test, its outcome, how long
 it took, what it counted (`record_property`), and where and when. A test is run again when a file has changed that it
 may depend on: the package, what the tests share, the test's own file.
 """

@@ -1,5 +1,8 @@
 """The outcomes of the long tests: what has passed is left out, until something changes that it depends on."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +52,17 @@ def test_what_has_passed_is_left_out_and_what_failed_or_was_skipped_is_not(file:
 def test_what_has_passed_runs_again_when_its_sources_have_changed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcomes, "sources", lambda path: "others")
     assert left(file) == [*TESTS]
+
+
+def test_make_test_long_goes_on_from_the_file_that_it_has_begun(file: Path) -> None:
+    planned = subprocess.run(["make", "-n", "test-long"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (words,) = (shlex.split(line) for line in planned.splitlines() if "pytest" in line)
+    arguments = [word.replace("build/long.jsonl", str(file)) for word in words[words.index("pytest") + 1 :]]
+    assert any(str(file) in argument for argument in arguments)
+    # An argument that is a file that exists is one of tests to run for pytest, whatever stands before it.
+    command = [sys.executable, "-m", "pytest", *arguments, "--collect-only", "-q", "--ignore-glob=*/test_*.py"]
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, found.stderr
 
 
 def test_sources_are_the_package_what_tests_share_and_the_test_itself() -> None:
