@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from tests.experiments.tiny_runs import RECIPE, TinyTask
 from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.jobs import train_all
 from rdrop.experiments.launch.plan import Run, plan_comparison
-from rdrop.experiments.run_folder import METRICS, RESULT, find_runs
+from rdrop.experiments.run_folder import METRICS, RESULT, find_runs, lock
 from rdrop.experiments.run_folder import RECIPE as RECIPE_FILE
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import CheckpointWarning
@@ -144,10 +145,155 @@ def test_a_damaged_row_is_named_and_deleting_its_line_helps(runs: Path, capsys: 
     file = baseline(runs) / METRICS
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([lines[0], "{half\n", *lines[1:]]))
+    for command in ("train", "compare"):
+        status, said = said_by(command, runs, capsys)
+        assert (status, f"{METRICS}:2: not valid JSON" in said) == (2, True)
     assert f"left out: {baseline(runs)}: {METRICS}:2: not valid JSON" in said_by("report", runs, capsys)[1].replace(
         f"{baseline(runs)}/", ""
     )
     file.write_text("".join(lines))
+    assert "left out" not in said_by("report", runs, capsys)[1]
+
+
+def remedy_in(said: str) -> str:
+    """The command at the end of a message."""
+    (found,) = set(re.findall(r"\brm (?:-r )?\S+", said))
+    return str(found)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def a_file(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.write_text("x")
+
+
+def a_link_to_nothing(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.filterwarnings("ignore:.* has no checkpoint, and there are rows")
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        *((name, put) for name in (lock.FILE, RESULT, RECIPE_FILE, METRICS) for put in (a_folder, a_link_to_nothing)),
+        *(("checkpoints", put) for put in (a_file, a_link_to_nothing)),
+        ("checkpoints/step-00000099", a_file),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_or_folder_of_one_run_stops_no_other_and_its_remedy_helps(
+    name: str, put: Callable[[Path], None], runs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    run = baseline(runs)
+    (run / RESULT).unlink()
+    put(run / name)
+    for command, expected in (("train", 2), ("compare", 2), ("report", 0), ("list", 0), ("evaluate", 0)):
+        status, said = said_by(command, runs, capsys)
+        assert status == expected, (command, said)
+        assert "Free some space" not in said
+        assert command == "list" or str(run / name) in said or name in said, (command, said)
+        assert command not in ("compare", "evaluate", "report") or "alpha 2" in said, (command, said)
+    status, said = said_by("compare", runs, capsys)
+    subprocess.run(["bash", "-c", remedy_in(said)], check=True)
+    assert said_by("train", runs, capsys)[0] == 0
+    status, said = said_by("compare", runs, capsys)
+    assert (status, "left out" in said) == (0, False)
+
+
+def test_a_file_of_one_run_that_cannot_be_read_or_written_ends_that_run_alone(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    for run in plan_comparison(RECIPE, [0], runs, larger_batch=False):
+        (run.folder / RESULT).unlink()
+    train = trainer.train
+
+    def refused(recipe: Any, folder: Path, **options: Any) -> Any:
+        if recipe.method.is_plain:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder / "checkpoints"))
+        return train(recipe, folder, **options)
+
+    monkeypatch.setattr(trainer, "train", refused)
+    status, said = said_by("compare", runs, capsys)
+    assert (status, "Permission denied" in said, "R-Drop (alpha 2)" in said) == (1, True, True)
+
+
+def test_the_commands_of_a_comparison_leave_a_damaged_run_out_and_name_it(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (baseline(runs) / RESULT).write_text("{")
+    status = cli.run(["compare", NAME, "--seeds", "0,1", "--no-double-batch", "--commands", "--runs", str(runs)])
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out.count("rdrop train") == 2
+    assert str(baseline(runs) / RESULT) in printed.err.replace("\n", "")
+
+
+WRONG_RECIPES = ({"learning_rate": "abc"}, {"seed": 7}, {"model": "x"})
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "is_finished"),
+    [
+        *((RECIPE_FILE, changes, is_finished) for changes in WRONG_RECIPES for is_finished in (True, False)),
+        (RESULT, {"metric": "zonk", "test": {"zonk": 1.0}, "valid": {"zonk": 1.0}}, True),
+        (RESULT, {"best_step": 10**400}, True),
+        ("failed.json", {}, False),
+        ("failed.json", {"what": {"a": 1}}, False),
+    ],
+)
+def test_an_entry_of_the_wrong_kind_is_named_and_its_remedy_helps(
+    file: str, changes: dict[str, Any], is_finished: bool, runs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    run = baseline(runs)
+    if not is_finished:
+        (run / RESULT).unlink()
+    content = json.loads((run / file).read_text()) if (run / file).exists() else {}
+    (run / file).write_text(json.dumps(content | changes))
+    status, said = said_by("compare", runs, capsys)
+    assert (status, file in said, "R-Drop (alpha 2)" in said) == (2, True, True), said
+    subprocess.run(["bash", "-c", remedy_in(said)], check=True)
+    assert said_by("train", runs, capsys)[0] == 0
+    status, said = said_by("compare", runs, capsys)
+    assert (status, "left out" in said) == (0, False)
+
+
+def test_a_recipe_wrong_in_both_files_is_mended_by_one_remedy_after_the_other(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    result, recipe = baseline(runs) / RESULT, baseline(runs) / RECIPE_FILE
+    wrong = json.loads(recipe.read_text())
+    wrong["method"]["alpha"] = "x"
+    recipe.write_text(json.dumps(wrong))
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"recipe": wrong}))
+    for _ in range(2):
+        status, said = said_by("train", runs, capsys)
+        assert status == 2
+        subprocess.run(["bash", "-c", remedy_in(said)], check=True)
+    assert said_by("train", runs, capsys)[0] == 0
+
+
+def test_a_result_that_says_not_whose_weights_it_has_is_shown_and_a_deleted_recipe_is_written_again(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = baseline(runs) / RESULT
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in whole.items() if key != "best_step"}))
+    status, said = said_by("train", runs, capsys)
+    assert (status, "The weights of" in said) == (0, False)
+    (baseline(runs) / RECIPE_FILE).unlink()
+    assert "recipe.json is missing. Train the run again, which writes it" in said_by("report", runs, capsys)[1]
+    assert said_by("train", runs, capsys)[0] == 0
     assert "left out" not in said_by("report", runs, capsys)[1]
 
 
@@ -160,6 +306,22 @@ def test_one_run_without_weights_hides_no_other_from_evaluate(
     assert status == 1
     assert "seed 0: test loss" in said
     assert f"{baseline(runs) / 'checkpoints'}" in said
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    assert f"To start the run again, delete {baseline(runs)}." in said
+    shutil.rmtree(baseline(runs))
+    assert said_by("train", runs, capsys)[0] == 0
+    assert said_by("evaluate", runs, capsys)[0] == 0
+
+
+def test_a_result_by_a_score_that_the_task_has_not_is_named_when_it_is_scored_again(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = baseline(runs) / RESULT
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"metric": "rouge1", "test": {"rouge1": 1.0}}))
+    status, said = said_by("evaluate", runs, capsys)
+    assert (status, "alpha 2, seed 0: test loss" in said) == (2, True)
+    assert f"{file}: 'rouge1' is no score of {result['recipe']['task']}." in said
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_status_2(

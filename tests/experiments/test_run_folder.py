@@ -60,6 +60,13 @@ def test_a_damaged_line_in_the_middle_is_an_error_naming_file_and_line(tmp_path:
         RunFolder(tmp_path).metrics()
 
 
+@pytest.mark.parametrize("step", [10**400, 2**60, -1, "3", None])
+def test_a_row_whose_step_is_no_number_of_updates_is_damaged(tmp_path: Path, step: object) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": step}) + "\n")
+    with pytest.raises(ResultsError, match=r"metrics.jsonl:1: a row needs a `kind` and a whole number as `step`"):
+        RunFolder(tmp_path).metrics()
+
+
 def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_result({"format": 2})
     with pytest.raises(ResultsError, match="format is 2 and this version of rdrop reads 1"):

@@ -105,7 +105,11 @@ def test_a_process_on_another_machine_is_gone_when_it_has_been_silent_for_long(t
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'{"pid": 1}', b"\xff", b"[" * 5000, b'"' + b"x" * 9000]
+    "content",
+    [
+        *(b"", b"{", b"[]", b"null", b'{"pid": 1}', b"\xff", b"[" * 5000, b'"' + b"x" * 9000),
+        b'{"token": "a/b", "host": "a", "machine": "b", "pid": 7, "started": "c", "since": "d"}',
+    ],
 )
 def test_a_damaged_lock_is_respected_until_it_has_been_silent_for_long(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)

@@ -366,7 +366,7 @@ def test_unfinished_and_damaged_runs_take_no_part_and_are_named(tmp_path):
     assert problems.keys() == {unfinished, no_metric, other_recipe, half, no_seed}
     assert "unfinished" in problems[unfinished]
     assert "result.json: 'metric' is not what it should be" in problems[no_metric]
-    assert "made by another recipe" in problems[other_recipe]
+    assert "the result of another recipe" in problems[other_recipe]
     assert "not valid JSON" in problems[half]
     assert "recipe.json: 'seed' is missing. It is damaged, or of another version of rdrop" in problems[no_seed]
 

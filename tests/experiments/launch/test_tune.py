@@ -160,6 +160,35 @@ def test_a_setting_of_which_a_run_failed_is_not_chosen(
     assert f"Not ranked: R-Drop, alpha 1: {what}" in shown
 
 
+@pytest.mark.parametrize("valid", [{"accuracy": None}, {"accuracy": "NaN"}, {}])
+def test_a_run_of_the_search_without_a_score_leaves_its_setting_out(
+    valid: dict[str, Any], trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", "digits-vit", "alpha=1,3", "--seeds", "1", "--runs", str(tmp_path)]
+    assert cli.run(command) == 0
+    (recipe,) = (r for r in trained if r.method.alpha == 1.0 and r.seed == FIRST_SEED + 1)
+    (file,) = tmp_path.rglob(f"{recipe.digest()}/result.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"valid": valid}))
+    capsys.readouterr()
+    assert cli.run(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Not ranked: R-Drop, alpha 1: " in shown
+    assert str(file.parent) in shown.replace(" ", "")
+
+
+def test_a_damaged_run_on_fresh_seeds_is_named(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", "digits-vit", "alpha=1,3", "--seeds", "1", "--runs", str(tmp_path)]
+    assert cli.run(command) == 0
+    recipe = next(r for r in trained if r.method.is_plain and r.seed < FIRST_SEED)
+    (file,) = tmp_path.rglob(f"{recipe.digest()}/result.json")
+    file.write_text("{")
+    capsys.readouterr()
+    assert cli.run(command) != 0
+    assert f"rm {file}" in capsys.readouterr().err.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,5 +1,6 @@
 """A run that starts from the weights of another: which ones, and when it is refused."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_a_run_is_not_taken_for_one_from_other_weights_than_its_own(started: Pat
     shutil.rmtree(finished)
     trainer.train(recipe, finished)
     assert run.result() is not None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({key: None} for key in ("best_step", "averaged_steps", "digest", "recipe")),
+        *({"recipe": "x"}, {"best_step": "x"}, {"averaged_steps": 5}),
+    ],
+)
+def test_a_damaged_start_is_named_and_a_run_that_started_from_it_stands(
+    damage: dict[str, object], started: Path, tmp_path: Path
+) -> None:
+    start, file = tmp_path / "start", tmp_path / "start/result.json"
+    shutil.copytree(started / "0", start)
+    recipe = second(start)
+    result = trainer.train(recipe, tmp_path / "finished")
+    content = json.loads(file.read_text()) | damage
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(ResultsError, match=r"holds no finished run with seed 0.*result.json: .*rm "):
+        trainer.train(recipe, tmp_path / "new")
+    assert trainer.train(recipe, tmp_path / "finished") == result
 
 
 def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

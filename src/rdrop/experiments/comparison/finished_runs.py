@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rdrop.experiments import metrics
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RECIPE, RunRecord, remedy, what_is_damaged
+from rdrop.experiments.run_folder import RECIPE, RESULT, RunRecord, remedy, what_is_damaged
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     if record.problem is not None or record.recipe is None or record.result is None:
         problem = record.problem or "recipe.json or result.json is missing."
         return UnusableRun(record.path, problem.removeprefix(f"{record.path}: "))
-    damage = what_is_damaged(record.path, record.recipe, record.result) or _unknown_metric(record.result)
+    damage = what_is_damaged(record.path, record.recipe, record.result) or unknown_metric(record.path, record.result)
     if damage is not None:
         return UnusableRun(record.path, damage.removeprefix(f"{record.path}{os.sep}"))
     try:
@@ -81,11 +81,12 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     return FinishedRun(record.path, record.recipe, record.result, record.metrics, method)
 
 
-def _unknown_metric(result: Mapping[str, Any]) -> str | None:
+def unknown_metric(path: Path, result: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong where a score of the result is in no table of metrics."""
     try:
         metrics.add_rows(result.get("metrics", {}))
         for name in (result["metric"], *result["test"]):
             metrics.find(name)
     except MetricError as error:
-        return f"result.json: {error}"
+        return f"{path / RESULT}: {error}. {remedy(path / RESULT)}"
     return None

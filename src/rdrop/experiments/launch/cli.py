@@ -233,9 +233,17 @@ def compare(
         record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))
     if commands:
+        damaged = []
         for run in plan:
-            if run.result() is None and run.failure() is None:
+            try:
+                is_settled = run.result() is not None or run.failure() is not None
+            except ResultsError as error:
+                damaged.append(Failure.of(run, str(error), 2))
+                continue
+            if not is_settled:
                 sys.stdout.write(shlex.join(["rdrop", *command.arguments(run)]) + "\n")
+        if damaged:
+            raise FailedRunsError(damaged)
         return
     console = _progress_console()
     places = find_places(parse_jobs(jobs), console)
@@ -302,7 +310,11 @@ def tune(
     arms = tuning.plan_fresh(found.rdrop, found.plain, fresh, runs, larger_batch=not no_double_batch)
     # Seed by seed, so that a comparison that is stopped has whole seeds to show.
     failures = train_in(runs)([run for of_seed in zip(*arms.values(), strict=True) for run in of_seed])
-    _show_tuning(tuning.tuning_of(candidates, tune_seeds, found, arms, read_looks(runs)), runs)
+    try:
+        tuned = tuning.tuning_of(candidates, tune_seeds, found, arms, read_looks(runs))
+    except FailedRunsError as error:
+        raise FailedRunsError([*failures, *error.failures]) from None
+    _show_tuning(tuned, runs)
     # That a setting diverges is a finding of the search, which the table shows.
     failures += [failure for failure in found.failures if failure.status != DIVERGED_STATUS]
     if failures:
@@ -528,11 +540,13 @@ def _show_result(run: Run) -> None:
     result = run.result()
     assert result is not None  # it has just been trained
     _show_scores(result, ("valid", "test"))
-    Terminal(highlight=False).print(f"{_scored_weights(result)} {run.folder}", soft_wrap=True)
+    Terminal(highlight=False).print(f"{_scored_weights(result)} {run.folder}".lstrip(), soft_wrap=True)
 
 
 def _scored_weights(result: Mapping[str, Any]) -> str:
     *others, last = result.get("averaged_steps") or [None]
+    if last is None and result.get("best_step") is None:  # of a version that did not say
+        return ""
     if last is None:
         by_loss = " by its loss" if result["recipe"].get("select_by") == "loss" else ""
         return f"The weights of update {result['best_step']}, the best on the valid split{by_loss}."

@@ -35,7 +35,7 @@ from rdrop.experiments.launch.plan import Command, Run
 from rdrop.experiments.launch.progress import Display, show_progress, summary
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.run_folder import ResultsError, RunFolder
+from rdrop.experiments.run_folder import NO_ROOM, ResultsError, RunFolder
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.progress import Progress
@@ -50,7 +50,8 @@ LAST_RESORT_SECONDS = 60.0
 """After which a child whose parent is gone, and that does not stop, ends without saving."""
 
 _MISTAKES = (RecipeError, DataError, TrackerError, OSError)
-"""What the other runs would meet too: the command is wrong, the data are, or the disk is full."""
+"""What the other runs would meet too: the command is wrong, the data are, or the disk is full. But a file of the run's
+own that cannot be read or written, on a disk that has room, ends this run alone."""
 
 
 class StoppedError(Exception):
@@ -309,6 +310,18 @@ def train_run(run: Run, on_progress: Callable[[Progress], None], **options: Any)
         raise FailedRunsError([Failure.of(run, str(cause), 1)]) from cause
     except (checkpoints.CheckpointError, ResultsError) as cause:
         raise FailedRunsError([Failure.of(run, str(cause), 2)]) from cause
+    except OSError as cause:
+        if not _is_of_the_run(cause, run):
+            raise
+        raise FailedRunsError([Failure.of(run, str(cause), 1)]) from cause
+
+
+def _is_of_the_run(error: OSError, run: Run) -> bool:
+    """Whether it is about a file in the folder of the run, and not about a disk that is full for all."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    if cause.errno in NO_ROOM or not isinstance(cause.filename, str | os.PathLike):
+        return False
+    return Path(cause.filename).absolute().is_relative_to(run.folder.absolute()) and run.folder.is_dir()
 
 
 def quiet_transformers() -> None:

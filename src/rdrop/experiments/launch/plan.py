@@ -12,6 +12,7 @@ from typing import Any
 
 from rdrop.experiments.comparison.arms import ARM_KEYS, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.designs import Design, arm_digest
+from rdrop.experiments.comparison.finished_runs import unknown_metric
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import ARMS, find_recipe
@@ -46,6 +47,9 @@ class Run:
             what = f"it is the result of another recipe, which differs in {', '.join(differing)}"
             raise ResultsError(f"{file}: {what}. {remedy(file)}")
         if result is not None:
+            unknown = unknown_metric(self.folder, result)
+            if unknown is not None:
+                raise ResultsError(unknown)
             require_same_source(self.recipe.init_from, self.recipe.seed, result.get("notes", {}), self.folder)
         return result
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
-from rdrop.experiments.comparison.finished_runs import split_usable
+from rdrop.experiments.comparison.finished_runs import is_finite_number, split_usable
 from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
 from rdrop.experiments.launch.jobs import FailedRunsError, Failure
@@ -162,9 +162,10 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[
     compared = []
     for label, runs in arms.items():
         records = [record for run in runs if run.folder.is_dir() for record in find_runs(run.folder)]
-        finished = split_usable(records)[0]
+        finished, unusable = split_usable(records)
         if not finished:
-            raise FailedRunsError([Failure(label, runs[0].folder, "no seed has finished", 1)])
+            reasons = "".join(f": {run.path}: {run.problem}" for run in unusable[:1])
+            raise FailedRunsError([Failure(label, runs[0].folder, f"no seed has finished{reasons}", 1)])
         compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished)))
     metric = compared[0].runs[0].result["metric"]
     by_values = {(entry.is_plain, tuple(entry.values.items())): entry for entry in found.tried}
@@ -205,7 +206,11 @@ def _tried(candidate: Candidate, seeds: int, root: Path, failures: Mapping[Path,
         if run.folder in failures:
             problem = failures[run.folder].what
         elif (result := run.result()) is not None:
-            scores[run.recipe.seed] = float(result["valid"][result["metric"]])
+            score = _valid_score(result)
+            if score is None:
+                problem = f"{run.folder}: it has no finite {result['metric']} on valid"
+            else:
+                scores[run.recipe.seed] = score
     return Tried(candidate.values, is_plain, scores, problem)
 
 
@@ -214,12 +219,17 @@ def _ranked(candidates: Sequence[Candidate], seeds: int, root: Path) -> list[Can
     means, better = {}, True
     for candidate in candidates:
         results = _results(candidate, seeds, root)
-        if len(results) == seeds:
-            metric = results[0]["metric"]
-            means[candidate.recipe.digest()] = sum(result["valid"][metric] for result in results) / seeds
-            better = metrics.find(metric).higher_is_better
+        scores = [score for result in results if (score := _valid_score(result)) is not None]
+        if len(scores) == seeds:
+            means[candidate.recipe.digest()] = sum(scores) / seeds
+            better = metrics.find(results[0]["metric"]).higher_is_better
     whole = [candidate for candidate in candidates if candidate.recipe.digest() in means]
     return sorted(whole, key=lambda candidate: means[candidate.recipe.digest()], reverse=better)
+
+
+def _valid_score(result: Mapping[str, Any]) -> float | None:
+    score = result["valid"].get(result["metric"])
+    return float(score) if is_finite_number(score) else None
 
 
 def _results(candidate: Candidate, seeds: int, root: Path) -> list[dict[str, Any]]:

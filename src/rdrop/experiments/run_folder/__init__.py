@@ -3,6 +3,7 @@
 from rdrop.experiments.run_folder.folder import FAILURE as FAILURE
 from rdrop.experiments.run_folder.folder import FORMAT as FORMAT
 from rdrop.experiments.run_folder.folder import METRICS as METRICS
+from rdrop.experiments.run_folder.folder import NO_ROOM as NO_ROOM
 from rdrop.experiments.run_folder.folder import RECIPE as RECIPE
 from rdrop.experiments.run_folder.folder import RESULT as RESULT
 from rdrop.experiments.run_folder.folder import TUNING as TUNING

@@ -14,11 +14,13 @@ as the string "NaN", "Infinity" or "-Infinity", and read back as the float it wa
 This module needs the standard library only, so that a report can be made where nothing is trained.
 """
 
+import errno
 import json
 import math
 import os
 import shlex
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,13 @@ RECIPE, METRICS, RESULT, FAILURE = "recipe.json", "metrics.jsonl", "result.json"
 
 TUNING = "_tuning"
 """The folder of the runs of `rdrop tune`'s search, below that of the others. No recipe has a name like it."""
+
+CHECKPOINTS = "checkpoints"
+_FILES = (RECIPE, METRICS, RESULT, FAILURE, lock.FILE)
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The errors of a disk that is full, for every run."""
+_LARGEST_STEP = 2**53
+"""More updates than any training has; it can be drawn."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -81,6 +90,8 @@ class RunFolder:
             self.write_recipe(recipe)
 
     def recipe(self) -> dict[str, Any]:
+        if not (self.path / RECIPE).exists():
+            raise ResultsError(f"{self.path / RECIPE} is missing. Train the run again, which writes it; it goes on.")
         return saved.upgraded(_read_object(self.path / RECIPE))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -109,6 +120,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The result, or None while the run is unfinished."""
+        self.require_its_kinds()
         path = self.path / RESULT
         if not path.exists():
             return None
@@ -121,6 +133,21 @@ class RunFolder:
         if isinstance(result.get("recipe"), dict):
             result["recipe"] = saved.upgraded(result["recipe"])
         return result
+
+    def require_its_kinds(self) -> None:
+        """Raises `ResultsError` where a folder stands in the place of a file of the run, or a file in that of a folder.
+
+        Asked before anything of the run is read or written, so that no other run meets it.
+        """
+        for name in _FILES:
+            path = self.path / name
+            if os.path.lexists(path) and not path.is_file():
+                raise ResultsError(f"{path}: is no file, but {_kind(path)}. {remedy(path)}")
+        folder = self.path / CHECKPOINTS
+        steps = sorted(folder.glob("step-*")) if folder.is_dir() else []
+        for path in (folder, *steps):
+            if os.path.lexists(path) and not path.is_dir():
+                raise ResultsError(f"{path}: is no folder, but {_kind(path)}. {remedy(path)}")
 
     def write_failure(self, step: int, what: str, batch: dict[str, Any] | None = None) -> None:
         """Records that the run cannot go on: training it again would end at the same step, with the same `batch`."""
@@ -135,7 +162,10 @@ class RunFolder:
         path = self.path / FAILURE
         if not path.exists():
             return None
-        return f"diverged: {_read_object(path).get('what')}"
+        what = _read_object(path).get("what")
+        if not isinstance(what, str):
+            raise ResultsError(f"{path}: 'what' is not what it should be, a text. {remedy(path)}")
+        return f"diverged: {what}"
 
 
 @dataclass(frozen=True)
@@ -163,8 +193,16 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
 def read_file(path: Path) -> bytes:
     """Returns the content of a file of a run; `ResultsError` where there is a folder, a pipe, a socket or a device."""
     if not stat.S_ISREG(path.stat().st_mode):  # reading it may never end
-        raise ResultsError(f"{path}: is no file, but a folder, a pipe, a socket or a device. {remedy(path)}")
+        raise ResultsError(f"{path}: is no file, but {_kind(path)}. {remedy(path)}")
     return path.read_bytes()
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return "a link to nothing"
+    if path.is_dir():
+        return "a folder"
+    return "a file" if path.is_file() else "a pipe, a socket or a device"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -207,9 +245,13 @@ def explain_failed_write(path: Path, needed_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         existing = next(folder for folder in path.absolute().parents if folder.exists())
+        if error.errno in NO_ROOM:
+            remedy = "Free some space, or choose a folder that can be written."
+        else:
+            remedy = "Make it a folder that can be written, or choose another one."
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. It needs {needed_bytes} bytes; "
-            f"{disk_usage(existing).free} bytes are free. Free some space, or choose a folder that can be written."
+            f"{disk_usage(existing).free} bytes are free. {remedy}"
         ) from error
 
 
@@ -224,7 +266,7 @@ def sync_folder(path: Path) -> None:
 
 def remedy(file: Path) -> str:
     """Says how to get a whole file in the place of a damaged one; nothing is lost with it."""
-    command = f"rm {'-r ' * file.is_dir()}{shlex.quote(str(file))}"
+    command = f"rm {'-r ' * (file.is_dir() and not file.is_symlink())}{shlex.quote(str(file))}"
     return (
         "It is damaged, or of another version of rdrop: delete it, then train the run again, which goes on from its "
         f"checkpoints: {command}"
@@ -280,7 +322,8 @@ def _attempt(read: Any, problems: list[str]) -> Any:
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     row = _parse_object(line, where, "It is damaged: delete that line.")
-    if not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
+    step = row.get("step")
+    if not isinstance(row.get("kind"), str) or not isinstance(step, int) or not 0 <= step <= _LARGEST_STEP:
         raise ResultsError(
             f"{where}: a row needs a `kind` and a whole number as `step`. It is damaged: delete that line."
         )
@@ -293,7 +336,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _parse_object(text: bytes, where: str, what_to_do: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise ResultsError(f"{where}: not valid JSON ({error}). {what_to_do}") from error
     if not isinstance(value, dict):
@@ -303,6 +346,14 @@ def _parse_object(text: bytes, where: str, what_to_do: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _whole_number(digits: str) -> int | float:
+    """An infinity for what float64 cannot hold: it can neither be compared nor drawn."""
+    number = int(digits)
+    if abs(number) <= sys.float_info.max:
+        return number
+    return math.inf if number > 0 else -math.inf
 
 
 def _to_json(value: dict[str, Any], indent: int | None = None) -> bytes:

@@ -201,7 +201,8 @@ def _read(path: Path) -> tuple[Holder, float] | None:
     try:
         holder = Holder(**json.loads(content))
         types = [type(value) for value in asdict(holder).values()]
-        if types == [str, str, str, int, str, str] and 0 < holder.pid < 2**31:
+        is_name = types[0] is str and holder.token.isalnum()  # of the guard, a file beside the lock
+        if types == [str, str, str, int, str, str] and is_name and 0 < holder.pid < 2**31:
             return holder, renewed.st_mtime
     except (ValueError, TypeError, RecursionError):
         pass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rdrop.experiments.run_folder.folder import ResultsError, RunRecord, find_runs
+from rdrop.experiments.run_folder.whole import what_is_damaged, what_is_damaged_in_result
 
 NOTE = "started from"
 """Under this name the notes of a run say what `described` says of its source."""
@@ -22,20 +23,27 @@ def find_source(init_from: str, seed: int) -> RunRecord:
     Raises `ResultsError` if there is none, or more than one.
     """
     path = Path(init_from)
-    finished = [run for run in find_runs(path) if run.problem is None and run.result is not None]
+    found = [(run, run.result) for run in find_runs(path) if run.problem is None]
+    finished = [run for run, result in found if result is not None and _damage(run.path, run.recipe, result) is None]
     if len(finished) == 1 and finished[0].path == path:
         return finished[0]
     fitting = [run for run in finished if run.result is not None and run.result["recipe"]["seed"] == seed]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
+        damaged = [what for run, result in found if result and (what := _damage(run.path, run.recipe, result))]
         raise ResultsError(
             f"init_from (={path}) holds no finished run with seed {seed}; train it first, or name one run's folder"
+            + (f". Left out: {damaged[0]}" if damaged else "")
         )
     raise ResultsError(
         f"init_from (={path}) holds {len(fitting)} finished runs with seed {seed}; name the folder of one: "
         f"{', '.join(str(run.path) for run in fitting)}"
     )
+
+
+def _damage(path: Path, recipe: Mapping[str, Any] | None, result: Mapping[str, Any]) -> str | None:
+    return what_is_damaged(path, recipe or {}, result) or what_is_damaged_in_result(path, result, for_weights=True)
 
 
 def described(source: RunRecord) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rdrop.experiments.run_folder import saved
 from rdrop.experiments.run_folder.folder import RECIPE, RESULT, ResultsError, RunFolder, remedy
 
 _Test = Callable[[object], bool]
@@ -54,6 +55,10 @@ _OF_RECIPE: dict[str, tuple[_Test, str]] = {
     "batch_size": (_or_null(_is_count), "a whole number or null"),
     "batch_tokens": (_or_null(_is_count), "a whole number or null"),
 }
+_OF_RECIPE_IF_PRESENT: dict[str, tuple[_Test, str]] = {
+    "data": (_is_object, "an object"),
+    "model": (_is_object, "an object"),
+}
 _OF_RESULT: dict[str, tuple[_Test, str]] = {
     "recipe": (_is_object, "an object"),
     "metric": (_is_text, "a text"),
@@ -76,14 +81,14 @@ _IF_PRESENT: dict[str, tuple[_Test, str]] = {
     "vocabulary": (_or_null(_is_text), "a text or null"),
     "resumed": (_is_count, "a whole number"),
 }
-_FOR_WEIGHTS = ("best_step", "updates", "averaged_steps")
-"""What scoring the weights again needs; results of before do without."""
+_FOR_WEIGHTS = ("best_step", "updates", "averaged_steps", "digest")
+"""What needs the weights again, to score them or to start from them, asks for these; results of before do without."""
 
 
 def what_is_damaged(path: Path, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the content of a finished run's files, and what to do; None if nothing is."""
     return (
-        _wrong_entry(path / RECIPE, recipe, _OF_RECIPE)
+        _wrong_entry(path / RECIPE, recipe, _of_recipe(recipe))
         or _no_batch(path, recipe)
         or what_is_damaged_in_result(path, result)
         or _other_recipe(path, recipe, result)
@@ -105,12 +110,18 @@ def read_result(folder: RunFolder) -> dict[str, Any] | None:
     result = folder.result()
     if result is None:
         return None
-    problem = what_is_damaged_in_result(folder.path, result)
-    if problem is None and (folder.path / RECIPE).exists():
-        problem = _wrong_entry(folder.path / RECIPE, folder.recipe(), _OF_RECIPE)
+    if (folder.path / RECIPE).exists():
+        problem = what_is_damaged(folder.path, folder.recipe(), result)
+    else:
+        problem = what_is_damaged_in_result(folder.path, result)
     if problem is not None:
         raise ResultsError(problem)
+    folder.metrics()
     return result
+
+
+def _of_recipe(recipe: Mapping[str, Any]) -> dict[str, tuple[_Test, str]]:
+    return _OF_RECIPE | {key: rule for key, rule in _OF_RECIPE_IF_PRESENT.items() if key in recipe}
 
 
 def _wrong_entry(file: Path, entries: Mapping[str, Any], rules: Mapping[str, tuple[_Test, str]]) -> str | None:
@@ -128,8 +139,19 @@ def _no_batch(path: Path, recipe: Mapping[str, Any]) -> str | None:
     return f"{path / RECIPE}: neither 'batch_size' nor 'batch_tokens' is above 0. {remedy(path / RECIPE)}"
 
 
+def _digest(recipe: Mapping[str, Any]) -> str | None:
+    try:
+        return saved.digest(recipe)
+    except (AttributeError, KeyError, TypeError, ValueError):  # no recipe at all
+        return None
+
+
 def _other_recipe(path: Path, recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
     if result["recipe"] == recipe:
         return None
-    what = "was made by another recipe than recipe.json"
-    return f"{path / RESULT} {what}. Move the folder away, and train the recipe that you want again."
+    differing = ", ".join(saved.differing_keys(recipe, result["recipe"]))
+    what = f"{path / RESULT}: it is the result of another recipe, which differs in {differing} from recipe.json"
+    for file, own in ((path / RECIPE, result["recipe"]), (path / RESULT, recipe)):
+        if _digest(own) == path.name:  # a run's folder has the name of its recipe, so the other one is wrong
+            return f"{what}. {remedy(file)}"
+    return f"{what}. Move the folder away, and train the recipe that you want again."

@@ -142,7 +142,7 @@ def load(folder: Path, step: int) -> Checkpoint:
     try:
         return _read(_path_of(folder, step))
     except _DamagedError as error:
-        raise CheckpointError(f"{error}. To start the run again, delete {folder}.") from error
+        raise CheckpointError(f"{error}. To start the run again, delete {folder.parent}.") from error
 
 
 def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model: Stored) -> None:

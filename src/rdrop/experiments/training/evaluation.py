@@ -15,7 +15,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import load_recipe
-from rdrop.experiments.run_folder import RECIPE, ResultsError, what_is_damaged_in_result
+from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, remedy, what_is_damaged_in_result
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
@@ -68,6 +68,9 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
+    if run.result["metric"] not in scores:
+        file = run.path / RESULT
+        raise ResultsError(f"{file}: {run.result['metric']!r} is no score of {recipe.task}. {remedy(file)}")
     constant = task.constant_scores() if isinstance(task, KnowsConstant) else {}
     notes = {name: note for name, note in run.notes.items() if name in NOTES_ON_TRAINING} | task.notes
     return run.result | {"test": scores, "constant": constant, "notes": notes}

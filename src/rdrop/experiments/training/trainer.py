@@ -39,7 +39,16 @@ from rdrop.experiments.comparison.learning import how_rows_diverged
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
-from rdrop.experiments.run_folder import FAILURE, FORMAT, RunFolder, read_result, saved
+from rdrop.experiments.run_folder import (
+    FAILURE,
+    FORMAT,
+    RECIPE,
+    ResultsError,
+    RunFolder,
+    read_result,
+    remedy,
+    saved,
+)
 from rdrop.experiments.run_folder.predictions import write_predictions
 from rdrop.experiments.run_folder.source import require_same_source
 from rdrop.experiments.tasks.share import Share
@@ -702,9 +711,10 @@ def _means(state: RunState) -> dict[str, float]:
 def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> None:
     differing = saved.differing_keys(recipe.saved(), found)
     if differing:
-        raise TrainingError(
-            f"{path} holds a run of another recipe, which differs in {', '.join(differing)}. Choose another folder."
-        )
+        what = f"{path} holds a run of another recipe, which differs in {', '.join(differing)}"
+        if path.name == recipe.digest():  # a run's folder has the name of its recipe
+            raise ResultsError(f"{path / RECIPE}: {what}. {remedy(path / RECIPE)}")
+        raise TrainingError(f"{what}. Choose another folder.")
 
 
 @contextmanager
