@@ -17,7 +17,6 @@ This module needs the standard library only, so that a report can be made where 
 import json
 import math
 import os
-import shlex
 import stat
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from typing import Any
 
 from rdrop.experiments.run_folder import lock, saved
 from rdrop.experiments.run_folder.lock import RunLock
+from rdrop.experiments.shown import shell_word
 
 FORMAT = 1
 """The version of the layout; `result.json` carries it."""
@@ -224,7 +224,7 @@ def sync_folder(path: Path) -> None:
 
 def remedy(file: Path) -> str:
     """Says how to get a whole file in the place of a damaged one; nothing is lost with it."""
-    command = f"rm {'-r ' * file.is_dir()}{shlex.quote(str(file))}"
+    command = f"rm {'-r ' * file.is_dir()}{shell_word(file)}"
     return (
         "It is damaged, or of another version of rdrop: delete it, then train the run again, which goes on from its "
         f"checkpoints: {command}"
