@@ -5,7 +5,9 @@ run is killed at its n-th step that could matter: before an update, before each 
 or renamed, and before a folder is removed.
 """
 
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tests.kills import Watch, kill_and_resume, watch_calls
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from rdrop.integrations.transformers import DurableCheckpoints, RDropTrainer, Target
 from rdrop.integrations.transformers.durable import MANIFEST, CheckpointError, CheckpointWarning, seal, why_damaged
@@ -128,6 +130,20 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def change_the_format(manifest: Path, version: int | None) -> None:
+    content = json.loads(manifest.read_text())
+    del content["format"]
+    manifest.write_text(json.dumps(content | ({} if version is None else {"format": version})))
+
+
+def resealed(checkpoint: Path, name: str, content: bytes | None) -> None:
+    """Writes a file of a checkpoint anew, or removes it, and a manifest that says so."""
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    seal(checkpoint)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit in the weights": lambda newest: flip_a_bit(newest / "model.safetensors"),
     "a flipped bit in the optimizer": lambda newest: flip_a_bit(newest / "optimizer.pt"),
@@ -136,6 +152,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an empty state": lambda newest: (newest / "trainer_state.json").write_bytes(b""),
     "a missing file": lambda newest: (newest / "rng_state.pth").unlink(),
     "a manifest that is a list": lambda newest: (newest / MANIFEST).write_text("[]"),
+    "a manifest of nothing": lambda newest: (newest / MANIFEST).write_text('{"format": 1, "files": {}}'),
+    "a manifest of another format": lambda newest: change_the_format(newest / MANIFEST, 9),
+    "a manifest without a format": lambda newest: change_the_format(newest / MANIFEST, None),
+    "a manifest without the weights": lambda newest: resealed(newest, "model.safetensors", None),
+    "a manifest without the state": lambda newest: resealed(newest, "trainer_state.json", None),
+    "a state that is a list": lambda newest: resealed(newest, "trainer_state.json", b"[]"),
+    "a state of wrong types": lambda newest: resealed(newest, "trainer_state.json", b'{"global_step": "x"}'),
     "no manifest": lambda newest: (newest / MANIFEST).unlink(),
     "an empty folder": lambda newest: [path.unlink() for path in newest.iterdir()],
 }
@@ -151,6 +174,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning_that_names_both(ru
     assert f"{run / f'checkpoint-{STEPS}'}: " in str(warning.message)
     assert weights(run) == weights(whole)
     assert why_damaged(run / f"checkpoint-{STEPS}") is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("content", [pickle.dumps(os.system), b"", b"no tensors", pickle.dumps([1])], ids=range(4))
+def test_a_file_of_no_tensors_that_its_manifest_knows_is_named_and_the_remedy_works(
+    run: Path, name: str, content: bytes
+):
+    newest = run / f"checkpoint-{STEPS}"
+    resealed(newest, name, content)
+    with pytest.raises(CheckpointError, match=f"{newest / name} is not what the Trainer writes: .* Delete {newest}, "):
+        trainer(run, max_steps=STEPS + 1).train(resume_from_checkpoint=True)
+    shutil.rmtree(newest)
+    trainer(run, max_steps=STEPS + 1).train(resume_from_checkpoint=True)
+    assert why_damaged(run / f"checkpoint-{STEPS + 1}") is None
 
 
 def test_where_none_is_whole_nothing_is_loaded(run: Path):
@@ -200,6 +237,7 @@ def test_a_checkpoint_set_aside_by_a_killed_save_of_the_same_step_is_found(run: 
 
 def test_a_manifest_has_every_file_in_folders_too(tmp_path: Path):
     (tmp_path / "shards").mkdir()
+    TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))
     (tmp_path / "shards/0.bin").write_bytes(b"a")
     seal(tmp_path)
     assert why_damaged(tmp_path) is None

@@ -17,14 +17,17 @@ import json
 import os
 import re
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST = "manifest.json"
@@ -34,7 +37,14 @@ SAVING, REPLACED = "_saving", "_replaced"
 The names begin with an underscore, so that `push_to_hub` leaves them out.
 """
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_FORMAT = 1
 _STATE = "trainer_state.json"
+_WEIGHTS = re.compile(
+    r"(.*/)?(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pt|pth|distcp)"
+)
+"""The names of files with weights: those of the Trainer, of peft, FSDP and DeepSpeed, and of a save_model of yours."""
+_READERS = {"torch.serialization": "f", "safetensors.torch": "filename"}
+"""The modules that read a file with tensors, and what their functions call it."""
 
 
 class CheckpointError(RuntimeError):
@@ -96,8 +106,26 @@ class DurableCheckpoints(Trainer):
         return redirected or super()._get_output_dir(trial)
 
     def _load_best_model(self) -> None:
-        _require_good(Path(str(self.state.best_model_checkpoint)))
-        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        _require_good(Path(best))
+        with _unreadable_named(best):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _unreadable_named(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _unreadable_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _unreadable_named(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _unreadable_named(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _first_decides(self, choose: Callable[[], str | None]) -> str | None:
         """Returns the choice of the first process to all: they must not resume from different checkpoints."""
@@ -122,7 +150,7 @@ def seal(checkpoint: Path) -> None:
     """Flushes every file of a checkpoint to the disk and writes its manifest last."""
     files = {str(path.relative_to(checkpoint)): _flushed(path) for path in _files(checkpoint)}
     manifest = checkpoint / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
     _flush(manifest)
     for folder in {checkpoint, *(path.parent for path in _files(checkpoint))}:
         _flush(folder)
@@ -173,12 +201,18 @@ def _flush(path: Path) -> None:
 def why_damaged(checkpoint: Path) -> str | None:
     """Returns what of a checkpoint is not as its manifest says; None if it is whole. Files beside those are ignored."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
         expected = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so this is not a checkpoint of DurableCheckpoints"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error!r})"
+    if version != _FORMAT:
+        return f"its {MANIFEST} has the format {version!r}, and {_FORMAT} is the one that is known here"
+    for what, is_named in (("trainer state", _STATE in expected), ("weights", any(map(_WEIGHTS.fullmatch, expected)))):
+        if not is_named:
+            return f"its {MANIFEST} names no file with the {what}"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():
@@ -187,6 +221,40 @@ def why_damaged(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, and had {size}"
         if _facts(path)["sha256"] != digest:
             return f"{name} has changed since it was written"
+    return _what_is_no_state(checkpoint / _STATE)
+
+
+def _what_is_no_state(file: Path) -> str | None:
+    """Returns why the Trainer cannot read its state from a file; None if it can."""
+    try:
+        step = TrainerState.load_from_json(str(file)).global_step
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        return f"{file.name} is no state of a Trainer ({error!r})"
+    return None if type(step) is int else f"{file.name} is no state of a Trainer (global_step is {step!r})"
+
+
+@contextmanager
+def _unreadable_named(checkpoint: str | None) -> Iterator[None]:
+    """Raises `CheckpointError` where a file is loaded that holds no tensors, whatever its manifest says."""
+    try:
+        yield
+    except Exception as error:  # whatever the content makes of it
+        file = _file_of(error.__traceback__)
+        if file is None:
+            raise
+        what = str(error).partition("\n")[0][:200] or repr(error)
+        raise CheckpointError(
+            f"{file} is not what the Trainer writes: {what}. Delete {checkpoint}, and resume with "
+            "resume_from_checkpoint=True from what is left"
+        ) from error
+
+
+def _file_of(at: TracebackType | None) -> object:
+    """Returns the file that torch or safetensors was reading when it failed; None if neither was."""
+    for frame, _ in traceback.walk_tb(at):
+        argument = _READERS.get(frame.f_globals.get("__name__", ""))
+        if argument in frame.f_locals:
+            return frame.f_locals[argument]
     return None
 
 
