@@ -98,7 +98,7 @@ class LanguageModeling:
     def build_model(self) -> nn.Module:
         model = self._model
         if model.name is not None:
-            pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
+            pretrained = pretrained_model(model.name, AutoModelForCausalLM, self._config)
             largest = max(self._vocabulary.start_id, *(int(tokens.ids.max()) for tokens in self._tokens.values()))
             require_rows(pretrained, model.name, largest)
             inputs = {"input_ids": self.train_batch([0], 0)["input_ids"][:, :TRIED_TOKENS]}
