@@ -5,6 +5,7 @@ run is killed at its n-th step that could matter: before an update, before each 
 or renamed, and before a folder is removed.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tests.kills import Watch, kill_and_resume, watch_calls
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from rdrop.integrations.transformers import DurableCheckpoints, RDropTrainer, Target
 from rdrop.integrations.transformers.durable import MANIFEST, CheckpointError, CheckpointWarning, seal, why_damaged
@@ -128,6 +129,20 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def change_the_format(manifest: Path, version: int | None) -> None:
+    content = json.loads(manifest.read_text())
+    del content["format"]
+    manifest.write_text(json.dumps(content | ({} if version is None else {"format": version})))
+
+
+def resealed(checkpoint: Path, name: str, content: bytes | None) -> None:
+    """Writes a file of a checkpoint anew, or removes it, and a manifest that says so."""
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    seal(checkpoint)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit in the weights": lambda newest: flip_a_bit(newest / "model.safetensors"),
     "a flipped bit in the optimizer": lambda newest: flip_a_bit(newest / "optimizer.pt"),
@@ -136,6 +151,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an empty state": lambda newest: (newest / "trainer_state.json").write_bytes(b""),
     "a missing file": lambda newest: (newest / "rng_state.pth").unlink(),
     "a manifest that is a list": lambda newest: (newest / MANIFEST).write_text("[]"),
+    "a manifest of nothing": lambda newest: (newest / MANIFEST).write_text('{"format": 1, "files": {}}'),
+    "a manifest of another format": lambda newest: change_the_format(newest / MANIFEST, 9),
+    "a manifest without a format": lambda newest: change_the_format(newest / MANIFEST, None),
+    "a manifest without the weights": lambda newest: resealed(newest, "model.safetensors", None),
+    "a manifest without the state": lambda newest: resealed(newest, "trainer_state.json", None),
+    "a state that is a list": lambda newest: resealed(newest, "trainer_state.json", b"[]"),
+    "a state of wrong types": lambda newest: resealed(newest, "trainer_state.json", b'{"global_step": "x"}'),
     "no manifest": lambda newest: (newest / MANIFEST).unlink(),
     "an empty folder": lambda newest: [path.unlink() for path in newest.iterdir()],
 }
@@ -200,6 +222,7 @@ def test_a_checkpoint_set_aside_by_a_killed_save_of_the_same_step_is_found(run: 
 
 def test_a_manifest_has_every_file_in_folders_too(tmp_path: Path):
     (tmp_path / "shards").mkdir()
+    TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))
     (tmp_path / "shards/0.bin").write_bytes(b"a")
     seal(tmp_path)
     assert why_damaged(tmp_path) is None

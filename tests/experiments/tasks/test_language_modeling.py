@@ -210,11 +210,29 @@ def test_the_perplexity_of_pieces_of_a_text_without_spaces_is_by_character(tmp_p
     )
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_the_line_of_a_word_that_is_too_long_is_named(split: str, tmp_path: Path) -> None:
+    word = f"{7**60000:x}"
+    files = {}
+    for name in ("train", "valid", "test"):
+        long_line = f"a {word} b\n" if name == split else ""
+        (tmp_path / f"{name}.txt").write_text("good film\n\n" * 20 + long_line + f"a good {name}\n" * 20)
+        files[f"data.{name}"] = str(tmp_path / f"{name}.txt")
+    recipe = FROM_SCRATCH.tiny().replace(**{"data.tiny": False, "data.vocabulary": 258}, **files)
+    with pytest.raises(DataError, match=rf"^{tmp_path / split}\.txt:41: the longest word has {len(word)} characters, "):
+        LanguageModeling(recipe)
+    folder = recipe.replace(
+        **{"data.folder": str(tmp_path)}, **dict.fromkeys(("data.train", "data.valid", "data.test"))
+    )
+    with pytest.raises(DataError, match=rf"^{tmp_path / split}\.txt:41: "):
+        LanguageModeling(folder)
+
+
 def test_words_too_long_for_a_perplexity_by_word_are_refused(tmp_path: Path) -> None:
     text = own_file(tmp_path, "".join(f"{number**150:x}\n" for number in range(10, 50)))
     recipe = FROM_SCRATCH.tiny().replace(**{"data.tiny": False, "data.train": text, "data.vocabulary": 258})
     with pytest.raises(
-        DataError, match=r"a word has \d+ tokens in the mean.*data.tokens=characters data.vocabulary=null"
+        DataError, match=r"a word of train \d+ tokens in the mean.*data.tokens=characters data.vocabulary=null"
     ):
         LanguageModeling(recipe)
     LanguageModeling(recipe.replace(**{"data.tokens": "characters", "data.vocabulary": None}))

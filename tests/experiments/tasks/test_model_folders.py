@@ -184,3 +184,11 @@ def test_a_broken_configuration_is_one_line_about_the_model(content: Any, write:
     with pytest.raises(RecipeError, match=r"^model\.name=.*cannot be loaded \(") as caught:
         load("text", folder)
     assert "\n" not in str(caught.value)
+
+
+LAYERS = {"text": "num_hidden_layers", "image": "num_hidden_layers", "language": "n_layer", "summary": "encoder_layers"}
+
+
+def test_layers_that_would_be_left_out_are_counted(kind: str, write: Write) -> None:
+    with pytest.raises(RecipeError, match=r"its file has more layers than its config\.json asks for \(1, e\.g\. "):
+        load(kind, write(kind, **{LAYERS[kind]: 0}))

@@ -13,6 +13,9 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForTokenClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -137,7 +140,8 @@ BROKEN: dict[str, tuple[tuple[str, object], ...]] = {
 }
 """Values of a config.json, some of which only a forward or a search stumbles on."""
 REFUSED = (
-    r"(cannot be loaded \(.*\); give|its file has no weights of the shape that config\.json says for 1 tensors"
+    r"(cannot be loaded \(.*\); give|its file has more layers"
+    r"|its file has no weights of the shape that config\.json says for 1 tensors"
     r"|its config\.json has eos_token_id .* writes an empty summary as \[1, 2\]; put the number)"
 )
 
@@ -216,6 +220,44 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         RecipeError, match=r"^model\.name=.*: its file has no weights of the shape .* for 1 tensors, e\.g\. bert\.emb"
     ):
         load_task(recipe_of("text-classification", tmp_path, name)).build_model()
+
+
+LAYERS = {
+    "text-classification": "num_hidden_layers",
+    "language-modeling": "n_layer",
+    "summarization": "decoder_layers",
+}
+
+
+@EACH
+@pytest.mark.parametrize(("layers", "problem"), [(0, "more layers"), (2, "no weights of the shape")])
+def test_a_configuration_of_fewer_or_more_layers_than_the_file_has_is_refused(
+    task: str, layers: int, problem: str, tmp_path: Path
+) -> None:
+    own = MODELS[task]()
+    setattr(own.config, LAYERS[task], 1)
+    name = saved(tmp_path / "model", own, tokenizer())
+    recipe = recipe_of(task, tmp_path, name)
+    load_task(recipe).build_model()
+    setattr(own.config, LAYERS[task], layers)
+    own.config.save_pretrained(name)
+    with pytest.raises(RecipeError, match=rf"^model\.name=.*: its file has {problem} .*get both files again"):
+        load_task(recipe).build_model()
+
+
+def test_a_smaller_model_that_is_saved_is_taken(tmp_path: Path) -> None:
+    """As the message says that the layers of the file are more."""
+    name = saved(tmp_path / "model", bert(), tokenizer())
+    config = BertConfig.from_pretrained(name)
+    config.num_hidden_layers = 0
+    BertModel.from_pretrained(name, config=config).save_pretrained(name)
+    load_task(recipe_of("text-classification", tmp_path, name)).build_model()
+
+
+@pytest.mark.parametrize("kind", [BertForPreTraining, BertForMaskedLM, BertForTokenClassification])
+def test_a_head_and_a_pooler_that_the_task_does_not_use_may_be_in_the_file(kind: Any, tmp_path: Path) -> None:
+    name = saved(tmp_path / "model", kind(bert().config), tokenizer())
+    load_task(recipe_of("text-classification", tmp_path, name)).build_model()
 
 
 @EACH

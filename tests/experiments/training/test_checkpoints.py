@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,47 @@ def test_training_goes_on_from_the_older_checkpoint_to_the_same_bits(
     trainer.train(RECIPE, tmp_path / "damaged")
     (tmp_path / "damaged" / "result.json").unlink()
     flip_a_bit(tmp_path / "damaged" / "checkpoints" / "step-00000008" / checkpoints.OPTIMIZER)
+    with pytest.warns(CheckpointWarning):
+        trainer.train(RECIPE, tmp_path / "damaged")
+    assert final_state(tmp_path / "damaged") == final_state(tmp_path / "whole")
+
+
+def change(content: dict[str, Any], **entries: object) -> dict[str, Any]:
+    return content | {"state": content["state"] | entries}
+
+
+WRONG_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a step that is a text": lambda content: change(content, step="x"),
+    "averaged steps that are null": lambda content: change(content, averaged_steps=None),
+    "averaged steps that are texts": lambda content: change(content, averaged_steps=["x"]),
+    "a best score without its step": lambda content: change(content, best_step=None, best_score=0.5),
+    "a list in the place of the state": lambda content: content | {"state": []},
+    "a list in the place of all": lambda content: [content],
+    "sums without counts": lambda content: change(content, sums={"loss": 1.0}, counts={}),
+    "aliases that are a list": lambda content: content | {"model_aliases": []},
+    "numbers of no parameter": lambda content: content | {"optimizer_numbers": {"x": 1}},
+    "nothing": lambda content: {},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_state_of_other_types_is_named_and_once_it_is_deleted_the_run_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    trainer.train(RECIPE, tmp_path / "whole")
+    trainer.train(RECIPE, tmp_path / "damaged")
+    (tmp_path / "damaged" / "result.json").unlink()
+    newest = tmp_path / "damaged" / "checkpoints" / "step-00000008"
+    state = newest / checkpoints.STATE
+    state.write_text(json.dumps(WRONG_STATES[wrong](json.loads(state.read_text()))))
+    files = {
+        name: (newest / name).read_bytes() for name in (checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.STATE)
+    }
+    (newest / checkpoints.MANIFEST).write_bytes(checkpoints._manifest(files))
+    with pytest.raises(CheckpointError, match=f"^{state}: .*: rm {state}$") as found:
+        trainer.train(RECIPE, tmp_path / "damaged")
+    subprocess.run(str(found.value).rpartition(": ")[2], shell=True, check=True)
     with pytest.warns(CheckpointWarning):
         trainer.train(RECIPE, tmp_path / "damaged")
     assert final_state(tmp_path / "damaged") == final_state(tmp_path / "whole")

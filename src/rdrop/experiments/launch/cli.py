@@ -38,11 +38,12 @@ from rdrop.experiments.launch.jobs import (
     train_supervised,
 )
 from rdrop.experiments.launch.plan import Command, Run, plan_arms
-from rdrop.experiments.launch.terminal import Terminal
+from rdrop.experiments.launch.terminal import Terminal, escaped_warnings
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, RunRecord, find_runs
+from rdrop.experiments.shown import escaped, shell_line
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 
@@ -99,7 +100,8 @@ def run(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     current = [_OLD_SPELLING.sub("--unlabeled", argument) for argument in arguments]
     try:
-        return int(_command()(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
+        with escaped_warnings():
+            return int(_command()(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error.format_message(), status=2)
     except (RecipeError, ResultsError, DataError, TrackerError, RunLockedError) as error:
@@ -107,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     except MistakeError as error:
         return _fail(str(error), error.status)
     except StoppedError as error:
-        again = "the same command" if "RANK" in os.environ else shlex.join(["rdrop", *arguments])
+        again = "the same command" if "RANK" in os.environ else shell_line(["rdrop", *arguments])
         return _fail(f"{error}; go on with: {again}", status=error.status)
     except FailedRunsError as error:
         for failure in error.failures:
@@ -124,7 +126,7 @@ def _command() -> Callable[..., Any]:
 
 def _fail(message: str, status: int) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())  # spaces in a line may be those of a path or a label
-    Terminal(stderr=True, highlight=False).print(Text.assemble(("rdrop: ", "bold red"), line), soft_wrap=True)
+    Terminal(stderr=True).print(Text.assemble(("rdrop: ", "bold red"), escaped(line)), soft_wrap=True)
     return status
 
 
@@ -152,7 +154,7 @@ def list_recipes(
     """Show the recipes, with what is published and what the finished runs scored; or the keys of one recipe."""
     from rdrop.experiments.report.recipe_table import catalog
 
-    console = Terminal(highlight=False)
+    console = Terminal()
     console.print(
         catalog(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
     )
@@ -241,7 +243,7 @@ def compare(
                 damaged.append(Failure.of(run, str(error), 2))
                 continue
             if not is_settled:
-                sys.stdout.write(shlex.join(["rdrop", *command.arguments(run)]) + "\n")
+                sys.stdout.write(shell_line(["rdrop", *command.arguments(run)]) + "\n")
         if damaged:
             raise FailedRunsError(damaged)
         return
@@ -380,7 +382,7 @@ def check(
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "kernels": missing}, indent=2) + "\n")
     else:
-        sys.stdout.write(f"{found}\n{_kernel_line(missing)}\n")
+        sys.stdout.write(escaped(f"{found}\n{_kernel_line(missing)}\n"))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -415,7 +417,7 @@ def bench(
     command = shlex.join(["rdrop", *sys.argv[1:]])
     try:
         conditions = Conditions(device, dtype, threads, rounds, clock, tuple(form or ()), not no_compile, command)
-        run(benchmarks or (), sizes, conditions, Terminal(highlight=False), output)
+        run(benchmarks or (), sizes, conditions, Terminal(), output)
     except BenchError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -507,7 +509,7 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    console = Terminal(stderr=True, highlight=False, quiet=not _is_first_process())
+    console = Terminal(stderr=True, quiet=not _is_first_process())
     _show_unusable(unusable, console)
     quiet_transformers()
     scored, failures = [], []
@@ -540,7 +542,7 @@ def _show_result(run: Run) -> None:
     result = run.result()
     assert result is not None  # it has just been trained
     _show_scores(result, ("valid", "test"))
-    Terminal(highlight=False).print(f"{_scored_weights(result)} {run.folder}".lstrip(), soft_wrap=True)
+    Terminal().print(f"{_scored_weights(result)} {run.folder}".lstrip(), soft_wrap=True)
 
 
 def _scored_weights(result: Mapping[str, Any]) -> str:
@@ -564,11 +566,11 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
         style = NumberStyle.of(metric, [])
         # Some are of the test split alone.
         table.add_row(style.heading(metric), *(style.score(result[split].get(metric)) for split in splits))
-    console = Terminal(highlight=False)
-    console.print(Text(_label_of(result["recipe"]), "bold"))
+    console = Terminal()
+    console.print(_label_of(result["recipe"]), style="bold")
     console.print(table)
     for name, note in result.get("notes", {}).items():
-        console.print(Text(f"{name}: {note}"), soft_wrap=True)
+        console.print(f"{name}: {note}", soft_wrap=True)
 
 
 def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: bool = False) -> None:
@@ -578,16 +580,16 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
     from rdrop.experiments.comparison.looks import read_looks
     from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
 
-    console = Terminal(highlight=False)
+    console = Terminal()
     for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
         console.print(terminal_table(comparison))
-        console.print(Text(comparison.verdict(), "bold"))
+        console.print(comparison.verdict(), style="bold")
         for remark in comparison.remarks(contests=2):  # of more, a screen would not do; the page has all
-            console.print(Text(remark))
+            console.print(remark)
         for hint in comparison.hints():
-            console.print(Text(f"Hint: {hint}", "yellow"))
+            console.print(f"Hint: {hint}", style="yellow")
         for note in terminal_notes(comparison):
-            console.print(Text(note))
+            console.print(note)
         console.print()
     _show_unusable(split_usable(records)[1], console)
 
@@ -597,28 +599,28 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
     from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
     from rdrop.experiments.report.tuning import write_tuning
 
-    console = Terminal(highlight=False)
+    console = Terminal()
     console.print(table_of_search(tuning))
     console.print(terminal_table(tuning.fresh))
     for sentence in tuning.sentences():
-        console.print(Text(sentence, "bold"))
+        console.print(sentence, style="bold")
     for remark in tuning.fresh.remarks():
-        console.print(Text(remark))
+        console.print(remark)
     for hint in tuning.fresh.hints():
-        console.print(Text(f"Hint: {hint}", "yellow"))
+        console.print(f"Hint: {hint}", style="yellow")
     console.print()
-    console.print(Text(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}"), soft_wrap=True)
+    console.print(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}", soft_wrap=True)
 
 
 def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:
     for run in unusable:
-        console.print(Text(f"left out: {run.path}: {run.problem}", "yellow"), soft_wrap=True)
+        console.print(f"left out: {run.path}: {run.problem}", style="yellow", soft_wrap=True)
 
 
 def _write_page(runs: Path) -> None:
     from rdrop.experiments.report.page import write_report
     from rdrop.experiments.report.published_page import write_results
 
-    console = Terminal(highlight=False)
-    console.print(Text(f"The page with curves, settings and cost: {write_report(runs)}"), soft_wrap=True)
-    console.print(Text(f"Beside the published figures: {write_results(runs)}"), soft_wrap=True)
+    console = Terminal()
+    console.print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)
+    console.print(f"Beside the published figures: {write_results(runs)}", soft_wrap=True)

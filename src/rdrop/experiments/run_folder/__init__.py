@@ -26,3 +26,4 @@ from rdrop.experiments.run_folder.lock import holder_of as holder_of
 from rdrop.experiments.run_folder.whole import read_result as read_result
 from rdrop.experiments.run_folder.whole import what_is_damaged as what_is_damaged
 from rdrop.experiments.run_folder.whole import what_is_damaged_in_result as what_is_damaged_in_result
+from rdrop.experiments.run_folder.whole import what_is_damaged_in_state as what_is_damaged_in_state

@@ -18,7 +18,6 @@ import errno
 import json
 import math
 import os
-import shlex
 import stat
 import sys
 import warnings
@@ -31,6 +30,7 @@ from typing import Any
 
 from rdrop.experiments.run_folder import lock, saved
 from rdrop.experiments.run_folder.lock import RunLock
+from rdrop.experiments.shown import shell_word
 
 FORMAT = 1
 """The version of the layout; `result.json` carries it."""
@@ -266,7 +266,7 @@ def sync_folder(path: Path) -> None:
 
 def remedy(file: Path) -> str:
     """Says how to get a whole file in the place of a damaged one; nothing is lost with it."""
-    command = f"rm {'-r ' * (file.is_dir() and not file.is_symlink())}{shlex.quote(str(file))}"
+    command = f"rm {'-r ' * (file.is_dir() and not file.is_symlink())}{shell_word(file)}"
     return (
         "It is damaged, or of another version of rdrop: delete it, then train the run again, which goes on from its "
         f"checkpoints: {command}"

@@ -5,13 +5,13 @@ This module needs the standard library only.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rdrop.experiments.run_folder.folder import ResultsError, RunRecord, find_runs
 from rdrop.experiments.run_folder.whole import what_is_damaged, what_is_damaged_in_result
+from rdrop.experiments.shown import shell_word
 
 NOTE = "started from"
 """Under this name the notes of a run say what `described` says of its source."""
@@ -69,5 +69,5 @@ def require_same_source(init_from: str | None, seed: int, notes: Mapping[str, An
     if now != known:
         raise ResultsError(
             f"{folder}: this run started from {known}, and init_from (={init_from}) holds {now} now. Choose another "
-            f"name= or --runs, or delete the run to train it from the new weights: rm -r {shlex.quote(str(folder))}"
+            f"name= or --runs, or delete the run to train it from the new weights: rm -r {shell_word(folder)}"
         )

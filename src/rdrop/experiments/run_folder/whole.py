@@ -1,4 +1,4 @@
-"""Tells whether the files of a finished run are whole: the one check for all who read them.
+"""Tells whether the files of a run are whole: the one check for all who read them.
 
 It says what is wrong in one sentence, and what to do, which works when it is followed word for word. A file that is
 deleted is written anew when the run is trained again: it goes on from its checkpoints, so nothing is lost with it.
@@ -6,12 +6,13 @@ deleted is written anew when the run is trained again: it goes on from its check
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rdrop.experiments.run_folder import saved
-from rdrop.experiments.run_folder.folder import RECIPE, RESULT, ResultsError, RunFolder, remedy
+from rdrop.experiments.run_folder.folder import RECIPE, RESULT, ResultsError, RunFolder, read_file, remedy
 
 _Test = Callable[[object], bool]
 
@@ -42,6 +43,10 @@ def _is_texts(value: object) -> bool:
 
 def _is_counts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_number, value.values()))
 
 
 def _or_null(test: _Test) -> _Test:
@@ -81,6 +86,30 @@ _IF_PRESENT: dict[str, tuple[_Test, str]] = {
     "vocabulary": (_or_null(_is_text), "a text or null"),
     "resumed": (_is_count, "a whole number"),
 }
+_OF_CHECKPOINT: dict[str, tuple[_Test, str]] = {
+    "state": (_is_object, "an object"),
+    "model_aliases": (_is_texts, "an object of texts"),
+    "optimizer_numbers": (
+        lambda value: isinstance(value, Mapping) and all(key.partition(".")[0].isdecimal() for key in value),
+        "an object whose keys begin with the number of a parameter",
+    ),
+}
+_OF_STATE: dict[str, tuple[_Test, str]] = {
+    "step": (_is_count, "a whole number"),
+    "evaluated_step": (_is_count, "a whole number"),
+    "best_step": (_or_null(_is_count), "a whole number or null"),
+    "best_score": (_or_null(_is_number), "a number or null"),
+    "scores_since_best": (_is_count, "a whole number"),
+    "averaged_steps": (_is_counts, "a list of whole numbers"),
+    "seconds": (_is_number, "a number"),
+    "resumed": (_is_count, "a whole number"),
+    "data": (_is_text, "a text"),
+    "start": (_is_texts, "an object of texts"),
+    "processes": (_or_null(_is_count), "a whole number or null"),
+    "sums": (_is_numbers, "an object of numbers"),
+    "counts": (_is_numbers, "an object of numbers"),
+}
+"""Each may be missing: checkpoints of before have fewer."""
 _FOR_WEIGHTS = ("best_step", "updates", "averaged_steps", "digest")
 """What needs the weights again, to score them or to start from them, asks for these; results of before do without."""
 
@@ -102,6 +131,26 @@ def what_is_damaged_in_result(path: Path, result: Mapping[str, Any], *, for_weig
     if problem is None and result["metric"] not in result["test"]:
         what = f"'test' has no {result['metric']!r}, which is its 'metric'"
         return f"{path / RESULT}: {what}. {remedy(path / RESULT)}"
+    return problem
+
+
+def what_is_damaged_in_state(file: Path) -> str | None:
+    """Returns the same of the state.json of a checkpoint, whose manifest says nothing of its content."""
+    try:
+        stored = json.loads(read_file(file))
+    except (OSError, ValueError, RecursionError, ResultsError) as error:
+        return f"{file}: cannot be read ({error}). {remedy(file)}"
+    if not isinstance(stored, Mapping):
+        return f"{file}: is no object. {remedy(file)}"
+    problem = _wrong_entry(file, stored, _OF_CHECKPOINT)
+    if problem is not None:
+        return problem
+    state = stored["state"]
+    problem = _wrong_entry(file, state, {key: rule for key, rule in _OF_STATE.items() if key in state})
+    if problem is None and (state.get("best_step") is None) != (state.get("best_score") is None):
+        return f"{file}: only one of 'best_step' and 'best_score' is null. {remedy(file)}"
+    if problem is None and not all(state.get("counts", {}).get(key) for key in state.get("sums", {})):
+        return f"{file}: 'counts' does not say how many numbers 'sums' is of. {remedy(file)}"
     return problem
 
 

@@ -14,7 +14,6 @@ import json
 import lzma
 import os
 import re
-import shlex
 import sys
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
@@ -31,6 +30,7 @@ from typing import Any
 import psutil
 
 from rdrop.experiments.recipe.settings import nearest_name
+from rdrop.experiments.shown import shell_word
 from rdrop.experiments.tasks.not_text import (
     HEAD_BYTES,
     LFS_POINTER,
@@ -351,7 +351,7 @@ def _what_is_unpacked(path: AnyPath) -> str | None:
 
 
 def _renaming(path: AnyPath, new: str) -> str:
-    return f"rename it: mv -n {shlex.quote(str(path))} {shlex.quote(new)}"
+    return f"rename it: mv -n {shell_word(path)} {shell_word(new)}"
 
 
 def _without_suffix(path: AnyPath) -> str:
@@ -446,7 +446,7 @@ def _filtered(path: AnyPath, command: str) -> str:
     plain, suffix = Path(_without_suffix(path)), Path(path).suffix
     compressed = suffix if suffix in COMPRESSED[1:] else ""
     new = plain.with_name(f"{plain.stem}-mended{plain.suffix}{compressed}")
-    file, part, target = (shlex.quote(str(name)) for name in (path, f"{new}.part", new))
+    file, part, target = (shell_word(name) for name in (path, f"{new}.part", new))
     program = {".gz": "gzip", ".xz": "xz"}.get(compressed)
     if program is None:
         return f"{command} < {file} > {part} && mv {part} {target}"
@@ -476,15 +476,15 @@ def _require_own_dialect(header: str, own: str, kind: str, path: AnyPath) -> Non
     if not separated or (separated[0] == own and not is_quoted):
         return
     mark = separated[0]
-    name, argument = ("tabs", r"$'\t'") if mark == "\t" else (repr(mark), shlex.quote(mark))
+    name = "tabs" if mark == "\t" else repr(mark)
     what = f"the columns are separated by {name}{' and quoted' if is_quoted else ''}, and those of {kind} are not"
     program = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=sys.argv[1]))"
     suffix = Path(path).suffix if Path(path).suffix in COMPRESSED else ""
     plain = Path(str(path).removesuffix(suffix))
     new = plain.with_name(f"{plain.stem}-commas.csv")
     read = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(suffix, "cat")
-    command = f"{read} {shlex.quote(str(path))} | PYTHONUTF8=1 python3 -c {shlex.quote(program)} {argument}"
-    raise DataError(f"{path}:1: {what}; give a file made by: {command} > {shlex.quote(str(new))}")
+    command = f"{read} {shell_word(path)} | PYTHONUTF8=1 python3 -c {shell_word(program)} {shell_word(mark)}"
+    raise DataError(f"{path}:1: {what}; give a file made by: {command} > {shell_word(new)}")
 
 
 def _places(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -175,40 +175,87 @@ def try_out(model: nn.Module, name: str, run: Callable[[], object]) -> None:
     model.train(training)
 
 
-def pretrained_model(name: str, model_class: Any, config: Any, **options: Any) -> Any:
-    """Loads the weights in fp32, whatever type they are stored in."""
-    with loading(name):
-        loaded = model_class.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-        )
-    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-    for tensor, values in model.named_parameters():
-        if not values.isfinite().all():
-            raise RecipeError("model.name", f"its weights are NaN or infinite in {tensor}; get them again", value=name)
-    return loaded
+def pretrained_model(name: str, model_class: Any, config: Any) -> nn.Module:
+    """Loads the weights in fp32, whatever type they are stored in.
+
+    Raises `RecipeError` where the file lacks weights of the model, has others, or has layers that it has not.
+    """
+    model, report = _loaded(name, model_class, config)
+    _require_none_lost(name, _of_body(model, report["missing_keys"]))
+    return model
 
 
 def pretrained_classifier(name: str, model_class: Any, config: Any) -> nn.Module:
     """Loads the pre-trained weights in fp32 under a new output layer, also where the saved one is of as many classes.
 
-    Raises `RecipeError` where the file lacks weights of the model, or has others.
+    Raises `RecipeError` where the file lacks weights of the model, has others, or has layers that it has not.
     """
-    model, report = pretrained_model(name, model_class, config, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, report = _loaded(name, model_class, config, ignore_mismatched_sizes=True)
     output = _output_layer(model, model_class, config, name)
-    body = f"{model.base_model_prefix}."
-    drawn = {key for key, *_ in report["mismatched_keys"]} | report["missing_keys"]
-    lost = {key for key in report["missing_keys"] if key.startswith(body) and "pooler" not in key}
-    lost |= {key for key, *_ in report["mismatched_keys"]} - output
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    _require_none_lost(name, (_of_body(model, report["missing_keys"]) | mismatched) - output)
+    for key in sorted(output - mismatched - report["missing_keys"]):
+        _draw(model.get_parameter(key), getattr(config, "initializer_range", None) or OUTPUT_STD)
+    return model
+
+
+def _loaded(name: str, model_class: Any, config: Any, **options: Any) -> tuple[nn.Module, Mapping[str, set[Any]]]:
+    """Returns a model, and what its file has too little and too much as transformers reports it."""
+    with loading(name):
+        loaded: tuple[nn.Module, Mapping[str, set[Any]]] = model_class.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    left_out = set(filter(None, (_layer_left_out(model, key) for key in report["unexpected_keys"])))
+    if left_out:
+        rule = (
+            f"its file has more layers than its config.json asks for ({len(left_out)}, e.g. {min(left_out)}); get "
+            "both files again, or save the smaller model with save_pretrained"
+        )
+        raise RecipeError("model.name", rule, value=name)
+    for tensor, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise RecipeError("model.name", f"its weights are NaN or infinite in {tensor}; get them again", value=name)
+    return model, report
+
+
+def _layer_left_out(model: nn.Module, key: str) -> str | None:
+    """Returns the layer of a weight for which the model has no place, if it has a list of such layers; else None.
+
+    Heads that are replaced, a pooler, and buffers of older versions have no place either, and mean no loss.
+    """
+    modules = dict(_body(model).named_modules())
+    parts = key.removeprefix(f"{model.base_model_prefix}.").split(".")
+    for end, part in enumerate(parts):
+        if part.isdecimal() and ".".join(parts[:end]) in modules and ".".join(parts[: end + 1]) not in modules:
+            return ".".join(parts[: end + 1])
+    return None
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """Returns the model without its head; the whole one, where transformers does not tell them apart."""
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    return body
+
+
+def _of_body(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    start = "" if _body(model) is model else f"{model.base_model_prefix}."
+    return {key for key in keys if key.startswith(start) and "pooler" not in key}
+
+
+def _require_none_lost(name: str, lost: set[str]) -> None:
     if lost:
         rule = (
             f"its file has no weights of the shape that config.json says for {len(lost)} tensors, e.g. {min(lost)}; "
             "get both files again"
         )
         raise RecipeError("model.name", rule, value=name)
-    for key in sorted(output - drawn):
-        _draw(model.get_parameter(key), getattr(config, "initializer_range", None) or OUTPUT_STD)
-    classifier: nn.Module = model
-    return classifier
 
 
 def _output_layer(model: nn.Module, model_class: Any, config: Any, name: str) -> set[str]:

@@ -20,6 +20,7 @@ from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
+from rdrop.experiments.training.stored_state import damaged_state_named
 
 NOTES_ON_TRAINING = ("started from", "alpha", "has begun", "diverged")
 """Those that a new score leaves true; the task writes the others again."""
@@ -65,7 +66,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         task.share = Share(state.process_index, state.num_processes)
     model = task.build_model().to(state.device).eval()
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
-    checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
+    with damaged_state_named(run.path / "checkpoints"):
+        checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
     if run.result["metric"] not in scores:

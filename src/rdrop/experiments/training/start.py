@@ -8,6 +8,7 @@ from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import ResultsError, source
 from rdrop.experiments.tasks.task import NamesItsIds, Task
 from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training.stored_state import damaged_state_named
 
 
 def vocabulary_digest(task: Task) -> str | None:
@@ -39,5 +40,6 @@ def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[st
             "again with this version, on the same data and with the same seed"
         )
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
-    checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
+    with damaged_state_named(run.path / "checkpoints"):
+        checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
     return {source.NOTE: source.described(run)}

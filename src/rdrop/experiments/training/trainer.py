@@ -74,6 +74,7 @@ from rdrop.experiments.training.prefetch import Prefetched
 from rdrop.experiments.training.progress import Progress as Progress
 from rdrop.experiments.training.sharding import ShardingError
 from rdrop.experiments.training.start import start_from, vocabulary_digest
+from rdrop.experiments.training.stored_state import damaged_state_named, require_whole_state
 from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
 from rdrop.terms import LossTerms
@@ -492,7 +493,8 @@ class _Training:
         assert state.best_step is not None  # the last update is always scored
         self.accelerator.wait_for_everyone()
         self.save()  # a stop from here on must not save the weights that are scored as those of the last update
-        checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.stored[0])
+        with damaged_state_named(self.checkpoint_folder):
+            checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.stored[0])
         valid, signs, test = self.score("valid"), self.signs(), self.score("test")
         constant = self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
         result = {
@@ -569,14 +571,11 @@ class _Training:
         self.require_finite_weights()
         model, optimizer = (part.gathered() if isinstance(part, sharding.Whole) else part for part in self.stored)
         if self.accelerator.is_main_process:
-            checkpoints.save(
-                self.checkpoint_folder,
-                self.state.step,
-                model,
-                optimizer,
-                asdict(self.state),
-                keep=self.recipe.keep_checkpoints,
-            )
+            keep = self.recipe.keep_checkpoints
+            with damaged_state_named(self.checkpoint_folder):
+                checkpoints.save(
+                    self.checkpoint_folder, self.state.step, model, optimizer, asdict(self.state), keep=keep
+                )
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 
@@ -595,9 +594,11 @@ class _Training:
 
     def resume(self) -> None:
         """Takes up the newest good checkpoint, if there is one, and drops the rows written after it."""
-        checkpoint = checkpoints.load_newest_good(self.checkpoint_folder)
+        with damaged_state_named(self.checkpoint_folder):
+            checkpoint = checkpoints.load_newest_good(self.checkpoint_folder)
         if checkpoint is not None:
             model, optimizer = self.stored
+            require_whole_state(checkpoint.path)
             checkpoint.restore_model(model)
             checkpoint.restore_optimizer(optimizer)
             self.state = self.resumed_state(_parse_state(checkpoint))

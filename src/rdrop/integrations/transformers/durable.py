@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,12 @@ SAVING, REPLACED = "_saving", "_replaced"
 The names begin with an underscore, so that `push_to_hub` leaves them out.
 """
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_FORMAT = 1
 _STATE = "trainer_state.json"
+_WEIGHTS = re.compile(
+    r"(.*/)?(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pt|pth|distcp)"
+)
+"""The names of files with weights: those of the Trainer, of peft, FSDP and DeepSpeed, and of a save_model of yours."""
 
 
 class CheckpointError(RuntimeError):
@@ -122,7 +127,7 @@ def seal(checkpoint: Path) -> None:
     """Flushes every file of a checkpoint to the disk and writes its manifest last."""
     files = {str(path.relative_to(checkpoint)): _flushed(path) for path in _files(checkpoint)}
     manifest = checkpoint / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
     _flush(manifest)
     for folder in {checkpoint, *(path.parent for path in _files(checkpoint))}:
         _flush(folder)
@@ -173,12 +178,18 @@ def _flush(path: Path) -> None:
 def why_damaged(checkpoint: Path) -> str | None:
     """Returns what of a checkpoint is not as its manifest says; None if it is whole. Files beside those are ignored."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
         expected = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so this is not a checkpoint of DurableCheckpoints"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error!r})"
+    if version != _FORMAT:
+        return f"its {MANIFEST} has the format {version!r}, and {_FORMAT} is the one that is known here"
+    for what, is_named in (("trainer state", _STATE in expected), ("weights", any(map(_WEIGHTS.fullmatch, expected)))):
+        if not is_named:
+            return f"its {MANIFEST} names no file with the {what}"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():
@@ -187,7 +198,16 @@ def why_damaged(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, and had {size}"
         if _facts(path)["sha256"] != digest:
             return f"{name} has changed since it was written"
-    return None
+    return _what_is_no_state(checkpoint / _STATE)
+
+
+def _what_is_no_state(file: Path) -> str | None:
+    """Returns why the Trainer cannot read its state from a file; None if it can."""
+    try:
+        step = TrainerState.load_from_json(str(file)).global_step
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        return f"{file.name} is no state of a Trainer ({error!r})"
+    return None if type(step) is int else f"{file.name} is no state of a Trainer (global_step is {step!r})"
 
 
 def _newest_good(run_dir: Path) -> str | None:

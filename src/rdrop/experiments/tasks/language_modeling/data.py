@@ -48,6 +48,24 @@ def load_lines(data: "LanguageModelingData", test: str | None = None) -> Texts:
     return texts
 
 
+def place_of(line: str, split: str, data: "LanguageModelingData", test: str | None = None) -> str:
+    """Returns the file and the number of a line of a split for a message; of texts that are in no file, the split."""
+    if split == "test" and test is not None:
+        paths: list[str | Path] = [test]
+    elif data.tiny:
+        paths = []
+    elif data.train is not None:
+        paths = [{"train": None, "valid": data.valid, "test": data.test}[split] or data.train]
+    else:
+        names = SPLITS_OF_LAYOUT[data.layout] if data.folder is not None else ()
+        paths = [find_file(Path(data.folder or ""), *FILE_NAMES[name]) for name in names]
+    for path in paths:
+        lines = read_lines(path)
+        if line in lines:
+            return f"{path}:{lines.index(line) + 1}"
+    return split
+
+
 def _load(data: "LanguageModelingData") -> Texts:
     if data.tiny:
         with tempfile.TemporaryDirectory() as folder:

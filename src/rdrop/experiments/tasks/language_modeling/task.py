@@ -17,7 +17,7 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.class_scores import constant_class_scores
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
-from rdrop.experiments.tasks.language_modeling.data import load_lines
+from rdrop.experiments.tasks.language_modeling.data import load_lines, place_of
 from rdrop.experiments.tasks.language_modeling.tokens import (
     PieceVocabulary,
     SymbolVocabulary,
@@ -83,7 +83,7 @@ class LanguageModeling:
     share = ALONE
 
     def __init__(self, recipe: LanguageModelingRecipe, test: str | None = None) -> None:
-        self._data, self._model = recipe.data, recipe.model
+        self._data, self._model, self._test = recipe.data, recipe.model, test
         self._config: Any = None if recipe.model.name is None else self._pretrained_config(recipe.model.name)
         texts = load_lines(recipe.data, test)
         self._vocabulary = self._build_vocabulary(texts["train"])
@@ -98,7 +98,7 @@ class LanguageModeling:
     def build_model(self) -> nn.Module:
         model = self._model
         if model.name is not None:
-            pretrained: nn.Module = pretrained_model(model.name, AutoModelForCausalLM, self._config)
+            pretrained = pretrained_model(model.name, AutoModelForCausalLM, self._config)
             largest = max(self._vocabulary.start_id, *(int(tokens.ids.max()) for tokens in self._tokens.values()))
             require_rows(pretrained, model.name, largest)
             inputs = {"input_ids": self.train_batch([0], 0)["input_ids"][:, :TRIED_TOKENS]}
@@ -205,10 +205,12 @@ class LanguageModeling:
             rule = f"leaves little of {split}: {lost}; give more text like it to train on, or {instead}"
             raise RecipeError("data.tokens", rule, value=self._data.tokens)
         if len(tokens.ids) > MOST_TOKENS_OF_A_WORD * tokens.units:
+            line = max(lines, key=_longest_word)
             raise DataError(
-                f"{split}: a word has {len(tokens.ids) // tokens.units} tokens in the mean, and its perplexity would "
-                "be beyond any number; divide the words by spaces, or train language-modeling-from-scratch with "
-                "data.tokens=characters data.vocabulary=null"
+                f"{place_of(line, split, self._data, self._test)}: the longest word has {_longest_word(line)} "
+                f"characters, and a word of {split} {len(tokens.ids) // tokens.units} tokens in the mean, so that its "
+                "perplexity would be beyond any number; divide the words by spaces, or train "
+                "language-modeling-from-scratch with data.tokens=characters data.vocabulary=null"
             )
         return tokens
 
@@ -292,6 +294,10 @@ def evaluation_windows(length: int, size: int, context: int) -> list[Window]:
         start = scored - context
         windows.append(Window(start, min(start + size, length), scored))
     return windows
+
+
+def _longest_word(line: str) -> int:
+    return max(map(len, line.split()), default=0)
 
 
 def _exp(value: float) -> float:

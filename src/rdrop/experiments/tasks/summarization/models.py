@@ -98,8 +98,7 @@ def seq2seq_model(name: str | None, config: Any) -> nn.Module:
     """Loads the pre-trained weights in fp32; without a name, all weights are new."""
     if name is None:
         return small_model(config)
-    model: nn.Module = pretrained.pretrained_model(name, AutoModelForSeq2SeqLM, config)
-    return model
+    return pretrained.pretrained_model(name, AutoModelForSeq2SeqLM, config)
 
 
 # ------------------------------------------------------------------------------------------------------------ both
