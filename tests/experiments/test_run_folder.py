@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rdrop.experiments import shown
 from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs, lock, saved
 from rdrop.experiments.run_folder import folder as results
 
@@ -118,8 +119,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, m
 
 
 def test_results_imports_the_standard_library_only() -> None:
-    own = {f"rdrop.experiments.run_folder.{name}" for name in ("saved", "lock", "lock.RunLock")}
-    for module in (results, saved, lock):
+    own = {f"rdrop.experiments.{name}" for name in ("shown.shell_word", "run_folder.saved", "run_folder.lock")}
+    own |= {"rdrop.experiments.run_folder.lock.RunLock"}
+    for module in (results, saved, lock, shown):
         tree = ast.parse(Path(module.__file__).read_text())
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {
