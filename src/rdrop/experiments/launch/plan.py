@@ -183,9 +183,7 @@ def with_larger_batch(baseline: Recipe) -> Recipe:
     if baseline.epochs is not None:
         larger["epochs"] = baseline.epochs * times  # as many updates
     if baseline.patience is not None and baseline.evaluate_every is None:
-        larger["patience"] = (
-            baseline.patience * times
-        )  # as many updates: its epochs, after which it is scored, have fewer
+        larger["patience"] = baseline.patience * times  # in as many updates: it is scored after each epoch
     try:
         return baseline.replace(**larger)
     except RecipeError as error:
