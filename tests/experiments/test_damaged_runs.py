@@ -71,6 +71,14 @@ def said_by(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> tuple[
     return status, " ".join("".join(capsys.readouterr()).split())
 
 
+def require_that_it_helps(remedy: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Follows a remedy word for word: the run can be trained, and the comparison leaves none out."""
+    subprocess.run(["bash", "-c", remedy], check=True)
+    assert said_by("train", runs, capsys)[0] == 0
+    status, said = said_by("compare", runs, capsys)
+    assert (status, "left out" in said) == (0, False)
+
+
 def damaged_results() -> list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]]:
     without = [(f"no {key}", lambda result, key=key: {k: v for k, v in result.items() if k != key}) for key in ENTRIES]
     wrong = [
@@ -119,10 +127,7 @@ def test_the_remedy_of_a_damaged_file_helps_when_followed_word_for_word(
         assert str(file.relative_to(runs)) in said or name in said
     status, said = said_by("compare", runs, capsys)
     (remedy,) = re.findall(r"its checkpoints: (rm \S+)", said)
-    subprocess.run(["bash", "-c", remedy], check=True)
-    assert said_by("train", runs, capsys)[0] == 0
-    status, said = said_by("compare", runs, capsys)
-    assert (status, "left out" in said) == (0, False)
+    require_that_it_helps(remedy, runs, capsys)
     after = json.loads((baseline(runs) / RESULT).read_text())
     assert [after[key] for key in ("test", "valid", "best_step")] == [
         before[key] for key in ("test", "valid", "best_step")
@@ -201,10 +206,7 @@ def test_what_stands_in_the_place_of_a_file_or_folder_of_one_run_stops_no_other_
         assert command == "list" or str(run / name) in said or name in said, (command, said)
         assert command not in ("compare", "evaluate", "report") or "alpha 2" in said, (command, said)
     status, said = said_by("compare", runs, capsys)
-    subprocess.run(["bash", "-c", remedy_in(said)], check=True)
-    assert said_by("train", runs, capsys)[0] == 0
-    status, said = said_by("compare", runs, capsys)
-    assert (status, "left out" in said) == (0, False)
+    require_that_it_helps(remedy_in(said), runs, capsys)
 
 
 def test_a_file_of_one_run_that_cannot_be_read_or_written_ends_that_run_alone(
@@ -261,10 +263,7 @@ def test_an_entry_of_the_wrong_kind_is_named_and_its_remedy_helps(
     (run / file).write_text(json.dumps(content | changes))
     status, said = said_by("compare", runs, capsys)
     assert (status, file in said, "R-Drop (alpha 2)" in said) == (2, True, True), said
-    subprocess.run(["bash", "-c", remedy_in(said)], check=True)
-    assert said_by("train", runs, capsys)[0] == 0
-    status, said = said_by("compare", runs, capsys)
-    assert (status, "left out" in said) == (0, False)
+    require_that_it_helps(remedy_in(said), runs, capsys)
 
 
 def test_a_recipe_wrong_in_both_files_is_mended_by_one_remedy_after_the_other(

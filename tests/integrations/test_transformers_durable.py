@@ -220,6 +220,17 @@ def test_a_checkpoint_set_aside_by_a_killed_save_of_the_same_step_is_found(run: 
     assert weights(run, STEPS) == weights(whole)
 
 
+@pytest.mark.parametrize(
+    ("file", "is_whole"),
+    [("weights.npz", True), ("model-00001-of-00002.safetensors", True), ("optimizer.pt", False), ("config.json", False)],
+)
+def test_weights_may_be_in_a_file_of_any_name_that_stands_for_nothing_else(file: str, is_whole: bool, tmp_path: Path):
+    TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))
+    (tmp_path / file).write_bytes(b"a")
+    seal(tmp_path)
+    assert why_damaged(tmp_path) == (None if is_whole else f"its {MANIFEST} names no file with the weights")
+
+
 def test_a_manifest_has_every_file_in_folders_too(tmp_path: Path):
     (tmp_path / "shards").mkdir()
     TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))

@@ -36,10 +36,10 @@ The names begin with an underscore, so that `push_to_hub` leaves them out.
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _FORMAT = 1
 _STATE = "trainer_state.json"
-_WEIGHTS = re.compile(
-    r"(.*/)?(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pt|pth|distcp)"
+_NO_WEIGHTS = re.compile(
+    r"(.*/)?((optimizer|scheduler|scaler|rng_state|training_args)[^/]*|[^/]*\.(json|txt|md|py|jinja))"
 )
-"""The names of files with weights: those of the Trainer, of peft, FSDP and DeepSpeed, and of a save_model of yours."""
+"""The names of files that hold no weights. Any other may: a `save_model` of yours writes what it likes."""
 
 
 class CheckpointError(RuntimeError):
@@ -187,9 +187,10 @@ def why_damaged(checkpoint: Path) -> str | None:
         return f"its {MANIFEST} cannot be read ({error!r})"
     if version != _FORMAT:
         return f"its {MANIFEST} has the format {version!r}, and {_FORMAT} is the one that is known here"
-    for what, is_named in (("trainer state", _STATE in expected), ("weights", any(map(_WEIGHTS.fullmatch, expected)))):
-        if not is_named:
-            return f"its {MANIFEST} names no file with the {what}"
+    if _STATE not in expected:
+        return f"its {MANIFEST} names no file with the trainer state"
+    if all(map(_NO_WEIGHTS.fullmatch, expected)):
+        return f"its {MANIFEST} names no file with the weights"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():
