@@ -222,7 +222,7 @@ def test_a_checkpoint_set_aside_by_a_killed_save_of_the_same_step_is_found(run: 
 
 @pytest.mark.parametrize(
     ("file", "is_whole"),
-    [("weights.npz", True), ("model-00001-of-00002.safetensors", True), ("optimizer.pt", False), ("config.json", False)],
+    [("weights.npz", True), ("model-00001-of-2.safetensors", True), ("optimizer.pt", False), ("config.json", False)],
 )
 def test_weights_may_be_in_a_file_of_any_name_that_stands_for_nothing_else(file: str, is_whole: bool, tmp_path: Path):
     TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))
