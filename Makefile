@@ -44,6 +44,7 @@ bench: $(VENV)/installed  ## the records of docs/speed.md, and its tables and pl
 	$(BENCH) logits --dtype bfloat16 --pairs 1024 --output build/bench/rows.jsonl
 	for dtype in float32 bfloat16; do $(BENCH) logits --dtype $$dtype --pairs 1024 --form ours --form ours_overwriting \
 	  --form ours_soft_labels --form ours_overwriting_soft_labels --output build/bench/soft.jsonl || exit; done
+	$(BENCH) logits --pairs 1024 --form ours --form simcut --form ours_simcut --output build/bench/simcut.jsonl
 	$(BENCH) hidden --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
 	$(BENCH) hidden --dtype bfloat16 --pairs 1024 --rounds 3 --output build/bench/linear.jsonl
 	$(BENCH) steps --rounds 2 --output build/bench/steps.jsonl

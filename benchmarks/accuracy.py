@@ -1,7 +1,8 @@
 """How accurate is the loss? Random cases against float64: `python benchmarks/accuracy.py --cases 10000`.
 
 `--implementation cpu` measures a kernel in place of the PyTorch reference, in the dtypes it has; `linear` measures
-`linear_rdrop_loss`, from hidden states and a weight whose product is exactly the logits.
+`linear_rdrop_loss`, from hidden states and a weight whose product is exactly the logits. `--divergence` is one of
+`rdrop.terms.OF_SOFTMAXES`.
 
 Each case draws a family of logits, a dtype, m, V (log-uniform, 2 to 262,144), labels, and options. The reference is the
 definition, written down in float64 from the same (rounded) logits. The worst position of all counts:
@@ -12,6 +13,9 @@ definition, written down in float64 from the same (rounded) logits. The worst po
 * task loss: |value - reference| / max(reference, 1): where the model is confident, a float32 cross-entropy has an
   absolute error of 1e-7, not a relative one.
 * gradient of the loss: norm of the error over the norm of the reference, at least 0.01, for the same reason.
+
+For `--divergence` other than symmetric_kl, divergences and norms below 1e-10 count as that: their definition subtracts
+terms of order 1, which float64 does to 1e-16.
 """
 
 from __future__ import annotations
@@ -31,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdrop import kernels, linear_rdrop_loss, rdrop_loss, symmetric_kl
+from rdrop import detached_kl, kernels, kl_from_first, linear_rdrop_loss, rdrop_loss, symmetric_kl
 from rdrop.linear_loss import linear_forward
-from rdrop.terms import LossTerms
+from rdrop.terms import OF_SOFTMAXES, Divergence, LossTerms
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float32, torch.bfloat16, torch.float16),
@@ -50,6 +54,7 @@ class Case:
     labels: Tensor  # (N,), or (N, V) probabilities
     label_smoothing: float
     weight: Tensor | None
+    divergence: Divergence = symmetric_kl
 
 
 @dataclass
@@ -134,7 +139,7 @@ def random_cases(count: int, seed: int, dtypes: tuple[torch.dtype, ...]) -> Iter
 
 
 def definition(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Task loss and divergence, `(N,)` each, as the paper writes them, from float64 logits; 0 at ignored positions."""
+    """Task loss and divergence, `(N,)` each, as papers write them, from float64 logits; 0 at ignored positions."""
     n = len(case.labels)
     soft = case.labels.is_floating_point()
     valid = torch.ones(n, dtype=torch.bool) if soft else case.labels != -100
@@ -152,7 +157,15 @@ def definition(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
     # Where a class is outside every support, 0 * (-inf - -inf) is 0 by convention, and must not reach a gradient.
     log_p = log_p.where(support, 0.0)
     p = log_p.exp().where(support, 0.0)
-    pairs = [((p[a] - p[b]) * (log_p[a] - log_p[b])).sum(-1) / 2 for a, b in itertools.combinations(range(len(p)), 2)]
+    if case.divergence is kl_from_first:
+        pairs = [(p[0] * (log_p[0] - log_p[a])).sum(-1) for a in range(1, len(p))]
+    elif case.divergence is detached_kl:
+        target, log_target = p.detach(), log_p.detach()
+        ordered = itertools.permutations(range(len(p)), 2)
+        pairs = [(target[a] * (log_target[a] - log_p[b])).sum(-1) for a, b in ordered]
+    else:
+        both = itertools.combinations(range(len(p)), 2)
+        pairs = [((p[a] - p[b]) * (log_p[a] - log_p[b])).sum(-1) / 2 for a, b in both]
     divergence = torch.stack(pairs).mean(0)
     return task.unflatten(0, (-1, n)).mean(0), divergence.masked_fill(~valid, 0.0)
 
@@ -175,13 +188,14 @@ with 0 where ignored, both differentiable.
 def _terms_from_logits(case: Case, logits: Tensor, implementation: str) -> tuple[LossTerms, Tensor, Tensor]:
     n = len(case.labels)
     valid = case.labels != -100
-    options = {"label_smoothing": case.label_smoothing, "weight": case.weight, "reduction": "none"}
-    terms = rdrop_loss(logits, case.labels, alpha=ALPHA, implementation=implementation, **options)
+    options = {"label_smoothing": case.label_smoothing, "weight": case.weight, "divergence": case.divergence}
+    terms = rdrop_loss(logits, case.labels, alpha=ALPHA, implementation=implementation, reduction="none", **options)
     if implementation == "reference":
-        divergences = symmetric_kl(logits.unflatten(0, (-1, n)).masked_fill(~valid[:, None], 0.0))
+        divergences = case.divergence(logits.unflatten(0, (-1, n)).masked_fill(~valid[:, None], 0.0))
     else:
         labels = case.labels.masked_fill(~valid, kernels.IGNORED)
         options = {"weight": None, "label_smoothing": 0.0, "passes": len(logits) // n}
+        options["divergence"] = kernels.DIVERGENCES[OF_SOFTMAXES.index(case.divergence)]
         divergences = kernels.row_terms(logits, labels, implementation=implementation, **options)[1]
     return terms, terms.loss.sum(), divergences
 
@@ -236,13 +250,14 @@ def measure(case: Case, errors: Errors, implementation: str) -> None:
     exact_loss_gradient = exact_task_gradient + ALPHA / 2 * exact_divergence_gradient
 
     tiny = max(torch.finfo(logits.dtype).smallest_normal, 1e-30) * math.sqrt(logits.numel() / n)
+    lowest, floor = (1e-30, tiny) if case.divergence is symmetric_kl else (1e-10, max(tiny, 1e-10))
     divergence_error = (terms.divergence.double() - divergence.detach()).abs()
     task_error = (terms.task_loss.double() - task.detach()).abs()
     gradient_error = _norms(divergence_gradient.double() - exact_divergence_gradient, n)
     loss_gradient_error = _norms(loss_gradient.double() - exact_loss_gradient, n)
     for name, figure in (
-        ("divergence", _relative(divergence_error, divergence.detach(), 1e-30)),
-        ("divergence_gradient", _relative(gradient_error, _norms(exact_divergence_gradient, n), tiny)),
+        ("divergence", _relative(divergence_error, divergence.detach(), lowest)),
+        ("divergence_gradient", _relative(gradient_error, _norms(exact_divergence_gradient, n), floor)),
         ("task_loss", _relative(task_error, task.detach(), 1.0)),
         ("loss_gradient", _relative(loss_gradient_error, _norms(exact_loss_gradient, n), 1e-2)),
     ):
@@ -252,11 +267,13 @@ def measure(case: Case, errors: Errors, implementation: str) -> None:
     errors.not_finite += int(not (terms.loss.isfinite().all() and loss_gradient.isfinite().all()))
 
 
-def run(count: int, seed: int = 0, implementation: str = "reference") -> dict[tuple[str, torch.dtype], Errors]:
+def run(
+    count: int, seed: int = 0, implementation: str = "reference", divergence: Divergence = symmetric_kl
+) -> dict[tuple[str, torch.dtype], Errors]:
     dtypes = DTYPES[implementation]
     table = {key: Errors() for key in itertools.product(FAMILIES, dtypes)}
     for case in random_cases(count, seed, dtypes):
-        measure(case, table[case.family, case.logits.dtype], implementation)
+        measure(replace(case, divergence=divergence), table[case.family, case.logits.dtype], implementation)
     return table
 
 
@@ -293,13 +310,17 @@ def main() -> None:
     arguments.add_argument("--cases", type=int, default=1000)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--implementation", choices=DTYPES, default="reference")
+    arguments.add_argument("--divergence", choices=kernels.DIVERGENCES, default="symmetric_kl")
     arguments.add_argument("--record", type=Path, help="where to write the figures as JSON")
     options = arguments.parse_args()
-    rows = rows_of(run(options.cases, options.seed, options.implementation))
+    divergence = OF_SOFTMAXES[kernels.DIVERGENCES.index(options.divergence)]
+    if options.implementation == "linear" and divergence is not symmetric_kl:
+        arguments.error("linear_rdrop_loss has symmetric_kl alone")
+    rows = rows_of(run(options.cases, options.seed, options.implementation, divergence))
     print(markdown_table(rows))
     record = {
         "command": f"python benchmarks/accuracy.py --cases {options.cases} --seed {options.seed} "
-        f"--implementation {options.implementation}",
+        f"--implementation {options.implementation} --divergence {options.divergence}",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, CPU",
         "torch": torch.__version__,

@@ -3,11 +3,10 @@
 docs/speed.md, docs/accuracy.md and docs/reliability.md.
 
 Each part of a page between `<!-- name -->` and `<!-- /name -->` is written again; a test holds that it is what the
-records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, linear.jsonl and
-steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/roofline.py`: roofline.jsonl. From
-`benchmarks/large_data.py`: large.jsonl. From
-`benchmarks/sft.py`: sft.jsonl. From `benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From
-`make test-long`: long.jsonl.
+records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, simcut.jsonl,
+linear.jsonl and steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/roofline.py`:
+roofline.jsonl. From `benchmarks/large_data.py`: large.jsonl. From `benchmarks/sft.py`: sft.jsonl. From
+`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From `make test-long`: long.jsonl.
 """
 
 from __future__ import annotations
@@ -38,6 +37,10 @@ def cpu_records() -> list[Record]:
 
 def soft_records() -> list[Record]:
     return read(RESULTS / "soft.jsonl")
+
+
+def simcut_records() -> list[Record]:
+    return read(RESULTS / "simcut.jsonl")
 
 
 def large_records() -> list[Record]:
@@ -77,6 +80,7 @@ def speed_parts() -> dict[str, str]:
     found["sft"] = _table_with_origin(comparisons(sft_records()))
     found["figures"] = figures_table(records)
     found["soft labels"] = _soft_labels(soft_records())
+    found["simcut"] = _table_with_origin(comparisons(simcut_records()))
     found["gpu"] = _gpu(gpu_records())
     found["roofline"] = _roofline(read(RESULTS / "roofline.jsonl"))
     large = large_records()

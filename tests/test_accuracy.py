@@ -8,7 +8,7 @@ import torch
 from benchmarks.accuracy import DTYPES, FAMILIES, Errors, run
 from tests.outcomes import in_parts
 
-from rdrop import kernels
+from rdrop import detached_kl, kernels, kl_from_first
 
 # In float16, rounding the exact gradient takes up to 2^-11 of an entry, or of the smallest normal number where the
 # entry is below it: a row with entries of both kinds can be off by the root of 2 times as much.
@@ -35,5 +35,17 @@ def test_random_cases_against_float64(implementation, count, seed, record_proper
     table = run(count, seed, implementation)
     record_property("cases", sum(errors.cases for errors in table.values()))
     assert len(table) == len(DTYPES[implementation]) * len(FAMILIES)
+    for (family, dtype), errors in table.items():
+        assert_accurate(family, dtype, errors)
+
+
+@pytest.mark.parametrize("divergence", [detached_kl, kl_from_first])
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize(("count", "seed"), [(210, 0), *in_parts(2_100)])
+def test_the_other_divergences_of_softmaxes_are_as_exact(implementation, divergence, count, seed, record_property):
+    if reason := kernels.available().get(implementation):
+        pytest.skip(reason)
+    table = run(count, seed, implementation, divergence)
+    record_property("cases", sum(errors.cases for errors in table.values()))
     for (family, dtype), errors in table.items():
         assert_accurate(family, dtype, errors)

@@ -301,7 +301,11 @@ def _chunks(
 
 def _forward(part: _Chunk, weight: Tensor | None, label_smoothing: float, passes: int, name: str) -> list[Tensor]:
     arguments = part.logits, part.labels, weight, label_smoothing, passes
-    terms = reference.forward(*arguments) if name == "reference" else operators.rows_forward(*arguments, name)
+    terms = (
+        reference.forward(*arguments)
+        if name == "reference"
+        else operators.rows_forward(*arguments, "symmetric_kl", name)
+    )
     return [term[:, 0] for term in terms[:2]]
 
 
@@ -312,7 +316,7 @@ def _forward_backward_(
     if name == "reference":
         terms = reference.forward_backward_(*arguments, *scales)
     else:
-        terms = operators.rows_forward_backward_(*arguments, name, *scales)
+        terms = operators.rows_forward_backward_(*arguments, "symmetric_kl", name, *scales)
     return [term[:, 0] for term in terms]
 
 

@@ -168,7 +168,8 @@ def rdrop_loss(
     else:
         from . import kernels
 
-        options = {**of_labels.keywords, "implementation": kernel}
+        name = kernels.DIVERGENCES[OF_SOFTMAXES.index(divergence)]
+        options = {**of_labels.keywords, "divergence": name, "implementation": kernel}
         targets = labels.masked_fill(~valid, kernels.IGNORED) if indices else labels
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
@@ -294,8 +295,8 @@ def _one_value_per_position(values: Tensor, expected: torch.Size, argument: str,
 
 
 def _why_no_kernel(task_loss: partial[Tensor], divergence: Divergence, labels: Tensor) -> str | None:
-    if task_loss.func is not cross_entropy or divergence is not symmetric_kl:
-        return "it computes cross_entropy with symmetric_kl, nothing else"
+    if task_loss.func is not cross_entropy or divergence not in OF_SOFTMAXES:
+        return "it computes cross_entropy with symmetric_kl, detached_kl or kl_from_first, nothing else"
     weight = task_loss.keywords["weight"]
     if labels.requires_grad or (weight is not None and weight.requires_grad):
         return "it has no gradient in the class weights or in the labels"

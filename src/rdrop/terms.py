@@ -91,7 +91,7 @@ def detached_kl(passes: Tensor) -> Tensor:
         ((p.exp().detach() * (p.detach() - q)).sum(-1) + (q.exp().detach() * (q.detach() - p)).sum(-1)) / 2
 
     as CR-CTC does (Yao et al., ICLR 2025, arXiv 2410.05101), as accurate as `symmetric_kl`. The value is the same; of
-    the gradient in the logits of pass a, `(p_a - pbar) / (m - 1)` is left. Differentiable once; no kernel computes it.
+    the gradient in the logits of pass a, `(p_a - pbar) / (m - 1)` is left. Differentiable once.
     """
     return _by_formula("detached_kl", passes)
 
@@ -105,7 +105,7 @@ def kl_from_first(passes: Tensor) -> Tensor:
         (p.exp() * (p - q)).sum(-1)
 
     with gradients into both, accurate where the passes nearly agree; classes at -inf as in `symmetric_kl`, which it
-    equals to second order. Differentiable once. No kernel computes it: `symmetric_kl` is faster.
+    equals to second order. Differentiable once.
 
     With `r_a = log p_a - log p_1`, the gradient in the logits of pass a is `(p_a - p_1) / (m - 1)`, and in those of
     pass 1 `-p_1 * (rbar - p_1 . rbar)`, where rbar is the mean of the r_a over the other passes.
@@ -169,7 +169,7 @@ _FORMULAS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "kl_from_first": _kl_from_first_and_gradient,
 }
 OF_SOFTMAXES = (symmetric_kl, detached_kl, kl_from_first)
-"""The divergences that compare softmax distributions."""
+"""The divergences that compare softmax distributions: those that kernels compute."""
 
 
 class _ByFormula(torch.autograd.Function):

@@ -5,7 +5,10 @@ import re
 import pytest
 from benchmarks import pages
 
-RECORDS, PARTS = pages.cpu_records() + pages.soft_records() + pages.sft_records(), pages.parts()
+RECORDS, PARTS = (
+    pages.cpu_records() + pages.soft_records() + pages.simcut_records() + pages.sft_records(),
+    pages.parts(),
+)
 OF_BENCH = r"rdrop bench [^/]*( --output build/bench/\w+\.jsonl)"
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import rdrop.bench
 from rdrop.bench import peers
+from rdrop.bench.measure import ON_REQUEST
 from rdrop.bench.plots import draw, main, svg
 from rdrop.bench.records import comparisons, read
 from rdrop.bench.table import LAYOUTS, compare, markdown_table
@@ -43,7 +44,7 @@ def test_everything_is_measured_in_one_run(measured):
         ("steps", "translation"),
         ("steps", "classification"),
     ]
-    named = {"ours_reference", "ours_soft_labels", "ours_overwriting_soft_labels"}  # where they are asked for
+    named = {*ON_REQUEST, "ours_soft_labels", "ours_overwriting_soft_labels"}  # where they are asked for
     elsewhere = named | {*peers.FROM_LOGITS, *peers.FROM_HIDDEN}  # on a GPU
     for benchmark, records in zip(("rows", "linear", "steps"), found, strict=False):
         forms = {form for form in LAYOUTS[benchmark].words if not form.endswith("_compiled")} - elsewhere

@@ -24,8 +24,9 @@ from tests.test_accuracy import assert_accurate
 from torch import Tensor
 from torch.library import opcheck
 
-from rdrop import kernels, rdrop_loss
+from rdrop import detached_kl, kernels, kl_from_first, rdrop_loss, symmetric_kl
 from rdrop.kernels import cpu, operators
+from rdrop.terms import OF_SOFTMAXES
 
 IGNORED = -100
 KERNELS = ("cpu", "triton")
@@ -61,7 +62,7 @@ def mixed(labels: Tensor, classes: int) -> Tensor:
 
 
 def loss_of(case: Case, logits: Tensor, **options):
-    options = {"label_smoothing": case.label_smoothing, "weight": case.weight} | options
+    options = {"label_smoothing": case.label_smoothing, "weight": case.weight, "divergence": case.divergence} | options
     return rdrop_loss(logits, **{"labels": case.labels, "alpha": 5.0} | options)
 
 
@@ -125,6 +126,54 @@ def test_soft_labels_are_as_exact_as_class_indices(kernel, classes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", [detached_kl, kl_from_first])
+def test_the_other_divergences_with_every_option_of_the_cross_entropy(kernel, divergence, dtype):
+    shapes = ((2, 2), (17, 3)) if kernel == "triton" else itertools.product((2, 3, 16, 17, 257), (2, 3, 5))
+    for (classes, m), soft in itertools.product(shapes, (False, True)):
+        case = random_case(4, classes, m, smoothing=0.1, weighted=True, dtype=dtype, seed=classes, soft=soft)
+        assert_no_worse_than_the_reference(replace(case, divergence=divergence), kernel)
+
+
+@pytest.mark.parametrize("divergence", [detached_kl, kl_from_first])
+def test_the_other_divergences_in_the_memory_of_the_logits(kernel, divergence):
+    case = replace(random_case(6, 33, 3, smoothing=0.1), divergence=divergence)
+    leaf = case.logits.requires_grad_()
+    results = []
+    for options in ({"overwrite_logits": True}, {}, {"implementation": "reference"}):
+        loss = loss_of(case, leaf * 1, **{"implementation": kernel} | options).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task_passes", [(0,), (1, 2), ()], ids=["SimCut", "two of three", "unlabeled"])
+@pytest.mark.parametrize("divergence", [symmetric_kl, detached_kl, kl_from_first])
+def test_any_divergence_where_some_passes_learn(kernel, divergence, task_passes):
+    case = replace(random_case(6, 33, 3), divergence=divergence)
+    leaf = case.logits.requires_grad_()
+    results = []
+    for implementation in (kernel, "reference"):
+        terms = loss_of(case, leaf, implementation=implementation, task_passes=task_passes)
+        results.append((*(term.detach() for term in terms), *torch.autograd.grad(terms.loss, leaf)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", [detached_kl, kl_from_first])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 60.0], ids=["near", "with an offset", "far"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_other_divergences_agree_with_float64_on_every_path(kernel, divergence, offset, masked):
+    case = random_case(4, 40, 3)
+    logits, labels = case.logits.unflatten(0, (3, 4)).clone(), case.labels
+    logits[1] += offset if offset != 60 else 60 * torch.randn(40, generator=torch.Generator().manual_seed(3))
+    if masked:
+        logits[..., ::3] = -math.inf
+        labels = labels.where(labels % 3 != 0, 1)
+    case = replace(case, logits=logits.flatten(0, 1), labels=labels, divergence=divergence)
+    found, exact = terms_and_gradient(case, implementation=kernel), in_float64(case)
+    assert all(error < 1e-5 for error in errors_of(found, exact)), errors_of(found, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"smoothing": 0.1, "weighted": True}], ids=["plain", "smoothed and weighted"])
 def test_probabilities_of_one_class_are_its_index(kernel, dtype, options):
     case = random_case(5, 37, 3, dtype=dtype, **options)
@@ -175,8 +224,9 @@ def test_every_instruction_set_is_accurate(instructions, monkeypatch):
     if instructions not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {instructions}")
     monkeypatch.setenv("RDROP_CPU_INSTRUCTIONS", instructions)
-    for (family, dtype), errors in run(140, seed=1, implementation="cpu").items():
-        assert_accurate(family, dtype, errors)
+    for divergence in OF_SOFTMAXES:
+        for (family, dtype), errors in run(140, seed=1, implementation="cpu", divergence=divergence).items():
+            assert_accurate(family, dtype, errors)
     for classes in (2, 3, 15, 17, 1000):
         assert_no_worse_than_the_reference(random_case(4, classes, 3, smoothing=0.1, weighted=True), "cpu")
         for dtype in cpu.DTYPES:
@@ -309,7 +359,7 @@ def test_as_many_threads_run_as_torch_was_given(threads):
         while not known:
             time.sleep(0.001)
         for call in itertools.count(1):  # a watcher that has to wait for a core needs many calls to see one
-            operators.rows_forward(logits, labels, None, 0.0, 2, "cpu")
+            operators.rows_forward(logits, labels, None, 0.0, 2, "symmetric_kl", "cpu")
             if call >= 20 and (max(started) >= threads - 1 or time.monotonic() > end):
                 break
     finally:
@@ -412,10 +462,10 @@ def test_a_logit_that_makes_the_loss_infinite_is_named(kernel, value, message, i
 def test_a_label_no_check_has_seen_gives_nan_and_reads_nothing_outside(kernel, label):
     labels = torch.tensor([[0], [label]])
     logits = torch.randn(4, 1, 9)
-    task, _, statistics = operators.rows_forward(logits, labels, None, 0.0, 2, kernel)
+    task, _, statistics = operators.rows_forward(logits, labels, None, 0.0, 2, "symmetric_kl", kernel)
     assert task.isnan().flatten().tolist() == [False, True]
     ones = torch.ones(2, 1)
-    gradient = operators.rows_backward(logits, labels, None, 0.0, 2, kernel, statistics, ones, ones)
+    gradient = operators.rows_backward(logits, labels, None, 0.0, 2, "symmetric_kl", kernel, statistics, ones, ones)
     assert gradient[1::2].isnan().all()
     assert gradient[::2].isfinite().all()
 
@@ -539,7 +589,7 @@ def test_a_second_backward_through_overwritten_logits_is_an_error(kernel):
 def operator_arguments(kernel: str, *, requires_grad: bool) -> tuple:
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0), requires_grad=requires_grad)
     labels = torch.tensor([[0, kernels.IGNORED, 2], [3, 4, 8]])
-    return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, kernel
+    return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, "symmetric_kl", kernel
 
 
 def test_every_output_is_written_ignored_positions_too(kernel):
@@ -600,11 +650,12 @@ def test_a_gpu_is_never_waited_for(overwrite):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.parametrize("divergence", [symmetric_kl, kl_from_first])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_compiled_in_one_graph_equals_eager(kernel, dynamic, overwrite):
+def test_compiled_in_one_graph_equals_eager(kernel, dynamic, overwrite, divergence):
     def loss(z: Tensor, y: Tensor) -> Tensor:
-        options = {"implementation": kernel, "overwrite_logits": overwrite}
+        options = {"implementation": kernel, "overwrite_logits": overwrite, "divergence": divergence}
         return rdrop_loss(z * 1, y, alpha=5.0, label_smoothing=0.1, **options).loss
 
     torch._dynamo.reset()
@@ -619,12 +670,14 @@ def test_compiled_in_one_graph_equals_eager(kernel, dynamic, overwrite):
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("divergence", [symmetric_kl, kl_from_first])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_differentiating_twice_is_refused(kernel, overwrite):
+def test_differentiating_twice_is_refused(kernel, overwrite, divergence):
     case = random_case()
     logits = case.logits.requires_grad_()
-    loss = loss_of(case, logits * 1, implementation=kernel, overwrite_logits=overwrite).loss
-    with pytest.raises(RuntimeError, match="symmetric_kl can be differentiated once only"):
+    options = {"implementation": kernel, "overwrite_logits": overwrite, "divergence": divergence}
+    loss = loss_of(case, logits * 1, **options).loss
+    with pytest.raises(RuntimeError, match=f"{divergence.__name__} can be differentiated once only"):
         torch.autograd.grad(loss, logits, create_graph=True)
 
 

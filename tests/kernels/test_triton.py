@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.outcomes import in_parts
 from tests.test_accuracy import assert_accurate
 
 from rdrop.kernels import operators, triton
+from rdrop.terms import OF_SOFTMAXES
 
 pytestmark = pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.why_not()))
 
@@ -54,13 +56,16 @@ def first_position(case: Case) -> Case:
     return Case(case.family, rows, case.labels[:1], case.label_smoothing, case.weight)
 
 
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
 @pytest.mark.parametrize(("count", "seed"), [(84, 1), *in_parts(10_500)])
-def test_random_cases_against_float64(count, seed, record_property):
+def test_random_cases_against_float64(divergence, count, seed, record_property):
     """The smaller of them, and one position of each: the interpreter is slow."""
     table = {key: Errors() for key in itertools.product(FAMILIES, triton.DTYPES)}
     for case in random_cases(count, seed, triton.DTYPES):
         if case.logits.shape[-1] <= 4096:
-            measure(first_position(case), table[case.family, case.logits.dtype], "triton")
+            measure(
+                replace(first_position(case), divergence=divergence), table[case.family, case.logits.dtype], "triton"
+            )
     record_property("cases", sum(errors.cases for errors in table.values()))
     for (family, dtype), errors in table.items():
         assert_accurate(family, dtype, errors)
@@ -80,7 +85,9 @@ def test_the_order_of_the_classes_costs_no_digits(small_blocks, order):
     torch.testing.assert_close(divergence.double(), exact_divergence, rtol=1e-4, atol=0)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
     near = (
-        operators.rows_forward(rows.flatten(0, 1)[:, None], case.labels[:, None], None, 0.0, 3, "triton")[2][..., 0]
+        operators.rows_forward(
+            rows.flatten(0, 1)[:, None], case.labels[:, None], None, 0.0, 3, "symmetric_kl", "triton"
+        )[2][..., 0]
         == 0
     )
     assert near.all()

@@ -35,8 +35,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SOFT_LABELS = "_soft_labels"
 """How the names of the forms end whose labels are probabilities."""
 
-REFERENCE = "ours_reference"
-"""A form that is measured when it is named only: it is made to be exact and read, and takes most of the time."""
+ON_REQUEST = ("ours_reference", "simcut", "ours_simcut")
+"""Forms that are measured when they are named only: the reference, which is made to be exact and read and takes most of
+the time, and those of another divergence.
+"""
 
 T = TypeVar("T")
 Call = Callable[[], object]
@@ -55,8 +57,8 @@ class Conditions:
     Args:
         clock: "wall", or "processor": the time all threads of this process were on a core, which other processes hardly
             change. A GPU is timed by its own events.
-        forms: which of a benchmark's forms, besides those it compares with; empty: all but the slow reference and
-            those of soft labels.
+        forms: which of a benchmark's forms, besides those it compares with; empty: all but those ON_REQUEST and of
+            soft labels.
         compiled: whether those that go through `torch.compile` are among all.
         command: what the records name as their origin.
         say: is told what is being measured.
@@ -98,7 +100,7 @@ class Conditions:
             wanted = {*self.forms, *compared_with}
         else:
             left_out = SOFT_LABELS if self.compiled else (SOFT_LABELS, COMPILED)
-            wanted = {name for name in table if not name.endswith(left_out)} - {REFERENCE}
+            wanted = {name for name in table if not name.endswith(left_out)}.difference(ON_REQUEST)
         return {name: form for name, form in table.items() if name in wanted}
 
     @contextmanager

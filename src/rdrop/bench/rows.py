@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdrop import kernels, rdrop_loss
+from rdrop import kernels, kl_from_first, rdrop_loss
 from rdrop.bench import peers
 from rdrop.bench.measure import DTYPES, SOFT_LABELS, Call, Conditions, Prepare, measure, record
 from rdrop.bench.records import Record
@@ -61,6 +61,15 @@ def tidy(logits: Tensor, labels: Tensor) -> Tensor:
     return (task + ALPHA / 2 * (kl.sum(-1) / 2).masked_fill(~valid, 0.0).sum()) / valid.sum()
 
 
+def simcut(logits: Tensor, labels: Tensor) -> Tensor:
+    """Computes SimCut's loss as it is usually written: the first pass learns, and the second is drawn to it."""
+    clean, cut = logits.chunk(2)
+    task = F.cross_entropy(clean, labels, label_smoothing=SMOOTHING)
+    valid = labels != IGNORE_INDEX
+    kl = F.kl_div(F.log_softmax(cut, -1), F.log_softmax(clean, -1), log_target=True, reduction="none")
+    return task + ALPHA / 2 * kl.masked_fill(~valid[:, None], 0.0).sum() / valid.sum()
+
+
 def ours(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
     return rdrop_loss(logits, labels, alpha=ALPHA, label_smoothing=SMOOTHING, **options).loss
 
@@ -102,6 +111,8 @@ def forms(conditions: Conditions) -> dict[str, Form]:
         "ours": partial(ours, implementation=kernel),
         "ours_overwriting": partial(ours, implementation=kernel, overwrite_logits=True),
         "ours_cross_entropy": partial(ours_cross_entropy, implementation=kernel),
+        "simcut": simcut,
+        "ours_simcut": partial(ours, task_passes=(0,), divergence=kl_from_first, implementation=kernel),
     }
     table |= {f"{name}{SOFT_LABELS}": table[name] for name in ("ours", "ours_overwriting")}
     if conditions.device == "cuda":

@@ -41,6 +41,8 @@ LAYOUTS = {
             "ours_overwriting": "`rdrop_loss(..., overwrite_logits=True)`",
             "ours_overwriting_soft_labels": "`rdrop_loss(..., overwrite_logits=True)`, soft labels",
             "ours_cross_entropy": "plain cross-entropy by our kernel, in place",
+            "simcut": "SimCut, as usually written",
+            "ours_simcut": "SimCut by `rdrop_loss`",
             "liger": "plain cross-entropy of Liger",
             "quack": "plain cross-entropy of quack, no label smoothing",
             "copy": "a copy of the logits",

@@ -13,12 +13,13 @@ THE CONTRACT. A *position* is one label and its rows of V logits in m passes. Ar
     weight (V,) or None       class weights, as in F.cross_entropy
     label_smoothing float     as in F.cross_entropy
     passes int                m; with 1 the task loss is the plain cross-entropy and the divergence 0
+    divergence str            which one of `rdrop`: "symmetric_kl", "detached_kl" or "kl_from_first"
     implementation str        which module of this package computes: "cpu", "triton"
 
 The operators, in torch.ops.rdrop:
 
     rows_forward(...) -> task (N, T), divergence (N, T), statistics
-        task = mean over passes of rdrop.cross_entropy and divergence = rdrop.symmetric_kl per position, in float32, as
+        task = mean over passes of rdrop.cross_entropy and the divergence, each per position, in float32, as
         accurate as the reference (benchmarks/accuracy.py). Differentiable once in `logits`, through rows_backward. A
         NaN, a +inf, a -inf in some passes only, or a -inf at the label make one of the two non-finite. `statistics` is
         what the implementation wants to find again in its backward: 1 + 4m numbers a position, layout its own.
@@ -32,9 +33,11 @@ The operators, in torch.ops.rdrop:
 The result does not depend on the number of threads, to the bit.
 
 An implementation is a module with `why_not()`, `why_not_for(logits, passes)`, and `launch(...)` of the common arguments
-less `implementation`, `statistics`, and the tensors it is to fill; see `cpu.py`.
+less `implementation`, the divergence by its place in DIVERGENCES, `statistics`, and the tensors it is to fill; see
+`cpu.py`.
 """
 
+from .operators import DIVERGENCES as DIVERGENCES
 from .operators import IGNORED as IGNORED
 from .operators import KERNEL_OF_DEVICE as KERNEL_OF_DEVICE
 from .operators import Implementation as Implementation

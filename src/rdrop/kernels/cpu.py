@@ -18,7 +18,7 @@ LIBRARY = Path(__file__).with_name("rows.so")
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_PASSES = 32
 INSTRUCTIONS = ("plain", "avx2", "avx512")
-_VERSION = 2
+_VERSION = 3
 
 
 class _Rows(ctypes.Structure):
@@ -33,6 +33,7 @@ class _Rows(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("gradient_outer_stride", "gradient_inner_stride")),
         ("label_smoothing", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("passes", "bfloat16", "forward", "backward", "threads", "instructions")),
+        ("divergence_kind", ctypes.c_int32),
     )
 
 
@@ -92,13 +93,17 @@ def launch(
     weight: Tensor | None,
     label_smoothing: float,
     passes: int,
+    divergence: int,
     statistics: Tensor,
     *,
     terms: tuple[Tensor, Tensor] | None = None,
     gradient: Tensor | None = None,
     upstream: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Runs the library. `terms` asks for the forward, `gradient` for the backward of `upstream`."""
+    """Runs the library. `divergence` is the place in DIVERGENCES (operators.py).
+
+    `terms` asks for the forward, `gradient` for the backward of `upstream`.
+    """
     kept: list[Tensor] = []
 
     def pointer(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
@@ -122,6 +127,7 @@ def launch(
         backward=gradient is not None,
         threads=torch.get_num_threads(),
         instructions=INSTRUCTIONS.index(instructions()),
+        divergence_kind=divergence,
     )
     if labels.is_floating_point():
         rows.probabilities = pointer(labels)

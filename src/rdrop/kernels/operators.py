@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..terms import refuse_second_derivative
+from ..terms import OF_SOFTMAXES, refuse_second_derivative
 from . import cpu, triton
 from .constants import assume_constant_result
 
@@ -20,6 +20,8 @@ IGNORED = -1
 Implementation = Literal["auto", "reference", "cpu", "triton"]
 KERNEL_OF_DEVICE: dict[str, Implementation] = {"cpu": "cpu", "cuda": "triton"}
 """What "auto" takes where it can, by the type of the device; elsewhere the reference."""
+DIVERGENCES = tuple(divergence.__name__ for divergence in OF_SOFTMAXES)
+"""Those the kernels compute; they know them by their places here."""
 _IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton}
 
 
@@ -65,11 +67,17 @@ def _warn_once(reason: str) -> None:
 
 @torch.library.custom_op("rdrop::rows_forward", mutates_args=())
 def rows_forward(
-    logits: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    divergence: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the forward of the package's docstring."""
     terms, statistics = _terms_like(labels), _statistics_like(labels, passes)
-    arguments = logits, labels, weight, label_smoothing, passes, statistics
+    arguments = logits, labels, weight, label_smoothing, passes, DIVERGENCES.index(divergence), statistics
     _IMPLEMENTATIONS[implementation].launch(*arguments, terms=terms)
     return *terms, statistics
 
@@ -81,6 +89,7 @@ def rows_backward(
     weight: Tensor | None,
     label_smoothing: float,
     passes: int,
+    divergence: str,
     implementation: str,
     statistics: Tensor,
     grad_task: Tensor,
@@ -88,7 +97,7 @@ def rows_backward(
 ) -> Tensor:
     """Computes the gradient of the package's docstring."""
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    arguments = logits, labels, weight, label_smoothing, passes, statistics
+    arguments = logits, labels, weight, label_smoothing, passes, DIVERGENCES.index(divergence), statistics
     upstream = grad_task, grad_divergence
     _IMPLEMENTATIONS[implementation].launch(*arguments, gradient=gradient, upstream=upstream)
     return gradient
@@ -101,13 +110,14 @@ def rows_forward_backward_(
     weight: Tensor | None,
     label_smoothing: float,
     passes: int,
+    divergence: str,
     implementation: str,
     grad_task: Tensor,
     grad_divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Computes both, the gradient in the place of the logits."""
-    terms = _terms_like(labels)
-    arguments = logits, labels, weight, label_smoothing, passes, _statistics_like(labels, passes)
+    terms, statistics = _terms_like(labels), _statistics_like(labels, passes)
+    arguments = logits, labels, weight, label_smoothing, passes, DIVERGENCES.index(divergence), statistics
     upstream = grad_task, grad_divergence
     _IMPLEMENTATIONS[implementation].launch(*arguments, terms=terms, gradient=logits, upstream=upstream)
     return terms
@@ -123,7 +133,7 @@ def _statistics_like(labels: Tensor, passes: int) -> Tensor:
 
 
 @rows_forward.register_fake
-def _(logits, labels, weight, label_smoothing, passes, implementation):  # type: ignore[no-untyped-def]
+def _(logits, labels, weight, label_smoothing, passes, divergence, implementation):  # type: ignore[no-untyped-def]
     return *_terms_like(labels), _statistics_like(labels, passes)
 
 
@@ -146,7 +156,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _rows_gradient(
     ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("symmetric_kl")
+    refuse_second_derivative(ctx.options[2])
     logits, labels, weight, statistics = ctx.saved_tensors
     nothing = labels.new_zeros(labels.shape[:2], dtype=torch.float32)
     gradient = rows_backward(
@@ -158,7 +168,7 @@ def _rows_gradient(
         nothing if grad_task is None else grad_task,
         nothing if grad_divergence is None else grad_divergence,
     )
-    return gradient, None, None, None, None, None
+    return gradient, *(None,) * 6
 
 
 rows_forward.register_autograd(_rows_gradient, setup_context=_keep_for_backward)
@@ -168,7 +178,14 @@ rows_forward.register_autograd(_rows_gradient, setup_context=_keep_for_backward)
 
 
 def row_terms(
-    logits: Tensor, labels: Tensor, *, weight: Tensor | None, label_smoothing: float, passes: int, implementation: str
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None,
+    label_smoothing: float,
+    passes: int,
+    divergence: str = "symmetric_kl",
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns task loss and divergence per position, `(N, ...)`, of `(m*N, ..., V)` logits.
 
@@ -177,11 +194,11 @@ def row_terms(
     rows = _as_rows(logits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    task, divergence, _ = rows_forward(
-        rows, _labels_as_rows(labels, logits), weight, label_smoothing, passes, implementation
+    tasks, divergences, _ = rows_forward(
+        rows, _labels_as_rows(labels, logits), weight, label_smoothing, passes, divergence, implementation
     )
     places = labels.shape[:1] + logits.shape[1:-1]
-    return task.view(places), divergence.view(places)
+    return tasks.view(places), divergences.view(places)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -203,16 +220,17 @@ def overwriting_loss(
     weight: Tensor | None,
     label_smoothing: float,
     passes: int,
+    divergence: str = "symmetric_kl",
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `grad_task * task + grad_divergence * divergence`, task loss and divergence, `(N, ...)` each.
 
     Only the first is differentiable; its gradient is in the logits' memory when this returns.
     """
-    loss, task, divergence, _ = _OverwritingLoss.apply(  # type: ignore[no-untyped-call]
-        logits, labels, weight, label_smoothing, passes, implementation, grad_task, grad_divergence
+    losses, tasks, divergences, _ = _OverwritingLoss.apply(  # type: ignore[no-untyped-call]
+        logits, labels, weight, label_smoothing, passes, divergence, implementation, grad_task, grad_divergence
     )
-    return loss, task, divergence
+    return losses, tasks, divergences
 
 
 class _OverwritingLoss(torch.autograd.Function):
@@ -230,31 +248,33 @@ class _OverwritingLoss(torch.autograd.Function):
         weight: Tensor | None,
         label_smoothing: float,
         passes: int,
+        divergence: str,
         implementation: str,
         grad_task: Tensor,
         grad_divergence: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        task, divergence = rows_forward_backward_(
+        tasks, divergences = rows_forward_backward_(
             _as_rows(logits),
             _labels_as_rows(labels, logits),
             weight,
             label_smoothing,
             passes,
+            divergence,
             implementation,
             _labels_as_rows(grad_task, logits),
             _labels_as_rows(grad_divergence, logits),
         )
-        task, divergence = task.view(grad_task.shape), divergence.view(grad_task.shape)
+        tasks, divergences = tasks.view(grad_task.shape), divergences.view(grad_task.shape)
         ctx.mark_dirty(logits)
-        ctx.mark_non_differentiable(task, divergence)
+        ctx.mark_non_differentiable(tasks, divergences)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits)
-        ctx.passes, ctx.spent = passes, False
-        return grad_task * task + grad_divergence * divergence, task, divergence, logits
+        ctx.passes, ctx.divergence, ctx.spent = passes, divergence, False
+        return grad_task * tasks + grad_divergence * divergences, tasks, divergences, logits
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("symmetric_kl")
+        refuse_second_derivative(ctx.divergence)
         if others[2] is not None:
             raise RuntimeError(
                 "logits overwritten by rdrop_loss were used in another differentiable computation, which saw the "
@@ -270,4 +290,4 @@ class _OverwritingLoss(torch.autograd.Function):
         if upstream is not None and not (upstream == 1).all():
             gradient.unflatten(0, (ctx.passes, -1)).mul_(upstream[None, ..., None])
         torch.autograd.graph.increment_version(gradient)
-        return (None if upstream is None else gradient, *(None,) * 7)
+        return (None if upstream is None else gradient, *(None,) * 8)

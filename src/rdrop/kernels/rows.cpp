@@ -40,6 +40,7 @@ struct RdropRows {
   int64_t logits_outer_stride, logits_inner_stride, gradient_outer_stride, gradient_inner_stride;
   double label_smoothing;
   int32_t passes, bfloat16, forward, backward, threads, instructions;
+  int32_t divergence_kind;  // 0 symmetric_kl, 1 detached_kl, 2 kl_from_first
 };
 
 }  // extern "C"
@@ -163,7 +164,7 @@ void compute_all(const RdropRows& rows, double total_weight) {
 
 extern "C" {
 
-__attribute__((visibility("default"))) int rdrop_rows_version() { return 2; }
+__attribute__((visibility("default"))) int rdrop_rows_version() { return 3; }
 
 // The best instruction set of this processor: 0 plain, 1 AVX2, 2 AVX-512.
 __attribute__((visibility("default"))) int rdrop_rows_instructions() {

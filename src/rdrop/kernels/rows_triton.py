@@ -22,6 +22,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+DETACHED = tl.constexpr(1)  # detached_kl, by its place in DIVERGENCES of operators.py
+FROM_FIRST = tl.constexpr(2)  # kl_from_first
 IGNORED = tl.constexpr(-1)
 INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
@@ -53,6 +55,7 @@ def rows(
     gradient_inner_stride,
     gradient_pass_stride,
     M: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     DENSE: tl.constexpr,
@@ -105,10 +108,10 @@ def rows(
         finite = n >= 0
         if FORWARD:
             near, value, below_label = _near_forward(
-                row, pass_stride, target, classes, statistics, M, DENSE, BLOCK, PARTIAL, NEXT
+                row, pass_stride, target, classes, statistics, M, DIVERGENCE, DENSE, BLOCK, PARTIAL, NEXT
             )
             if not near:
-                value = _far_forward(row, pass_stride, classes, statistics, M, FAR_BLOCK)
+                value = _far_forward(row, pass_stride, classes, statistics, M, DIVERGENCE, FAR_BLOCK)
             tl.debug_barrier()  # every thread sees the statistics in memory
             loss = 0.0
             for a in tl.static_range(M):
@@ -134,9 +137,13 @@ def rows(
                 if pull == 0:
                     _plain_gradient(row, pass_stride, classes, statistics, softmax, store, M, DENSE, BLOCK)
                 elif tl.load(statistics) == 0:
-                    _near_gradient(row, pass_stride, classes, statistics, softmax, pull, store, M, DENSE, BLOCK)
+                    _near_gradient(
+                        row, pass_stride, classes, statistics, softmax, pull, store, M, DIVERGENCE, DENSE, BLOCK
+                    )
                 else:
-                    _far_gradient(row, pass_stride, classes, statistics, softmax, pull, store, M, DENSE, FAR_BLOCK)
+                    _far_gradient(
+                        row, pass_stride, classes, statistics, softmax, pull, store, M, DIVERGENCE, DENSE, FAR_BLOCK
+                    )
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -252,6 +259,27 @@ def _expm1(x):
 
 
 @triton.jit
+def _beyond_tangent(x):
+    """Returns expm1(x) - x, without cancellation."""
+    series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))))
+    return tl.where(tl.abs(x) < 0.25, x * x * (1 / 2 + x * series), tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def _log1p(x):
+    """Returns log(1 + x) and x less that, each without cancellation, for x > -0.9."""
+    series = 1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x * (1 / 7 - x * (1 / 8)))))
+    beyond = x * x * (1 / 2 - x * series)
+    small = tl.abs(x) < 0.05
+    wide = x.to(tl.float64)
+    logarithm = tl.log(1 + wide)
+    return (
+        tl.where(small, x - beyond, logarithm.to(tl.float32)),
+        tl.where(small, beyond, (wide - logarithm).to(tl.float32)),
+    )
+
+
+@triton.jit
 def _two_difference(a, b):
     """Returns high and low with `a - b == high + low`, exactly (Knuth)."""
     high = a - b
@@ -295,7 +323,7 @@ class _Sums(NamedTuple):
     rise: tl.tensor  # the largest d_a
     d: tl.tensor  # sums under p_1, unnormalized: of d_a,
     x: tl.tensor  # x_a,
-    xf: tl.tensor  # x_a f_a,
+    second: tl.tensor  # x_a f_a, or x_a - d_a for FROM_FIRST,
     size: tl.tensor  # and of the absolute values that the last came from
     below: tl.tensor  # sum of t (z_a - z_a[label])
 
@@ -308,6 +336,7 @@ def _near_forward(
     classes,
     statistics,
     M: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -327,7 +356,7 @@ def _near_forward(
         first = _block(row, start, classes, BLOCK)
         top = tl.max(first, 0)
         if top > base:
-            sums = _moved(sums, mass, base, top, row + start + tl.argmax(first, 0), pass_stride, M)
+            sums = _moved(sums, mass, base, top, row + start + tl.argmax(first, 0), pass_stride, M, DIVERGENCE)
             mass = mass * tl.exp(base - top)
             base = top
         p = tl.exp(first - base)
@@ -353,18 +382,21 @@ def _near_forward(
                 below_label = zs[a] - tl.load(row + a * pass_stride + label).to(tl.float32)
                 below += _grouped_sum(tl.where(share == 0, 0.0, share * below_label), PARTIAL, NEXT)
             if a == 0:
-                updated = updated + (_Sums(s.at, s.rise, s.d, s.x, s.xf, s.size, below),)
+                updated = updated + (_Sums(s.at, s.rise, s.d, s.x, s.second, s.size, below),)
             else:
                 px = p * _expm1(ds[a])
-                xf = _grouped_sum(px * (ds[a] - d_mean), PARTIAL, NEXT)
+                if DIVERGENCE == FROM_FIRST:
+                    second = _grouped_sum(p * _beyond_tangent(ds[a]), PARTIAL, NEXT)
+                else:
+                    second = _grouped_sum(px * (ds[a] - d_mean), PARTIAL, NEXT)
                 updated = updated + (
                     _Sums(
                         s.at,
                         tl.maximum(s.rise, _grouped_max(ds[a], PARTIAL, NEXT)),
                         s.d + _grouped_sum(p * ds[a], PARTIAL, NEXT),
                         s.x + _grouped_sum(px, PARTIAL, NEXT),
-                        s.xf + xf,
-                        s.size + tl.abs(xf),
+                        s.second + second,
+                        s.size + tl.abs(second),
                         below,
                     ),
                 )
@@ -381,18 +413,32 @@ def _near_forward(
     total = zero
     size = zero
     near = base > LOWEST
-    _keep(statistics, 0, base, 1 / normalizer, -d_mean, zero)
+    if DIVERGENCE == FROM_FIRST:
+        _keep(statistics, 0, base, 1 / normalizer, -d_mean * M, zero)
+    else:
+        _keep(statistics, 0, base, 1 / normalizer, -d_mean, zero)
     for a in tl.static_range(1, M):
         s = sums[a]
         growth = tl.sum(s.x, 0) / normalizer
-        f = d_means[a] - d_mean
-        covariance = (tl.sum(s.xf, 0) / normalizer - growth * f) / (1 + growth)
-        total += covariance
-        size += tl.sum(s.size, 0) / normalizer / (1 + growth)
+        second = tl.sum(s.second, 0) / normalizer
+        size_a = tl.sum(s.size, 0) / normalizer
+        if DIVERGENCE == FROM_FIRST:
+            log_growth, beyond = _log1p(growth)
+            apart = tl.abs(log_growth) + 2 * tl.log(2 + growth) + tl.abs(d_means[a])  # rows_vector.h says why
+            together = size_a < apart
+            total += tl.where(together, second - beyond, log_growth - d_means[a])
+            size += tl.where(together, size_a, apart)
+            mean = zero
+        else:
+            f = d_means[a] - d_mean
+            covariance = (second - growth * f) / (1 + growth)
+            total += covariance
+            size += size_a / (1 + growth)
+            mean = f + covariance
         # Below -0.875, x_a is near -1 in most of p_1, and 1 + growth has lost its digits.
         near = near & (growth >= -0.875) & (tl.max(s.rise, 0) <= MAX_RISE)
-        _keep(statistics, a, s.at, 1 / (normalizer * (1 + growth)), f + covariance, growth)
-    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the covariance canceled
+        _keep(statistics, a, s.at, 1 / (normalizer * (1 + growth)), mean, growth)
+    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the difference canceled
     tl.store(statistics, 0.0)
     if M > 1:
         total = total / (M - 1)
@@ -400,11 +446,11 @@ def _near_forward(
 
 
 @triton.jit
-def _moved(sums, mass, base, top, at_class, pass_stride, M: tl.constexpr):
+def _moved(sums, mass, base, top, at_class, pass_stride, M: tl.constexpr, DIVERGENCE: tl.constexpr):
     """Returns the sums relative to another class k, at `at_class`, where z_1 is `top` instead of `base`.
 
-    With c_a the difference of the two z_a[k] - z_1[k]: d_a falls by c_a, f_a by c_a - mean_b c_b, and x_a becomes
-    exp(-c_a) x_a + expm1(-c_a).
+    With c_a the difference of the two z_a[k] - z_1[k]: d_a falls by c_a, f_a by c_a - mean_b c_b, x_a becomes
+    exp(-c_a) x_a + expm1(-c_a), and x_a - d_a becomes exp(-c_a) (x_a - d_a) + expm1(-c_a) d_a + (expm1(-c_a) + c_a).
     """
     shrink = tl.exp(base - top)
     started = base > LOWEST
@@ -427,17 +473,15 @@ def _moved(sums, mass, base, top, at_class, pass_stride, M: tl.constexpr):
         f = s.d - d_mean
         kept = shrink * tl.exp(-c)
         new = shrink * _expm1(-c)
-        moved = moved + (
-            _Sums(
-                at,
-                s.rise - c,
-                shrink * (s.d - c * mass),
-                kept * s.x + new * mass,
-                kept * (s.xf - f_fall * s.x) + new * (f - f_fall * mass),
-                kept * (s.size + tl.abs(f_fall * s.x)) + tl.abs(new) * (tl.abs(f) + tl.abs(f_fall) * mass),
-                s.below,
-            ),
-        )
+        if DIVERGENCE == FROM_FIRST:
+            further = shrink * _beyond_tangent(-c) * mass
+            second = kept * s.second + new * s.d + further
+            size = kept * s.size + tl.abs(new * s.d) + further
+        else:
+            second = kept * (s.second - f_fall * s.x) + new * (f - f_fall * mass)
+            size = kept * (s.size + tl.abs(f_fall * s.x)) + tl.abs(new) * (tl.abs(f) + tl.abs(f_fall) * mass)
+        d = shrink * (s.d - c * mass)
+        moved = moved + (_Sums(at, s.rise - c, d, kept * s.x + new * mass, second, size, s.below),)
     return moved
 
 
@@ -451,6 +495,7 @@ def _near_gradient(
     pull,
     store,
     M: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -472,20 +517,35 @@ def _near_gradient(
             vs = vs + (v,)
             d_mean += d / M
             v_mean += v / M
-        _store(store, 0, p * (softmax - pull * (d_mean + mean + v_mean)), start, classes, DENSE, BLOCK)
+        if DIVERGENCE == FROM_FIRST:
+            of_first = d_mean * M + mean
+        elif DIVERGENCE == DETACHED:
+            of_first = v_mean
+        else:
+            of_first = d_mean + mean + v_mean
+        _store(store, 0, p * (softmax - pull * of_first), start, classes, DENSE, BLOCK)
         for a in tl.static_range(1, M):
             _, _, mean_a, _ = _pass(statistics, a)
-            along = softmax + pull * (ds[a] - d_mean - mean_a)
-            gradient = p * (along + (vs[a] * along + pull * (vs[a] - v_mean)))
-            _store(store, a, gradient, start, classes, DENSE, BLOCK)
+            along = softmax
+            apart = vs[a]
+            if DIVERGENCE != FROM_FIRST:
+                apart = vs[a] - v_mean
+                if DIVERGENCE != DETACHED:
+                    along = softmax + pull * (ds[a] - d_mean - mean_a)
+            _store(store, a, p * (along + (vs[a] * along + pull * apart)), start, classes, DENSE, BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------- far
 
 
 @triton.jit
-def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns for each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf."""
+def _far_terms(
+    row, pass_stride, start, classes, statistics, M: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns for each pass f_a, from t_a = z_a - base_a, and exp(t_a); 0 where every pass is -inf.
+
+    For FROM_FIRST f_a is t_a - t_1, and that of pass 1 less the sum of the others.
+    """
     zs = ()
     highest = tl.full((BLOCK,), -INFINITY, tl.float32)
     for a in tl.static_range(M):
@@ -499,14 +559,21 @@ def _far_terms(row, pass_stride, start, classes, statistics, M: tl.constexpr, BL
         ps = ps + (tl.exp(t),)
         ts = ts + (tl.where(highest == -INFINITY, 0.0, t),)
         t_mean += ts[a] / M
-    fs = ()
-    for a in tl.static_range(M):
-        fs = fs + (ts[a] - t_mean,)
+    middle = t_mean
+    of_first = ts[0] - t_mean
+    if DIVERGENCE == FROM_FIRST:
+        middle = ts[0]
+        of_first = tl.zeros((BLOCK,), tl.float64)
+        for a in tl.static_range(1, M):
+            of_first -= ts[a] - ts[0]
+    fs = (of_first,)
+    for a in tl.static_range(1, M):
+        fs = fs + (ts[a] - middle,)
     return fs, ps
 
 
 @triton.jit
-def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
+def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr):
     """Returns the divergence."""
     tl.debug_barrier()  # the near path's statistics are written before these
     for a in tl.static_range(M):
@@ -519,7 +586,7 @@ def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: 
     for _ in tl.static_range(M):
         sums = sums + ((tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)),)
     for start in range(0, classes, BLOCK):
-        fs, ps = _far_terms(row, pass_stride, start, classes, statistics, M, BLOCK)
+        fs, ps = _far_terms(row, pass_stride, start, classes, statistics, M, DIVERGENCE, BLOCK)
         updated = ()
         for a in tl.static_range(M):
             updated = updated + ((sums[a][0] + ps[a], sums[a][1] + ps[a] * fs[a]),)
@@ -531,10 +598,31 @@ def _far_forward(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: 
         total += mean
         tl.store(statistics + 2 + 4 * a, 1 / normalizer)
         tl.store(statistics + 3 + 4 * a, mean)
+    if DIVERGENCE == FROM_FIRST:
+        total = _far_kl_from_first(row, pass_stride, classes, statistics, M, BLOCK)
     tl.store(statistics, 1.0)
     if M > 1:
         total = total / (M - 1)
     return tl.where(total < 0, 0.0, total).to(tl.float32)  # a NaN stays
+
+
+@triton.jit
+def _far_kl_from_first(row, pass_stride, classes, statistics, M: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the sum over a of E[expm1(r_a) - r_a] under p_1, with r_a = log(p_a / p_1)."""
+    tl.debug_barrier()  # every thread sees the scales in memory
+    total = tl.zeros((BLOCK,), tl.float64)
+    first_scale = tl.load(statistics + 2)
+    for start in range(0, classes, BLOCK):
+        fs, es = _far_terms(row, pass_stride, start, classes, statistics, M, FROM_FIRST, BLOCK)
+        p = es[0] * first_scale
+        for a in tl.static_range(1, M):
+            scale = tl.load(statistics + 2 + 4 * a)
+            r = fs[a] + tl.log(scale / first_scale)
+            series = r * 0 + 1  # Taylor: for |r| < 0.05 the next term is 1e-15 of the first
+            for n in tl.static_range(10, 2, -1):
+                series = 1 + r * series / n
+            total += tl.where(tl.abs(r) < 0.05, p * r * r * series / 2, es[a] * scale - p - p * r)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -547,20 +635,25 @@ def _far_gradient(
     pull,
     store,
     M: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     for done in range(0, classes, BLOCK):
         start = _from_the_end(done, classes, BLOCK)
-        fs, es = _far_terms(row, pass_stride, start, classes, statistics, M, BLOCK)
+        fs, es = _far_terms(row, pass_stride, start, classes, statistics, M, DIVERGENCE, BLOCK)
         ps = ()
         p_mean = tl.zeros((BLOCK,), tl.float64)
         for a in tl.static_range(M):
             ps = ps + (es[a] * tl.load(statistics + 2 + 4 * a),)
             p_mean += ps[a] / M
+        if DIVERGENCE == FROM_FIRST:
+            p_mean = ps[0]
         for a in tl.static_range(M):
-            mean = tl.load(statistics + 3 + 4 * a)
-            gradient = ps[a] * softmax + pull * (ps[a] * (fs[a] - mean) + (ps[a] - p_mean))
+            of_divergence = ps[a] - p_mean
+            if DIVERGENCE != DETACHED and (DIVERGENCE != FROM_FIRST or a == 0):
+                of_divergence += ps[a] * (fs[a] - tl.load(statistics + 3 + 4 * a))
+            gradient = ps[a] * softmax + pull * of_divergence
             _store(store, a, gradient.to(tl.float32), start, classes, DENSE, BLOCK)
 
 

@@ -16,7 +16,8 @@
 // It comes DIRECT, d_a as it stands above; and COMPENSATED, with the rounding error of z_a - z_1 added back, for logits
 // with an offset between passes that dwarfs their disagreement, and with care for classes at -inf.
 //
-// FAR (float64, m exp a class, several times slower). For logits far apart, or where class k is an outlier. Here t_a = z_a - max z_a and f_a = t_a - mean_b t_b; the divergence is sum_a E_{p_a}[f_a] / (m - 1).
+// FAR (float64, m exp a class, several times slower). For logits far apart, or where class k is an outlier. Here
+// t_a = z_a - max z_a and f_a = t_a - mean_b t_b; the divergence is sum_a E_{p_a}[f_a] / (m - 1).
 //
 // The cross-entropy is of a target t over the classes: w ((1 - eps) q + eps / V), where q is 1 at the label y or a row of
 // probabilities. Its loss is sum t (log Z_a - z_a).
@@ -25,6 +26,11 @@
 // B = grad_divergence / (m - 1), for pass a,
 //     A (p_a sum t - t) + B (p_a (f_a - F_a) + p_a - mean_b p_b)
 // With one pass all this is the cross-entropy alone.
+//
+// That is the symmetric divergence. kDetached has its value, and of its gradient B (p_a - mean_b p_b). kFromFirst is the
+// mean KL from pass 1 to each other pass, with r_a = log(p_a / p_1):
+//     near: sum_a (E[x_a - d_a] - (X_a - log1p(X_a))) / (m - 1);  far: sum_a E[expm1(r_a) - r_a] / (m - 1)
+//     its gradient for pass 1: B p_1 (f_1 - F_1) with f_1 = -sum_a d_a and F_1 = E f_1; for pass a: B (p_a - p_1)
 
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
@@ -170,15 +176,16 @@ INLINE double sum(Wide x) {
 constexpr float kLog2E = 1.44269504f, kLn2 = 0x1.62e43p-1f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
 constexpr float kToInteger = 0x1.8p23f;  // adding it rounds to an integer, in the low bits of the mantissa
 
-// expm1 of |r| <= log(2) / 2, to a tenth of an ulp before rounding (minimax).
-INLINE Float expm1_of_reduced(Float r) {
+// (expm1(r) - r) / r^2 of |r| <= log(2) / 2, as gives expm1 to a tenth of an ulp before rounding (minimax).
+INLINE Float curvature_of_reduced(Float r) {
   Float q = broadcast(0x1.6bec06p-10f);
   q = q * r + 0x1.122776p-7f;
   q = q * r + 0x1.555674p-5f;
   q = q * r + 0x1.5554b0p-3f;
-  q = q * r + 0x1.fffffep-2f;
-  return q * (r * r) + r;
+  return q * r + 0x1.fffffep-2f;
 }
+
+INLINE Float expm1_of_reduced(Float r) { return curvature_of_reduced(r) * (r * r) + r; }
 
 INLINE Float reduced(Float x, Float* rounded) {
   *rounded = x * kLog2E + kToInteger;
@@ -204,6 +211,13 @@ INLINE Float expm1(Float x) {
   Float y = expm1_of_reduced(reduced(x, &rounded));
   Float power = (Float)(((Int)rounded + 127) << 23);
   return power * y + (power - 1.0f);
+}
+
+// expm1(x) - x for |x| <= 43, without cancellation.
+INLINE Float beyond_tangent(Float x) {
+  Float rounded;
+  Float r = reduced(x, &rounded);
+  return rounded == kToInteger ? curvature_of_reduced(r) * (r * r) : expm1(x) - x;
 }
 
 // exp(x) in float64 for x <= 0; smaller than -700, -inf included, 0.
@@ -267,6 +281,8 @@ struct Position {
 };
 
 enum Path { kDirect, kCompensated, kFar };
+
+enum Divergence { kSymmetric, kDetached, kFromFirst };  // DIVERGENCES in operators.py
 
 // z_a[k] - z_1[k] = high + low exactly.
 struct Offset {
@@ -383,18 +399,18 @@ INLINE double task_loss(const Position<M, T>& position, const Statistics& s, con
 constexpr int64_t kBlock = 32 * LANES;
 
 // False where this path would lose digits.
-template <Path kPath, Shares kShares, int M, class T>
+template <Divergence kDivergence, Path kPath, Shares kShares, int M, class T>
 bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Statistics& s, Values& values) {
   constexpr int kCapacity = Position<M, T>::kCapacity;
   const int m = position.passes();
   const int64_t classes = position.classes;
   Offset offset[kCapacity];
   for (int a = 1; a < m; ++a) offset[a] = two_difference(range.base[a], range.base[0]);
-  Wide p_total, d_total[kCapacity], x_total[kCapacity], xf_total[kCapacity], below_base_total[kCapacity];
+  Wide p_total, d_total[kCapacity], x_total[kCapacity], second_total[kCapacity], below_base_total[kCapacity];
   for (int64_t start = 0; start < classes; start += kBlock) {
     const int64_t end = start + kBlock < classes ? start + kBlock : classes;
-    Float p_sum{}, d_sum[kCapacity], x_sum[kCapacity], xf_sum[kCapacity], below_base[kCapacity];
-    for (int a = 0; a < m; ++a) d_sum[a] = x_sum[a] = xf_sum[a] = below_base[a] = Float{};
+    Float p_sum{}, d_sum[kCapacity], x_sum[kCapacity], second_sum[kCapacity], below_base[kCapacity];
+    for (int a = 0; a < m; ++a) d_sum[a] = x_sum[a] = second_sum[a] = below_base[a] = Float{};
     visit_classes<T>(start, end, [&](auto slice, int64_t i) INLINE_LAMBDA {
       constexpr bool kPart = decltype(slice)::kPart;
       const Float first = classes_of(slice, position.row[0], i, classes, kMinusInfinity<T>);
@@ -419,7 +435,10 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
         const Float px = p * expm1(d[a]);
         d_sum[a] += p * d[a];
         x_sum[a] += px;
-        xf_sum[a] += px * (M == 2 ? d[a] : d[a] - d_mean);  // of two passes f is d / 2
+        if (kDivergence == kFromFirst)
+          second_sum[a] += p * beyond_tangent(d[a]);
+        else
+          second_sum[a] += px * (M == 2 ? d[a] : d[a] - d_mean);  // of two passes f is d / 2
         if (kShares != kNone) below_base[a] += kShares == kPerClass ? share * d[a] : d[a];
       }
     });
@@ -429,7 +448,7 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
       if (a == 0) continue;
       d_total[a] += widen(d_sum[a]);
       x_total[a] += widen(x_sum[a]);
-      xf_total[a] += widen(xf_sum[a]);
+      second_total[a] += widen(second_sum[a]);
     }
   }
 
@@ -438,21 +457,32 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
   for (int a = 1; a < m; ++a) d_mean += d[a] = sum(d_total[a]) / normalizer;
   d_mean /= m;
   s.path = kPath;
-  s.pass[0] = {range.base[0], 1 / normalizer, -d_mean, 0};
+  s.pass[0] = {range.base[0], 1 / normalizer, kDivergence == kFromFirst ? -d_mean * m : -d_mean, 0};
   below_base[0] = sum(below_base_total[0]);
   double total = 0, uncentered = 0;
   for (int a = 1; a < m; ++a) {
-    const double growth = sum(x_total[a]) / normalizer, f = d[a] - d_mean;
-    const double xf = sum(xf_total[a]) / normalizer * (M == 2 ? 0.5 : 1.0);
+    const double growth = sum(x_total[a]) / normalizer, second = sum(second_total[a]) / normalizer;
     if (growth < -0.875) return false;  // x_a near -1 in most of p_1: 1 + growth has lost its digits
-    const double covariance = (xf - growth * f) / (1 + growth);
-    total += covariance;
-    uncentered += std::abs(xf) / (1 + growth);
-    s.pass[a] = {range.base[a], 1 / (normalizer * (1 + growth)), f + covariance, growth};
+    double mean = 0;
+    if (kDivergence == kFromFirst) {
+      // The same twice: from terms of second order, or, where those are large, as log(1 + X) - E d. E |d| is at most
+      // 2 log(2 + X) - E d, by Jensen, for x > -1.
+      const double log_growth = std::log1p(growth);
+      const double apart = std::abs(log_growth) + 2 * std::log(2 + growth) + std::abs(d[a]);
+      total += second < apart ? second - (growth - log_growth) : log_growth - d[a];
+      uncentered += second < apart ? second : apart;
+    } else {
+      const double f = d[a] - d_mean, xf = second * (M == 2 ? 0.5 : 1.0);
+      const double covariance = (xf - growth * f) / (1 + growth);
+      total += covariance;
+      uncentered += std::abs(xf) / (1 + growth);
+      mean = f + covariance;
+    }
+    s.pass[a] = {range.base[a], 1 / (normalizer * (1 + growth)), mean, growth};
     below_base[a] = below_base[0] + sum(below_base_total[a]);
     if (std::abs(offset[a].high) > largest_offset) largest_offset = std::abs(offset[a].high);
   }
-  if (total < uncentered / 16) return false;  // class k is an outlier: the covariance has lost its digits
+  if (total < uncentered / 16) return false;  // class k is an outlier: the difference has lost its digits
   // Each d has an error of 2^-25 offset; against the sum of p d^2, about 2 total, it is in the seventh digit.
   const double beside_anchor = 1 - kTwo64 / normalizer;
   if (kPath == kDirect && sizeof(T) == 4 && largest_offset * largest_offset * beside_anchor > 32 * total / (m - 1))
@@ -462,19 +492,20 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
   return true;
 }
 
-template <Path kPath, int M, class T>
+template <Divergence kDivergence, Path kPath, int M, class T>
 INLINE bool try_near(const Position<M, T>& position, const Range<M, T>& range, Statistics& s, Values& values) {
   switch (position.target.shares()) {
-    case kNone: return near_forward<kPath, kNone>(position, range, s, values);
-    case kUniform: return near_forward<kPath, kUniform>(position, range, s, values);
-    default: return near_forward<kPath, kPerClass>(position, range, s, values);
+    case kNone: return near_forward<kDivergence, kPath, kNone>(position, range, s, values);
+    case kUniform: return near_forward<kDivergence, kPath, kUniform>(position, range, s, values);
+    default: return near_forward<kDivergence, kPath, kPerClass>(position, range, s, values);
   }
 }
 
-// In float64, LANES / 2 classes: f_a = t_a - mean_b t_b with t_a = z_a - base_a, and p_a unnormalized.
+// In float64, LANES / 2 classes: f_a = t_a - mean_b t_b with t_a = z_a - base_a, and p_a unnormalized. For kFromFirst
+// f_a = t_a - t_1, and f_1 less their sum.
 template <class S, class T>
-INLINE void far_terms(S slice, const Position<0, T>& position, const Statistics& s, int64_t i, int half, Double* f,
-                      Double* p) {
+INLINE void far_terms(S slice, const Position<0, T>& position, const Statistics& s, int64_t i, int half,
+                      Divergence divergence, Double* f, Double* p) {
   const int m = position.passes();
   Long outside = Long{} - 1;
   Double mean{};
@@ -486,11 +517,35 @@ INLINE void far_terms(S slice, const Position<0, T>& position, const Statistics&
     mean += f[a];
   }
   mean = mean / double(m);
-  for (int a = 0; a < m; ++a) f[a] = outside ? Double{} : f[a] - mean;
+  const Double middle = divergence == kFromFirst ? f[0] : mean;
+  for (int a = 0; a < m; ++a) f[a] = outside ? Double{} : f[a] - middle;
+  for (int a = 1; divergence == kFromFirst && a < m; ++a) f[0] -= f[a];
+}
+
+// sum_a E[expm1(r_a) - r_a] under p_1, once the statistics are known.
+template <class T>
+double far_kl_from_first(const Position<0, T>& position, const Statistics& s) {
+  const int m = position.passes();
+  Wide total;
+  visit_classes<T>(0, position.classes, [&](auto slice, int64_t i) INLINE_LAMBDA {
+    for (int half = 0; half < 2; ++half) {
+      Double f[kMaxPasses], p[kMaxPasses];
+      far_terms(slice, position, s, i, half, kFromFirst, f, p);
+      for (int a = 0; a < m; ++a) p[a] = p[a] * (s.pass[a].scale * kTwo64);
+      for (int a = 1; a < m; ++a) {
+        const Double r = f[a] + std::log(s.pass[a].scale / s.pass[0].scale);
+        Double series = broadcast(1.0);  // Taylor: for |r| < 0.05 the next term is 1e-15 of the first
+        for (int n = 10; n > 2; --n) series = series * r / double(n) + 1.0;
+        const Double near = p[0] * (r * r) * (0.5 * series), far = p[a] - p[0] - p[0] * r;
+        total.half[half] += (r < 0.05) & (r > -0.05) ? near : far;
+      }
+    }
+  });
+  return sum(total);
 }
 
 template <class T>
-void far_forward(const Position<0, T>& position, Statistics& s, Values& values) {
+void far_forward(const Position<0, T>& position, Divergence divergence, Statistics& s, Values& values) {
   const int m = position.passes();
   const int64_t classes = position.classes;
   const Target& target = position.target;
@@ -508,7 +563,7 @@ void far_forward(const Position<0, T>& position, Statistics& s, Values& values) 
   visit_classes<T>(0, classes, [&](auto slice, int64_t i) INLINE_LAMBDA {
     for (int half = 0; half < 2; ++half) {
       Double f[kMaxPasses], p[kMaxPasses];
-      far_terms(slice, position, s, i, half, f, p);
+      far_terms(slice, position, s, i, half, divergence, f, p);
       for (int a = 0; a < m; ++a) {
         p_sum[a].half[half] += p[a];
         pf_sum[a].half[half] += p[a] * f[a];
@@ -522,20 +577,21 @@ void far_forward(const Position<0, T>& position, Statistics& s, Values& values) 
     s.pass[a].mean = sum(pf_sum[a]) / normalizer;
     total += s.pass[a].mean;
   }
+  if (divergence == kFromFirst) total = far_kl_from_first(position, s);
   s.path = kFar;
   values.divergence = total < 0 || m == 1 ? 0 : total / (m - 1);
   values.task = task_loss(position, s, below_base);
 }
 
-template <int M, class T>
+template <Divergence kDivergence, int M, class T>
 INLINE Values forward(const Position<M, T>& position, Statistics& s) {
   Values values;
   const Range<M, T> range = range_of(position);
   if constexpr (M == 2) {  // the common case alone pays for code of its own
-    if (range.path == kDirect && try_near<kDirect>(position, range, s, values)) return values;
+    if (range.path == kDirect && try_near<kDivergence, kDirect>(position, range, s, values)) return values;
   }
-  if (range.path != kFar && try_near<kCompensated>(position, range, s, values)) return values;
-  far_forward(position.of_any_number(), s, values);
+  if (range.path != kFar && try_near<kDivergence, kCompensated>(position, range, s, values)) return values;
+  far_forward(position.of_any_number(), kDivergence, s, values);
   return values;
 }
 
@@ -568,7 +624,7 @@ struct PlainGradient {
   }
 };
 
-template <Path kPath, int M, class T>
+template <Divergence kDivergence, Path kPath, int M, class T>
 struct NearGradient {
   static constexpr int kCapacity = Position<M, T>::kCapacity;
   Offset offset[kCapacity];
@@ -578,7 +634,7 @@ struct NearGradient {
       : base(s.pass[0].base), scale(s.pass[0].scale), divergence(c.divergence) {
     for (int a = 0; a < position.passes(); ++a) {
       offset[a] = two_difference(s.pass[a].base, s.pass[0].base);
-      level[a] = c.softmax - c.divergence * s.pass[a].mean;
+      level[a] = c.softmax - (kDivergence == kDetached ? 0 : c.divergence * s.pass[a].mean);
       shrink[a] = 1 / (1 + s.pass[a].growth);
       growth[a] = s.pass[a].growth;
     }
@@ -597,7 +653,18 @@ struct NearGradient {
     }
     Float d_mean = d[1], v_mean = v[1];  // the sums, at first
     for (int a = 2; a < m; ++a) d_mean += d[a], v_mean += v[a];
+    if (kDivergence == kFromFirst) {
+      gradient[0] = p * (level[0] - divergence * d_mean);
+      for (int a = 1; a < m; ++a) gradient[a] = p * (level[a] + v[a] * (level[a] + divergence));
+      return;
+    }
     const float share = divergence * (1.0f / m);
+    if (kDivergence == kDetached) {
+      gradient[0] = p * (level[0] - share * v_mean);
+      for (int a = 1; a < m; ++a)
+        gradient[a] = p * (level[a] + (v[a] * level[a] + (divergence * v[a] - share * v_mean)));
+      return;
+    }
     gradient[0] = p * (level[0] - share * (d_mean + v_mean));
     if (M == 2) {  // d_1 - d_mean = d_1 / 2 = d_mean
       const Float pull = level[1] + share * d[1];
@@ -613,7 +680,7 @@ struct NearGradient {
   }
 };
 
-template <class T>
+template <Divergence kDivergence, class T>
 struct FarGradient {
   const Statistics& s;
   const Coefficients& c;
@@ -626,11 +693,12 @@ struct FarGradient {
     Wide wide[kMaxPasses];
     for (int half = 0; half < 2; ++half) {
       Double f[kMaxPasses], p[kMaxPasses], p_mean{};
-      far_terms(slice, position, s, i, half, f, p);
+      far_terms(slice, position, s, i, half, kDivergence, f, p);
       for (int a = 0; a < m; ++a) p_mean += p[a] = p[a] * (s.pass[a].scale * kTwo64);
-      p_mean = p_mean / double(m);
+      p_mean = kDivergence == kFromFirst ? p[0] : p_mean / double(m);
       for (int a = 0; a < m; ++a) {
-        const Double kl = p[a] * (f[a] - s.pass[a].mean) + (p[a] - p_mean);
+        Double kl = p[a] - p_mean;
+        if (kDivergence == kSymmetric || (kDivergence == kFromFirst && a == 0)) kl += p[a] * (f[a] - s.pass[a].mean);
         wide[a].half[half] = p[a] * c.softmax + c.divergence * kl;
       }
     }
@@ -682,7 +750,7 @@ void write_gradient(const Position<M, T>& position, const Statistics& s, const C
   for (int a = 0; a < m; ++a) out[a][target.label] = at_label[a];
 }
 
-template <int M, class T>
+template <Divergence kDivergence, int M, class T>
 INLINE void backward(const Position<M, T>& position, const Statistics& s, const Coefficients& c, T* const* out) {
   double check = c.softmax + c.divergence;
   for (int a = 0; a < position.passes(); ++a) check += s.pass[a].scale + s.pass[a].mean;
@@ -692,11 +760,11 @@ INLINE void backward(const Position<M, T>& position, const Statistics& s, const 
     write_gradient<PlainGradient<M, T>>(position, s, c, out);
   } else if constexpr (M != 1) {
     if (M == 2 && s.path == kDirect)
-      write_gradient<NearGradient<M == 2 ? kDirect : kCompensated, M, T>>(position, s, c, out);
+      write_gradient<NearGradient<kDivergence, M == 2 ? kDirect : kCompensated, M, T>>(position, s, c, out);
     else if (s.path == kCompensated)
-      write_gradient<NearGradient<kCompensated, M, T>>(position, s, c, out);
+      write_gradient<NearGradient<kDivergence, kCompensated, M, T>>(position, s, c, out);
     else
-      write_gradient<FarGradient<T>>(position.of_any_number(), s, c, out);
+      write_gradient<FarGradient<kDivergence, T>>(position.of_any_number(), s, c, out);
   }
 }
 
@@ -732,7 +800,7 @@ Target target_of(const RdropRows& rows, int64_t n, double total_weight) {
   return {rows.weight, probabilities, 0, kept, uniform, 0, mass};
 }
 
-template <int M, class T>
+template <Divergence kDivergence, int M, class T>
 void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
   constexpr int kCapacity = Position<M, T>::kCapacity;
   const int m = M ? M : rows.passes;
@@ -762,24 +830,26 @@ void compute_position(const RdropRows& rows, int64_t n, double total_weight) {
     return;
   }
   if (rows.forward) {
-    const Values values = forward(position, s);
+    const Values values = forward<kDivergence == kDetached ? kSymmetric : kDivergence>(position, s);
     rows.task[n] = values.task;
     rows.divergence[n] = values.divergence;
     if (!std::isfinite(values.task + values.divergence) && rows.logits == rows.gradient) return;
   }
   if (rows.backward) {
     const double a = rows.grad_task[n] / m, b = m > 1 ? rows.grad_divergence[n] / (m - 1) : 0;
-    backward(position, s, {a, a * position.target.mass, b}, out);
+    backward<kDivergence>(position, s, {a, a * position.target.mass, b}, out);
   }
 }
 
 template <class T>
 void compute_typed(const RdropRows& rows, int64_t n, double total_weight) {
-  switch (rows.passes) {
-    case 1: return compute_position<1, T>(rows, n, total_weight);
-    case 2: return compute_position<2, T>(rows, n, total_weight);
-    default: return compute_position<0, T>(rows, n, total_weight);
+  if (rows.passes == 1) return compute_position<kSymmetric, 1, T>(rows, n, total_weight);
+  switch (rows.divergence_kind) {
+    case kDetached: return compute_position<kDetached, 0, T>(rows, n, total_weight);
+    case kFromFirst: return compute_position<kFromFirst, 0, T>(rows, n, total_weight);
   }
+  if (rows.passes == 2) return compute_position<kSymmetric, 2, T>(rows, n, total_weight);
+  compute_position<kSymmetric, 0, T>(rows, n, total_weight);
 }
 
 void compute(const RdropRows& rows, int64_t n, double total_weight) {
