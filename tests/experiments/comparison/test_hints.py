@@ -12,10 +12,10 @@ from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.comparison.hints import (
     alpha_too_large,
     best_early,
+    cross_validation,
     hints,
     no_divergence,
     nothing_to_regularize,
-    of_the_data,
     still_learning,
 )
 from rdrop.experiments.launch.plan import plan_arms
@@ -167,13 +167,17 @@ def test_a_training_loss_a_little_above_or_a_better_valid_score_says_nothing_of_
     assert alpha_too_large(arm(5.0, run(5.0, **changes)), arm(0.0, run(0.0)), "accuracy") is None
 
 
-def test_few_examples_are_said_once_and_folds_with_what_they_mean() -> None:
-    few = {"few examples": "10 texts in test score it"}
-    arms = [arm(0.0, run(0.0, notes=few), run(0.0, 1, notes=few)), arm(1.0, run(1.0, notes=few))]
-    assert of_the_data(arms) == ["Few examples: 10 texts in test score it."]
-    (said,) = of_the_data([arm(0.0, run(0.0, data={"folds": 5}), run(0.0, 1, data={"folds": 5}))])
+def test_folds_are_said_with_what_they_mean() -> None:
+    said = cross_validation([arm(0.0, run(0.0, data={"folds": 5}), run(0.0, 1, data={"folds": 5}))])
+    assert said is not None
     assert said.startswith("Cross-validation: each seed is scored on a part of its own, of 5 (data.folds), and 2 seeds")
-    assert of_the_data([arm(0.0, run(0.0, data={"folds": None}), run(0.0, 1))]) == []
+    assert cross_validation([arm(0.0, run(0.0, data={"folds": None}), run(0.0, 1))]) is None
+
+
+def test_a_note_of_the_runs_is_not_said_a_second_time_as_a_hint() -> None:
+    few = {"few examples": "10 texts in test score it"}
+    arms = [arm(0.0, run(0.0, notes=few)), arm(1.0, run(1.0, score=0.9, notes=few))]
+    assert hints(arms[0], arms, "accuracy", pays=False) == []
 
 
 def test_a_comparison_that_can_be_judged_has_no_hint_and_plain_training_alone_has_none() -> None:

@@ -44,7 +44,7 @@ def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str, *, pays: bool)
         found += [still_learning(baseline, metric), None if pays else nothing_to_regularize(baseline)]
         found += [alpha_too_large(arm, baseline, metric) for arm in rdrop]
         found.append(best_early(baseline, arms))
-    return [*filter(None, found), *of_the_data(arms)]
+    return [hint for hint in (*found, cross_validation(arms)) if hint is not None]
 
 
 def nothing_to_regularize(baseline: Arm) -> str | None:
@@ -162,20 +162,18 @@ def _half(length: float) -> str:
     return f"{length / 2:g}" if isinstance(length, float) else str(length // 2)
 
 
-def of_the_data(arms: Sequence[Arm]) -> list[str]:
-    """Says what the data of the runs do to all of their scores: few examples, a part of its own for each seed."""
+def cross_validation(arms: Sequence[Arm]) -> str | None:
+    """Says that each seed is scored on a part of its own."""
     runs = [run for arm in arms for run in arm.runs]
-    found = list(dict.fromkeys(_note(run, "few examples") for run in runs))
-    sentences = [f"Few examples: {note}." for note in found if note]
     folds = [count for run in runs if (count := folds_of(run)) is not None]
-    if folds:
-        seeds = len({run.seed for run in runs})
-        sentences.append(
-            f"Cross-validation: each seed is scored on a part of its own, of {max(folds)} (data.folds), and "
-            f"{counted(seeds, 'seed')} are compared. Scores of different seeds are of different examples. Trainings "
-            "share most of theirs, so the intervals are somewhat too narrow."
-        )
-    return sentences
+    if not folds:
+        return None
+    seeds = len({run.seed for run in runs})
+    return (
+        f"Cross-validation: each seed is scored on a part of its own, of {max(folds)} (data.folds), and "
+        f"{counted(seeds, 'seed')} are compared. Scores of different seeds are of different examples. Trainings "
+        "share most of theirs, so the intervals are somewhat too narrow."
+    )
 
 
 def folds_of(run: FinishedRun) -> int | None:
@@ -183,12 +181,6 @@ def folds_of(run: FinishedRun) -> int | None:
     data = run.recipe.get("data")
     folds = data.get("folds") if isinstance(data, Mapping) else None
     return folds if isinstance(folds, int) else None
-
-
-def _note(run: FinishedRun, name: str) -> str | None:
-    notes = run.result.get("notes")
-    found = notes.get(name) if isinstance(notes, Mapping) else None
-    return found if isinstance(found, str) else None
 
 
 def _curve(run: FinishedRun, kind: str, key: str) -> list[float]:
