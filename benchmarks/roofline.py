@@ -82,7 +82,7 @@ def count(passes: int, *, aligned: bool) -> dict[str, Any]:
     types = {"logits": "*bf16", "gradient": "*bf16", "labels": "*i64", "statistics": "*fp64", "label_smoothing": "fp32"}
     types |= dict.fromkeys(("task", "divergence", "grad_task", "grad_divergence"), "*fp32")
     constants: dict[str, Any] = dict.fromkeys(("probabilities", "weight", "total_weight"))
-    constants |= {"M": passes, "FORWARD": True, "BACKWARD": True, "DENSE": True}
+    constants |= {"M": passes, "DIVERGENCE": 0, "FORWARD": True, "BACKWARD": True, "DENSE": True}
     constants |= {"BLOCK": block, "FAR_BLOCK": block // 4, "PARTIAL": 32 * warps, "NEXT": aligned}
     names = rows_triton.rows.arg_names
     source = ASTSource(
@@ -95,7 +95,9 @@ def count(passes: int, *, aligned: bool) -> dict[str, Any]:
             if name not in constants and (aligned or types.get(name, "").startswith("*"))
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -140,11 +142,13 @@ def loops(code: str) -> list[int]:
 
 
 def main() -> None:
-    RESULTS.unlink(missing_ok=True)
+    records = []
     for passes in (2, 1):
         for aligned in (True, False):
             what = {"passes": passes, "aligned": aligned, "bytes_per_logit": 2, **count(passes, aligned=aligned)}
-            append([{**what, **origin(), "command": "python -m benchmarks.roofline"}], RESULTS)
+            records.append({**what, **origin(), "command": "python -m benchmarks.roofline"})
+    RESULTS.unlink(missing_ok=True)
+    append(records, RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
 """What bounds the Triton kernel: by hand, and from a few lines of machine code."""
 
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 from benchmarks.roofline import Card, bound, loops
 
@@ -36,3 +43,13 @@ def test_a_second_reading_costs_what_the_rows_in_flight_do_not_leave_in_the_cach
     assert (least.copy, least.twice, least.memory) == pytest.approx((2 * once, 3 * once, 2.75 * once))
     assert least.instructions == pytest.approx(500 * 1000 * 120 / 1e12 * 1e3)
     assert least.share_of_copy == pytest.approx(2 * once / least.instructions)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+def test_the_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
+    program = "from benchmarks.roofline import count; print([count(m, aligned=True)['registers'] for m in (1, 2)])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    said = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert all(0 < registers <= 128 for registers in json.loads(said.stdout))  # two programs at a time

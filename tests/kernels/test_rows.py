@@ -169,6 +169,7 @@ def test_the_other_divergences_agree_with_float64_on_every_path(kernel, divergen
         logits[..., ::3] = -math.inf
         labels = labels.where(labels % 3 != 0, 1)
     case = replace(case, logits=logits.flatten(0, 1), labels=labels, divergence=divergence)
+    assert is_near(case, kernel)[2:].all() == (offset != 60)
     found, exact = terms_and_gradient(case, implementation=kernel), in_float64(case)
     assert all(error < 1e-5 for error in errors_of(found, exact)), errors_of(found, exact)
 
@@ -260,13 +261,49 @@ def test_every_path_agrees_with_float64(kernel, offset, disagreement, masked):
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_a_likeliest_class_that_is_an_outlier_costs_no_digits(kernel):
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+@pytest.mark.parametrize("top", [5.0, 4.5])
+def test_a_likeliest_class_that_is_an_outlier_costs_no_digits(kernel, divergence, top):
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 1000, generator=g) + 1e-3 * torch.randn(2, 1, 1000, generator=g)
-    rows[:, :, 0] = torch.tensor([[5.0], [5.5]])  # the likeliest by far from most of the probability
-    case = Case("", rows.flatten(0, 1), torch.tensor([3]), 0.0, None)
-    divergence = terms_and_gradient(case, implementation=kernel)[1]
-    torch.testing.assert_close(divergence.double(), in_float64(case)[1], rtol=1e-6, atol=0)
+    rows[:, :, 0] = torch.tensor([[top], [top + 0.5]])  # the likeliest, by far from most of the probability
+    case = Case("", rows.flatten(0, 1), torch.tensor([3]), 0.0, None, divergence)
+    assert top == 5.0 or not is_near(case, kernel).any()
+    _, value, gradient = terms_and_gradient(case, implementation=kernel)
+    _, exact, exact_gradient = in_float64(case)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+def test_a_class_on_the_border_of_an_outlier_costs_no_digits(kernel, divergence):
+    shifts = torch.linspace(0.02, 1.2, 40 if kernel == "triton" else 1000)
+    for classes, sign in itertools.product((3, 10, 17, 20), (1, -1)):
+        rows = torch.zeros(2, len(shifts), classes)
+        rows[:, :, 0] = 1e-3
+        rows[1, :, 1:] += sign * shifts[:, None]
+        labels = torch.zeros(len(shifts), dtype=torch.long)
+        case = Case("", rows.flatten(0, 1), labels, 0.0, None, divergence)
+        value = terms_and_gradient(case, implementation=kernel)[1]
+        torch.testing.assert_close(value.double(), divergence(rows.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+def test_classes_that_gain_a_factor_of_e_to_the_39_do_not_overflow(kernel, divergence):
+    rows = torch.zeros(2, 1, 600)
+    rows[1:, :, 1:] = 39.0
+    case = Case("", rows.flatten(0, 1), torch.tensor([5]), 0.0, None, divergence)
+    value = terms_and_gradient(case, implementation=kernel)[1]
+    torch.testing.assert_close(value.double(), in_float64(case)[1], rtol=1e-5, atol=0)
+
+
+def is_near(case: Case, kernel: str) -> Tensor:
+    """Whether each position was computed by a path in float32."""
+    labels = case.labels.masked_fill(case.labels == IGNORED, kernels.IGNORED)[:, None]
+    passes = len(case.logits) // len(labels)
+    name = kernels.DIVERGENCES[OF_SOFTMAXES.index(case.divergence)]
+    statistics = operators.rows_forward(case.logits[:, None], labels, None, 0.0, passes, name, kernel)[2]
+    return statistics[:, 0, 0] < (2 if kernel == "cpu" else 1)
 
 
 def test_bfloat16_logits_of_which_some_are_100_000_times_smaller_cost_no_digits(kernel):
@@ -450,8 +487,9 @@ def test_any_ignore_index(kernel, ignore_index):
     ],
 )
 @pytest.mark.parametrize("in_pass", [0, 1])
-def test_a_logit_that_makes_the_loss_infinite_is_named(kernel, value, message, in_pass, overwrite):
-    case = random_case(6, 9)
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+def test_a_logit_that_makes_the_loss_infinite_is_named(kernel, value, message, in_pass, overwrite, divergence):
+    case = replace(random_case(6, 9), divergence=divergence)
     logits = case.logits.clone()
     logits[6 * in_pass + 2, 4] = value
     with pytest.raises(ValueError, match=message):
@@ -586,29 +624,44 @@ def test_a_second_backward_through_overwritten_logits_is_an_error(kernel):
 # ------------------------------------------------------------------------------------------------ a torch operator
 
 
-def operator_arguments(kernel: str, *, requires_grad: bool) -> tuple:
+@pytest.mark.parametrize("in_pass", [0, 1])
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+def test_a_nan_where_the_other_pass_is_masked_is_named(kernel, in_pass, divergence):
+    case = replace(random_case(2, 9), divergence=divergence)
+    logits = case.logits.clone()
+    logits[[0, 2], 4] = torch.tensor([-math.inf, -math.inf])
+    logits[2 * in_pass, 4] = math.nan
+    labels = case.labels.where(case.labels != 4, 3)
+    with pytest.raises(ValueError, match="logit at example 0, class 4 is NaN"):
+        loss_of(case, logits, labels=labels, implementation=kernel)
+
+
+def operator_arguments(kernel: str, *, requires_grad: bool, divergence: str = "symmetric_kl") -> tuple:
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0), requires_grad=requires_grad)
     labels = torch.tensor([[0, kernels.IGNORED, 2], [3, 4, 8]])
-    return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, "symmetric_kl", kernel
+    return logits, labels, torch.linspace(0.5, 2, 9), 0.1, 2, divergence, kernel
 
 
-def test_every_output_is_written_ignored_positions_too(kernel):
+@pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
+def test_every_output_is_written_ignored_positions_too(kernel, divergence):
+    arguments = operator_arguments(kernel, requires_grad=False, divergence=divergence)
     torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
     try:
-        task, divergence, statistics = operators.rows_forward(*operator_arguments(kernel, requires_grad=False))
+        task, value, statistics = operators.rows_forward(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
     assert task.isfinite().all()
-    assert divergence.isfinite().all()
+    assert value.isfinite().all()
     assert statistics.isfinite().all()
     assert (statistics[0, 1] == 0).all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside opcheck
-def test_operators_pass_torchs_own_check(kernel):
+@pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
+def test_operators_pass_torchs_own_check(kernel, divergence):
     ones = torch.ones(2, 3)
-    opcheck(operators.rows_forward, operator_arguments(kernel, requires_grad=True))
-    arguments = operator_arguments(kernel, requires_grad=False)
+    opcheck(operators.rows_forward, operator_arguments(kernel, requires_grad=True, divergence=divergence))
+    arguments = operator_arguments(kernel, requires_grad=False, divergence=divergence)
     statistics = operators.rows_forward(*arguments)[2]
     opcheck(operators.rows_backward, (*arguments, statistics, ones, ones))
     opcheck(operators.rows_forward_backward_, (*arguments, ones, ones))

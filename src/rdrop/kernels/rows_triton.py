@@ -260,9 +260,10 @@ def _expm1(x):
 
 @triton.jit
 def _beyond_tangent(x):
-    """Returns expm1(x) - x, without cancellation."""
-    series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))))
-    return tl.where(tl.abs(x) < 0.25, x * x * (1 / 2 + x * series), tl.exp(x) - 1 - x)
+    """Returns expm1(x) - x within 1e-6 of its value everywhere."""
+    series = 1 / 40320 + x * (1 / 362880 + x * (1 / 3628800 + x * (1 / 39916800 + x * (1 / 479001600))))
+    series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * series))))
+    return tl.where(tl.abs(x) < 1, x * x * (1 / 2 + x * series), tl.exp(x) - 1 - x)
 
 
 @triton.jit
@@ -292,7 +293,7 @@ def _difference(z, first, offset_high, offset_low):
     """Returns d_a, correctly rounded but for a couple of units; 0 where both logits are -inf."""
     high, low = _two_difference(z, first)
     d = high - offset_high + (low - offset_low)
-    return tl.where(tl.maximum(z, first) == -INFINITY, 0.0, d)
+    return tl.where((z == -INFINITY) & (first == -INFINITY), 0.0, d)
 
 
 @triton.jit
@@ -438,7 +439,8 @@ def _near_forward(
         # Below -0.875, x_a is near -1 in most of p_1, and 1 + growth has lost its digits.
         near = near & (growth >= -0.875) & (tl.max(s.rise, 0) <= MAX_RISE)
         _keep(statistics, a, s.at, 1 / (normalizer * (1 + growth)), mean, growth)
-    near = near & (total >= size / 16) & (size < INFINITY)  # else class k is an outlier, and the difference canceled
+    least = size / 8 if DIVERGENCE == FROM_FIRST else size / 16
+    near = near & (total >= least) & (size < INFINITY)  # else class k is an outlier, and the difference canceled
     tl.store(statistics, 0.0)
     if M > 1:
         total = total / (M - 1)

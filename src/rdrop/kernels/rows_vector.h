@@ -482,7 +482,8 @@ bool near_forward(const Position<M, T>& position, const Range<M, T>& range, Stat
     below_base[a] = below_base[0] + sum(below_base_total[a]);
     if (std::abs(offset[a].high) > largest_offset) largest_offset = std::abs(offset[a].high);
   }
-  if (total < uncentered / 16) return false;  // class k is an outlier: the difference has lost its digits
+  // Class k is an outlier, where the difference has lost its digits, or x_a f_a has overflowed.
+  if (!(total >= uncentered * (kDivergence == kFromFirst ? 1 / 8.0 : 1 / 16.0) && uncentered < kInfinity)) return false;
   // Each d has an error of 2^-25 offset; against the sum of p d^2, about 2 total, it is in the seventh digit.
   const double beside_anchor = 1 - kTwo64 / normalizer;
   if (kPath == kDirect && sizeof(T) == 4 && largest_offset * largest_offset * beside_anchor > 32 * total / (m - 1))

@@ -121,7 +121,7 @@ def launch(
             out.stride(1),
             examples * out.stride(0),
             M=passes,
-            DIVERGENCE=divergence,
+            DIVERGENCE=divergence if passes > 1 else 0,  # one pass has none
             FORWARD=terms is not None,
             BACKWARD=gradient is not None,
             DENSE=soft or label_smoothing > 0,
