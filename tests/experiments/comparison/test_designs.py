@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tests.experiments.run_folders import result_of, write_run, write_three_arms
 
+from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.contest import Outcome
 from rdrop.experiments.comparison.designs import FILE, Design, arm_digest, read_designs, record_designs
@@ -19,7 +20,7 @@ from rdrop.experiments.comparison.terminal_table import terminal_table
 from rdrop.experiments.comparison.wording import TIMES
 from rdrop.experiments.launch import cli, plan
 from rdrop.experiments.launch.plan import plan_arms
-from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import ARMS, RECIPES
 from rdrop.experiments.report.page import write_report
@@ -102,6 +103,17 @@ def test_an_arm_may_start_from_the_weights_of_another_run() -> None:
         "R-Drop (alpha 1)",
     ]
     assert arms["R-Drop (alpha 1), started from both"] == DIGITS_VIT.replace(init_from="runs/both")
+
+
+def test_a_plain_arm_is_spoken_of_as_part_of_a_sentence() -> None:
+    phrases = {
+        "baseline, twice the updates": "the baseline with twice the updates",
+        "baseline, started from both": "the baseline, started from both",
+        "baseline, dropout 0.3, stopped at its best valid loss": (
+            "the baseline with dropout 0.3, stopped at its best valid loss"
+        ),
+    }
+    assert {label: Arm(label, Method(alpha=0), 8, ()).phrase for label in phrases} == phrases
 
 
 def test_without_arms_there_are_the_baseline_the_recipe_and_the_larger_batch() -> None:

@@ -93,7 +93,7 @@ class Gap(NamedTuple):
         return f"left out of {self.arm}: {noun} {', '.join(map(str, self.seeds))} ({self.reason})"
 
 
-_PARTICIPLES = ("stopped", "chosen")
+_PARTICIPLES = ("stopped", "chosen", "started", "from")
 
 
 def label_of(arm: Recipe, reference: Recipe) -> str:
