@@ -87,6 +87,15 @@ def errors_of(terms, exact) -> list[float]:
     ]
 
 
+def is_near(case: Case, kernel: str) -> Tensor:
+    """Whether each position was computed by a path in float32."""
+    labels = case.labels.masked_fill(case.labels == IGNORED, kernels.IGNORED)[:, None]
+    passes = len(case.logits) // len(labels)
+    name = kernels.DIVERGENCES[OF_SOFTMAXES.index(case.divergence)]
+    statistics = operators.rows_forward(case.logits[:, None], labels, None, 0.0, passes, name, kernel)[2]
+    return statistics[:, 0, 0] < (2 if kernel == "cpu" else 1)
+
+
 # ------------------------------------------------------------------------------------------------ accuracy
 
 
@@ -297,15 +306,6 @@ def test_classes_that_gain_a_factor_of_e_to_the_39_do_not_overflow(kernel, diver
     torch.testing.assert_close(value.double(), in_float64(case)[1], rtol=1e-5, atol=0)
 
 
-def is_near(case: Case, kernel: str) -> Tensor:
-    """Whether each position was computed by a path in float32."""
-    labels = case.labels.masked_fill(case.labels == IGNORED, kernels.IGNORED)[:, None]
-    passes = len(case.logits) // len(labels)
-    name = kernels.DIVERGENCES[OF_SOFTMAXES.index(case.divergence)]
-    statistics = operators.rows_forward(case.logits[:, None], labels, None, 0.0, passes, name, kernel)[2]
-    return statistics[:, 0, 0] < (2 if kernel == "cpu" else 1)
-
-
 def test_bfloat16_logits_of_which_some_are_100_000_times_smaller_cost_no_digits(kernel):
     g = torch.Generator().manual_seed(0)
     small, large = 2**-16 * torch.rand(50, 3, generator=g), torch.full((50, 3), 0.75)
@@ -496,6 +496,18 @@ def test_a_logit_that_makes_the_loss_infinite_is_named(kernel, value, message, i
         loss_of(case, logits.requires_grad_() * 1, implementation=kernel, overwrite_logits=overwrite)
 
 
+@pytest.mark.parametrize("in_pass", [0, 1])
+@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
+def test_a_nan_where_the_other_pass_is_masked_is_named(kernel, in_pass, divergence):
+    case = replace(random_case(2, 9), divergence=divergence)
+    logits = case.logits.clone()
+    logits[[0, 2], 4] = torch.tensor([-math.inf, -math.inf])
+    logits[2 * in_pass, 4] = math.nan
+    labels = case.labels.where(case.labels != 4, 3)
+    with pytest.raises(ValueError, match="logit at example 0, class 4 is NaN"):
+        loss_of(case, logits, labels=labels, implementation=kernel)
+
+
 @pytest.mark.parametrize("label", [9, -7])
 def test_a_label_no_check_has_seen_gives_nan_and_reads_nothing_outside(kernel, label):
     labels = torch.tensor([[0], [label]])
@@ -622,18 +634,6 @@ def test_a_second_backward_through_overwritten_logits_is_an_error(kernel):
 
 
 # ------------------------------------------------------------------------------------------------ a torch operator
-
-
-@pytest.mark.parametrize("in_pass", [0, 1])
-@pytest.mark.parametrize("divergence", OF_SOFTMAXES)
-def test_a_nan_where_the_other_pass_is_masked_is_named(kernel, in_pass, divergence):
-    case = replace(random_case(2, 9), divergence=divergence)
-    logits = case.logits.clone()
-    logits[[0, 2], 4] = torch.tensor([-math.inf, -math.inf])
-    logits[2 * in_pass, 4] = math.nan
-    labels = case.labels.where(case.labels != 4, 3)
-    with pytest.raises(ValueError, match="logit at example 0, class 4 is NaN"):
-        loss_of(case, logits, labels=labels, implementation=kernel)
 
 
 def operator_arguments(kernel: str, *, requires_grad: bool, divergence: str = "symmetric_kl") -> tuple:
