@@ -6,7 +6,8 @@
 `add` puts the result of every finished run below RUNS into benchmarks/results/experiments.jsonl, one a line, with the
 command that made it; a run of the same recipe that is there already is replaced. Which arms belong together, where the
 runs alone do not say it, and their churn go into benchmarks/results/arms.jsonl, one comparison a line. `pages` writes
-each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again, and draws the plot of
+each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again, and what one arm is above
+another between `<!-- contrast: NAME; ARM; OTHER ARM -->` and `<!-- /contrast -->`, and draws the plot of
 benchmarks/gains.py; a test holds that they are what the records give.
 """
 
@@ -32,6 +33,7 @@ RECORDS = ROOT / "benchmarks/results/experiments.jsonl"
 ARMS = ROOT / "benchmarks/results/arms.jsonl"
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 PART = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results: \2 -->)", re.DOTALL)
+CONTRAST = re.compile(r"(<!-- contrast: ([\w.-]+); ([^;]+?); ([^;]+?) -->).*?(<!-- /contrast -->)", re.DOTALL)
 
 
 def read() -> list[dict[str, Any]]:
@@ -87,7 +89,8 @@ def recorded_comparisons() -> dict[str, Comparison]:
 
 def rewritten(page: str, found: dict[str, Comparison]) -> str:
     """The text of a page with its parts made from the records."""
-    return PART.sub(lambda part: f"{part[1]}{result(found[part[2]])}\n{part[3]}", page)
+    page = PART.sub(lambda part: f"{part[1]}{result(found[part[2]])}\n{part[3]}", page)
+    return CONTRAST.sub(lambda part: f"{part[1]}{contrast(found[part[2]], part[3], part[4])}{part[5]}", page)
 
 
 def result(comparison: Comparison) -> str:
@@ -99,6 +102,17 @@ def result(comparison: Comparison) -> str:
     corrected = [f"In the rows of the other scores p is corrected for {len(others)}."] if len(others) > 1 else []
     said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks(), *corrected])
     return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
+
+
+def contrast(comparison: Comparison, arm: str, other: str) -> str:
+    """What the compared test score of `arm` is above that of `other`, where no table sets the two beside each other."""
+    arms = {found.label: found for found in comparison.arms}
+    difference, style = comparison.difference(arms[arm], arms[other]), comparison.sections[0].style
+    wins = difference.wins_ties_losses[0]
+    return (
+        f"{style.difference(difference.mean)} ({style.interval(difference.interval)}, {wins} of "
+        f"{len(difference.seeds)} seeds, p = {p_value(difference.p_value)})"
+    )
 
 
 def table_around(comparison: Comparison, subject: Arm) -> str:
