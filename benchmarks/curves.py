@@ -162,14 +162,23 @@ def _shown(figure: str, records: Sequence[dict[str, Any]]) -> str:
             scores = ", ".join(f"{record['test']['bleu']:.1f}" for record in records if record["arm"] == arm)
             lines.append(f"| {arm} | {steps} | {scores} |")
         return "\n".join(lines)
-    baseline = found.pop("baseline")
-    lowest = _lowest(courses(records, FIGURES[figure][0])["baseline"])
-    said = [f"The baseline's mean valid loss is lowest at update {lowest} of {baseline.steps[-1]}."]
+    lowest, last = _lowest(courses(records, FIGURES[figure][0])["baseline"]), found["baseline"].steps[-1]
+    said = [f"The baseline's mean valid loss is lowest at update {lowest} of {last}. Mean valid BLEU:"]
+    plain = [arm for arm in found if arm.startswith("baseline")]
     for arm, course in found.items():
-        step, gain = crossing(course, baseline), course.mean[-1] - baseline.mean[-1]
-        where = "not ahead of it at the end" if step is None else f"ahead of it from update {step} on"
-        said.append(f"{arm}: mean valid BLEU {where} ({gain:+.1f}).")
-    return " ".join(said)
+        others = plain if arm not in plain else plain[: plain.index(arm)][:1]  # plain arms: against the first alone
+        said += [f"* {arm}: {_beside(course, found[other], other)}" for other in others]
+    return "\n".join([said[0], "", *said[1:]])
+
+
+def _beside(ours: Course, theirs: Course, name: str) -> str:
+    """Where the mean of `ours` is ahead of that of `theirs`, by how much at the end, and how far it was behind."""
+    gaps = [own - other for own, other in zip(ours.mean, theirs.mean, strict=True)]
+    step = crossing(ours, theirs)
+    where = f"not ahead of the {name} at the end" if step is None else f"ahead of the {name} from update {step} on"
+    said = f"{where} ({gaps[-1]:+.1f} at the last)"
+    behind, at = min(zip(gaps, ours.steps, strict=True))
+    return f"{said}; before that behind by up to {-behind:.1f}, at update {at}" if behind < 0 and step else said
 
 
 def _lowest(course: Course) -> int:
