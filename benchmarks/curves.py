@@ -178,7 +178,7 @@ def _beside(ours: Course, theirs: Course, name: str) -> str:
     where = f"not ahead of the {name} at the end" if step is None else f"ahead of the {name} from update {step} on"
     said = f"{where} ({gaps[-1]:+.1f} at the last)"
     behind, at = min(zip(gaps, ours.steps, strict=True))
-    return f"{said}; before that behind by up to {-behind:.1f}, at update {at}" if behind < 0 and step else said
+    return f"{said}; before that behind by up to {-behind:.1f}, at {at}" if behind < 0 and step else said
 
 
 def _lowest(course: Course) -> int:

@@ -28,7 +28,7 @@ def test_two_means_cross_where_one_is_ahead_to_the_end(ours, baseline, expected)
 
 def test_the_words_say_who_was_behind_before_the_means_cross():
     said = curves._beside(course(1, 2, 5, 7), course(2, 3.5, 4, 5), "arm")
-    assert said == "ahead of the arm from update 300 on (+2.0 at the last); before that behind by up to 1.5, at update 200"
+    assert said == "ahead of the arm from update 300 on (+2.0 at the last); before that behind by up to 1.5, at 200"
     said = curves._beside(course(3, 4), course(2, 3), "arm")
     assert said == "ahead of the arm from update 100 on (+1.0 at the last)"
     said = curves._beside(course(3, 2), course(2, 3), "arm")
