@@ -252,12 +252,7 @@ def _quantiles(seconds: list[float]) -> tuple[float | None, ...]:
 def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name or 'CPU'} ({platform.machine()}, {os.cpu_count()} cores, {cpu.instructions()})"
+    return f"{cpu.processor()} ({platform.machine()}, {os.cpu_count()} cores, {cpu.instructions()})"
 
 
 def _versions(device: str) -> dict[str, str]:

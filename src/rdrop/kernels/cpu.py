@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def instructions() -> str:
     if name not in present:
         raise ValueError(f"RDROP_CPU_INSTRUCTIONS (={name!r}) must be one of {present} here")
     return name
+
+
+def processor() -> str:
+    """Names the processor as the operating system does."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return name or "CPU"
 
 
 def launch(

@@ -1,10 +1,14 @@
 """What a result says of the machine: also what computed the loss, without which times mean little."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
 from rdrop import kernels
 from rdrop.experiments.training.machine import machine
+from rdrop.kernels import cpu
 
 
 @pytest.mark.parametrize(
@@ -22,4 +26,15 @@ def test_the_kernel_is_the_one_that_the_loss_takes(
     found = machine(torch.device(device), processes=3)
     assert found["kernel"] == kernel
     assert (found["processes"], found["threads"]) == (3, torch.get_num_threads())
-    assert found["device"].startswith(device)
+    assert found["device"].startswith(device if device == "meta" else cpu.processor())
+
+
+def test_of_a_cpu_the_processor_and_the_instructions_are_named() -> None:
+    found = machine(torch.device("cpu"), processes=1)["device"]
+    assert found == f"{cpu.processor()} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    known = [line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
+    assert all(name in found for name in known)
+
+
+def lines_of(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []

@@ -8,14 +8,28 @@ from typing import Any
 import torch
 
 from rdrop import __version__, kernels
+from rdrop.kernels import cpu
 
 LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
 
 
 def machine(device: torch.device, processes: int) -> dict[str, Any]:
     """Device, threads of each process, processes, and what computes the loss there."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return {"device": name, "threads": torch.get_num_threads(), "processes": processes, "kernel": _kernel(device)}
+    return {
+        "device": _name(device),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "kernel": _kernel(device),
+    }
+
+
+def _name(device: torch.device) -> str:
+    """Names what decides how numbers are rounded there: of a CPU also the instructions that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} ({platform.machine()})"
+    return f"{cpu.processor()} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def _kernel(device: torch.device) -> str:
