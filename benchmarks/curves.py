@@ -165,10 +165,10 @@ def _shown(figure: str, records: Sequence[dict[str, Any]]) -> str:
     lowest, last = _lowest(courses(records, FIGURES[figure][0])["baseline"]), found["baseline"].steps[-1]
     said = [f"The baseline's mean valid loss is lowest at update {lowest} of {last}. Mean valid BLEU:"]
     plain = [arm for arm in found if arm.startswith("baseline")]
-    for arm, course in found.items():
-        others = plain if arm not in plain else plain[: plain.index(arm)][:1]  # plain arms: against the first alone
-        said += [f"* {arm}: {_beside(course, found[other], other)}" for other in others]
-    return "\n".join([said[0], "", *said[1:]])
+    beside = [(arm, other) for arm in found if arm not in plain for other in plain]
+    beside += [(arm, plain[0]) for arm in plain[1:]]
+    said += ["", *(f"* {arm}: {_beside(found[arm], found[other], other)}" for arm, other in beside)]
+    return "\n".join(said)
 
 
 def _beside(ours: Course, theirs: Course, name: str) -> str:
@@ -178,7 +178,7 @@ def _beside(ours: Course, theirs: Course, name: str) -> str:
     where = f"not ahead of the {name} at the end" if step is None else f"ahead of the {name} from update {step} on"
     said = f"{where} ({gaps[-1]:+.1f} at the last)"
     behind, at = min(zip(gaps, ours.steps, strict=True))
-    return f"{said}; before that behind by up to {-behind:.1f}, at {at}" if behind < 0 and step else said
+    return f"{said}; before that behind by up to {-behind:.1f}, at {at}" if behind < 0 and step is not None else said
 
 
 def _lowest(course: Course) -> int:

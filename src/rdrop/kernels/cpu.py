@@ -90,12 +90,13 @@ def instructions() -> str:
 
 def processor() -> str:
     """Names the processor as the operating system does."""
-    name = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return name or "CPU"
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system than Linux, or a sandbox: no reason to lose a result
+        cpuinfo = ""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+    return next(filter(None, [*names, platform.processor()]), "CPU")
 
 
 def launch(

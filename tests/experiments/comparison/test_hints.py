@@ -122,11 +122,18 @@ def test_a_baseline_past_its_best_early_is_told_of_a_shorter_one_which_ends_the_
     assert best_early(baseline, [baseline, other]) is None
 
 
+def test_a_baseline_past_its_best_early_on_most_seeds_is_told_on_how_many() -> None:
+    baseline = arm(0.0, *(with_best(run(0.0, seed), step, updates=100) for seed, step in enumerate((10, 50, 60))))
+    said = best_early(baseline, [baseline])
+    assert said is not None
+    assert "are from the first 50 % of its updates on 2 of 3 seeds." in said
+
+
 @pytest.mark.parametrize(
     ("steps", "lengths"),
     [((10, 60), {"updates": 100}), ((10, 10), {"epochs": 5.0, "evaluate_every": 7}), ((None, 10), {"updates": 100})],
 )
-def test_a_baseline_whose_best_is_late_once_or_not_known_says_nothing_of_a_shorter_one(
+def test_a_baseline_whose_best_is_late_on_half_of_the_seeds_or_not_known_says_nothing_of_a_shorter_one(
     steps: tuple[Any, ...], lengths: dict[str, Any]
 ) -> None:
     baseline = arm(0.0, *(with_best(run(0.0, seed), step, **lengths) for seed, step in enumerate(steps)))
