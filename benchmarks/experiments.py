@@ -25,7 +25,7 @@ from rdrop.experiments.comparison import sentences
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.designs import Design, read_designs
-from rdrop.experiments.comparison.wording import CHURN_STYLE, p_value, ratio, wins_ties_losses
+from rdrop.experiments.comparison.wording import CHURN_STYLE, p_value, p_words, ratio, wins_ties_losses
 from rdrop.experiments.run_folder import RunRecord, find_runs, saved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,12 +66,12 @@ def read_arms() -> dict[str, dict[str, Any]]:
 
 def add_arms(runs: Path) -> None:
     """The designed comparisons below `runs`, in place of those of the same recipe."""
-    found, designs = read_arms(), {design.subject: design for design in read_designs(runs)}
-    for comparison in comparisons(find_runs(runs), designs=designs.values()):
-        if comparison.subject_label is not None:
-            design = designs[comparison.subject_label]
-            line = {"name": comparison.name, "arms": dict(design.arms), "subject": design.subject}
-            found[comparison.name] = line | {"churn": comparison.churn()}
+    found, records = read_arms(), find_runs(runs)
+    for design in read_designs(runs):
+        for comparison in comparisons(records, designs=[design]):
+            if comparison.subject_label is not None:
+                line = {"name": comparison.name, "arms": dict(design.arms), "subject": design.subject}
+                found[comparison.name] = line | {"churn": comparison.churn()}
     ordered = sorted(found.values(), key=lambda line: line["name"])
     ARMS.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered), encoding="utf-8")
 
@@ -98,8 +98,8 @@ def result(comparison: Comparison) -> str:
     if comparison.subject is not None:  # its table says it all
         said = " ".join(sentences.corrections(comparison.contests))
         return f"{table_around(comparison, comparison.subject)}\n\n{said}\n\n{origin(comparison)}"
-    others = [row for own in comparison.sections for row in own.rows if own.metric != comparison.metric and row.p_value]
-    corrected = [f"In the rows of the other scores p is corrected for {len(others)}."] if len(others) > 1 else []
+    others = comparison.other_tests
+    corrected = [f"The other p values of the table are corrected for {others}."] if others > 1 else []
     said = " ".join([*comparison.verdict().split("\n"), *comparison.remarks(), *corrected])
     return f"{table(comparison)}\n\n{said}\n\n{origin(comparison)}"
 
@@ -111,7 +111,7 @@ def contrast(comparison: Comparison, arm: str, other: str) -> str:
     wins = difference.wins_ties_losses[0]
     return (
         f"{style.difference(difference.mean)} ({style.interval(difference.interval)}, {wins} of "
-        f"{len(difference.seeds)} seeds, p = {p_value(difference.p_value)})"
+        f"{len(difference.seeds)} seeds, {p_words(difference.p_value)})"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -19,11 +20,13 @@ from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.sentences import verdict
+from rdrop.experiments.comparison.statistics import seeds_needed
 from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
 from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, words
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import find_runs
+from rdrop.experiments.run_folder.predictions import Predictions, write_predictions
 
 HIGHER = True
 
@@ -176,6 +179,25 @@ def test_more_contests_and_looks_need_more_seeds():
     assert contest(*range(1, 7), contests=2).outcome is Outcome.TOO_FEW
     assert contest(*range(1, 8), looks=[6]).least_seeds == 7
     assert contest(*range(1, 8), looks=[6]).p_value == 2 * 2 / 2**7
+
+
+def test_the_seeds_that_are_promised_are_corrected_for_the_present_look():
+    found = contest(*range(-3, 7), contests=2)
+    assert (found.outcome, found.tests, found.tests_of_later) == (Outcome.NOT_SHOWN, 2, 4)
+    difference = found.difference
+    assert found.seeds_needed == seeds_needed(difference.mean, difference.spread, 4)
+    too_few = contest(1, 2, 3, 5, -1)  # shows nothing, whoever looks
+    assert (too_few.tests, too_few.tests_of_later) == (1, 1)
+
+
+def test_the_later_of_two_contests_needs_fewer_seeds_than_both_together():
+    """By Holm's method only the smaller p is doubled."""
+    strong, weak = (
+        paired_difference(by_seed(*own), by_seed(*[0] * len(own)), HIGHER) for own in ([*range(1, 9)], [*range(1, 7)])
+    )
+    both = judged([(*ARMS, strong, ()), (*ARMS, weak, ())])
+    assert [own.p_value for own in both] == [2 * 2 / 2**8, 2 / 2**6]
+    assert [own.outcome for own in both] == [Outcome.BETTER, Outcome.BETTER]
 
 
 def test_looks_at_too_few_seeds_to_show_anything_do_not_count():
@@ -813,6 +835,29 @@ def test_twice_the_batch_belongs_to_a_recipe_in_epochs_with_twice_its_epochs(tmp
         ["baseline"],
         ["baseline", "baseline, twice the batch"],
     ]
+
+
+@pytest.mark.parametrize("epochs", [1.4, 1.5, 0.7, 3.0])
+def test_three_times_the_batch_belongs_to_a_recipe_in_epochs_whatever_their_number(tmp_path, epochs):
+    for name, alpha, batch, times in (("a", 0.0, 32, 1), ("b", 1.0, 32, 1), ("c", 0.0, 96, 3)):
+        folder = write_run(tmp_path / name, 0.7, alpha=alpha, batch_size=batch, passes=3)
+        for file in ("recipe.json", "result.json"):
+            content = json.loads((folder / file).read_text())
+            recipe = content.get("recipe", content)
+            recipe.update(updates=None, epochs=times * epochs, evaluate_every=None, average_last=4 * times)
+            (folder / file).write_text(json.dumps(content))
+    assert labels(only(tmp_path)) == ["baseline", "R-Drop (alpha 1, 3 passes)", "baseline, three times the batch"]
+
+
+def test_new_scores_are_not_said_to_be_of_the_predictions_that_the_runs_keep(tmp_path):
+    for seed, (alpha, predicted) in product(range(6), ((0.0, (1, 0)), (1.0, (1, 1)))):
+        folder = write_run(tmp_path, sum(predicted) / 2, alpha=alpha, seed=seed)
+        of_all = {"label": 1, "confidence": 0.9, "loss": 0.5}
+        rows = [of_all | {"example": str(place), "predicted": own} for place, own in enumerate(predicted)]
+        write_predictions(folder, Predictions("classes", rows, ("no", "yes")))
+    comparison = only(tmp_path)
+    assert any(sentence.startswith("On this test set") for sentence in comparison.remarks())
+    assert not any(s.startswith("On this test set") for s in replace(comparison, are_new_scores=True).remarks())
 
 
 def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tmp_path):

@@ -105,6 +105,36 @@ def test_an_arm_may_start_from_the_weights_of_another_run() -> None:
     assert arms["R-Drop (alpha 1), started from both"] == DIGITS_VIT.replace(init_from="runs/both")
 
 
+def test_arms_of_one_name_are_told_apart_by_their_settings() -> None:
+    texts = [
+        "init_from=a/both",
+        "init_from=b/both",
+        "alpha=0 learning_rate=0.00100000001",
+        "alpha=0 learning_rate=0.00100000002",
+    ]
+    arms = plan_arms(DIGITS_VIT.replace(learning_rate=0.002), texts, larger_batch=False).arms
+    assert list(arms) == [
+        "baseline",
+        "R-Drop (alpha 1), started from both",
+        "R-Drop (alpha 1), started from both, init_from=b/both",
+        "baseline, learning rate 0.001",
+        "baseline, learning rate 0.001, learning_rate=0.00100000002",
+        "R-Drop (alpha 1)",
+    ]
+
+
+def test_a_multiple_is_a_whole_number_whatever_binary_fractions_make_of_it() -> None:
+    recipe = DIGITS_VIT.replace(updates=3000)
+    arms = plan_arms(recipe, ["alpha=0 updates=1.1x"], larger_batch=False).arms
+    assert arms["baseline, 3300 updates"].updates == 3300
+
+
+def test_an_arm_may_say_in_updates_how_long_it_is_where_the_recipe_has_epochs() -> None:
+    recipe = DIGITS_VIT.replace(updates=None, epochs=20.0)
+    arms = plan_arms(recipe, ["alpha=0 updates=500"], larger_batch=False).arms
+    assert [(arm.updates, arm.epochs) for arm in arms.values()] == [(None, 20.0), (500, None), (None, 20.0)]
+
+
 def test_a_plain_arm_is_spoken_of_as_part_of_a_sentence() -> None:
     phrases = {
         "baseline, twice the updates": "the baseline with twice the updates",

@@ -32,10 +32,13 @@ def run(alpha: float, seed: int = 0, *, score: float = 0.8, notes: Any = None, d
     valid = {"loss": curves.pop("valid_loss", OVERFITS), "accuracy": curves.pop("accuracy", CONVERGED)}
     train = {"task_loss": [2.0, 1.0, 0.5, 0.1], "divergence": [0.0, 0.1, 0.05]} | curves
     rows = [
-        {"kind": kind, "step": 10 * place, key: value}
-        for kind, of_kind in (("valid", valid), ("train", train))
-        for key, values in of_kind.items()
-        for place, value in enumerate(values, start=1)
+        {
+            "kind": kind,
+            "step": 10 * place,
+            **{key: values[place - 1] for key, values in of.items() if place <= len(values)},
+        }
+        for kind, of in (("valid", valid), ("train", train))
+        for place in range(1, 1 + max(map(len, of.values())))
     ]
     recipe = {"name": "digits", "seed": seed, "batch_size": 32, "data": data or {}}
     result = {"valid": {"accuracy": score}, "test": {"accuracy": score}, "notes": notes or {}}
@@ -91,6 +94,10 @@ def test_passes_that_have_views_and_do_not_differ_are_not_advised_to_have_them()
     assert "Raise the dropout rate, or augment them more (" in str(no_divergence(views))
 
 
+def test_a_divergence_is_measured_by_the_task_loss_of_its_time() -> None:
+    assert no_divergence(arm(1.0, run(1.0, task_loss=[10.0, 0.01], divergence=[1e-4, 9e-4]))) is None
+
+
 @pytest.mark.parametrize("divergence", [[0.0, 0.001], [0.1, 0.0], []])
 def test_a_divergence_that_rose_once_or_is_not_known_says_nothing(divergence: list[float]) -> None:
     assert no_divergence(arm(1.0, run(1.0, divergence=divergence))) is None
@@ -114,7 +121,7 @@ def test_a_baseline_past_its_best_early_is_told_of_a_shorter_one_which_ends_the_
     baseline = arm(0.0, *(with_best(run(0.0, seed), 10 * (1 + seed), **lengths) for seed in (0, 1)))
     said = best_early(baseline, [baseline])
     assert said is not None
-    assert f'Set it beside: --arm "alpha=0 {settings}" (docs/when-it-helps.md).' in said
+    assert f'Set it beside, in `rdrop compare`: --arm "alpha=0 {settings}" (docs/when-it-helps.md).' in said
     recipe = find_recipe("digits").replace(**{"alpha": 1.0, "epochs": None} | lengths)
     _, shorter, _ = plan_arms(recipe, [f"alpha=0 {settings}"], larger_batch=False).arms.values()
     planned = {key: value for key, value in shorter.saved().items() if key in lengths}
@@ -154,6 +161,42 @@ def test_the_hint_of_a_shorter_baseline_keeps_the_larger_batch_that_arms_would_r
     found = plan_arms(recipe, given, larger_batch=True).arms
     assert larger in found.values()
     assert len(found) == 4
+
+
+def test_the_hint_of_a_shorter_baseline_keeps_the_arms_that_a_recipe_brings() -> None:
+    recipe = find_recipe("digits")
+    planned = plan_arms(recipe, larger_batch=True).arms
+    arms = [
+        Arm(label, of.method, of.batch_size or 0, (replace(with_best(run(0.0), 20, **of.saved()), method=of.method),))
+        for label, of in planned.items()
+    ]
+    said = best_early(arms[0], arms)
+    assert said is not None
+    given = re.findall(r'--arm "(.*?)"', said)
+    assert given[-1] == "alpha=0 updates=500 warmup_updates=50 model.dropout=0.5"
+    again = plan_arms(recipe, given, larger_batch=True).arms
+    assert set(again) > set(planned)
+    assert all(again[label] == of for label, of in planned.items())
+
+
+def test_weights_that_are_a_mean_of_the_last_are_of_the_end() -> None:
+    runs = [with_best(run(0.0, seed), 10, updates=100) for seed in (0, 1)]
+    averaged = [replace(own, result=own.result | {"averaged_steps": [40, 60, 80, 100]}) for own in runs]
+    assert best_early(arm(0.0, *runs), []) is not None
+    assert best_early(arm(0.0, *averaged), []) is None
+
+
+def test_the_settings_of_a_shorter_baseline_can_be_typed() -> None:
+    """Large numbers have no exponent, and a warm-up that inverse-sqrt needs does not vanish."""
+    lengths = {"updates": 3_000_001, "warmup_updates": 1, "batch_size": 1_048_576}
+    baseline = arm(0.0, with_best(run(0.0), 10, **lengths))
+    larger = Arm("baseline, twice the batch", Method(alpha=0.0), 2_097_152, (
+        with_best(run(0.0), 10, **lengths | {"batch_size": 2_097_152}),
+    ))  # fmt: skip
+    rdrop = replace(arm(1.0, with_best(run(1.0), 10, **lengths)), batch=1_048_576)
+    said = best_early(baseline, [baseline, rdrop, larger])
+    assert said is not None
+    assert '--arm "alpha=0 batch_size=2097152" --arm "alpha=0 updates=1500000"' in said
 
 
 SLOW = [2.0, 1.9, 1.8, 1.2]

@@ -173,6 +173,18 @@ def test_as_many_seeds_as_are_said_to_be_needed_show_it_eight_times_of_ten(effec
     assert power(effect, seeds - 1, tests) < 0.8 <= power(effect, seeds, tests)
 
 
+@pytest.mark.parametrize("seeds", [12, 13, 14])
+def test_power_holds_where_many_tests_leave_few_patterns(seeds):
+    draws = np.random.default_rng(3000 + seeds).normal(1.3, 1, (COMPARISONS, seeds))
+    observed = [shown(differences, 60) for differences in draws].count(1) / COMPARISONS
+    assert power(1.3, seeds, 60) == pytest.approx(observed, abs=0.05)
+
+
+def test_a_bound_that_is_no_number_shows_nothing():
+    assert not is_shown((math.nan, math.inf), 0.0)
+    assert is_shown((-2.0, -1.0), 0.0)
+
+
 def test_no_number_of_seeds_is_promised_where_none_below_a_thousand_is_enough():
     assert seeds_needed(0.001, 1.0) is None
     assert seeds_needed(0.0, 1.0) is None

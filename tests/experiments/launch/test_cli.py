@@ -218,6 +218,22 @@ def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
         assert f"{arm}alpha" in shown
 
 
+def test_seeds_and_arms_that_are_there_are_not_left_out_of_a_verdict_that_asks_for_others(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else whoever picks seeds or an alpha after a look has a verdict that is not corrected for the picking."""
+    assert cli.run(["compare", "digits-vit", "alpha=0.5", "--seeds", "8", "--runs", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert cli.run(["compare", "digits-vit", "alpha=0.5", "--seeds", "0,2,3", "--runs", str(tmp_path)]) == 0
+    assert "digits-vit: 8 seeds" in capsys.readouterr().out
+    assert cli.run(["compare", "digits-vit", "alpha=2", "--seeds", "9,", "--runs", str(tmp_path)]) == 0
+    of_compare = capsys.readouterr().out
+    assert "digits-vit: 9 seeds" in of_compare
+    assert "p is corrected for 4 comparisons" in " ".join(of_compare.split())
+    assert cli.run(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == of_compare
+
+
 def test_a_comparison_shows_table_and_verdict(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

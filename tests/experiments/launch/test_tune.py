@@ -82,7 +82,45 @@ def test_the_best_of_each_side_on_valid_are_compared_on_fresh_seeds(
     )
     record = json.loads((tmp_path / "digits-vit-tuning.json").read_text())
     assert record["chosen"] == {"rdrop": BEST, "plain": {"model.dropout": 0.1}}
-    assert [arm["arm"] for arm in record["fresh"]] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
+    assert [arm["arm"] for arm in record["fresh"]] == [
+        "baseline, dropout 0.1", "R-Drop (alpha 1)", "baseline, twice the batch, dropout 0.1",
+    ]  # fmt: skip
+
+
+def test_a_setting_is_known_by_what_was_typed(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is an alpha of 4 with a schedule; here the constant 4 is the better by 0.1."""
+    scores = {("constant", True): 0.8, ("quadratic", True): 0.7}
+    monkeypatch.setitem(
+        globals(), "valid_score", lambda recipe: scores.get((recipe.method.alpha_schedule, recipe.method.alpha > 0), 0)
+        if recipe.method.alpha else 0.75,
+    )  # fmt: skip
+    assert (
+        cli.run(["tune", "digits-vit", "alpha=4,auto", "--tune-seeds", "1", "--seeds", "6", "--runs", str(tmp_path)])
+        == 0
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Chosen: R-Drop, alpha 4; plain training." in shown
+    assert "R-Drop's gain in valid accuracy: +5.0 points in the search, +5.0 on 6 fresh seeds" in shown
+    record = json.loads((tmp_path / "digits-vit-tuning.json").read_text())
+    assert [(tried["values"], tried["valid"]) for tried in record["tried"]] == [
+        ({"alpha": 4}, {"1000": 0.8}), ({"alpha": "auto"}, {"1000": 0.7}), ({}, {"1000": 0.75}),
+    ]  # fmt: skip
+
+
+def test_the_report_compares_the_two_sides_as_the_search_does(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They differ in the dropout rate, so the runs alone do not say that they belong together."""
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    of_search = " ".join(capsys.readouterr().out.split())
+    assert cli.run(["report", str(tmp_path)]) == 0
+    of_report = " ".join(capsys.readouterr().out.split())
+    for reference in ("the baseline with dropout 0.1", "the baseline with twice the batch and dropout 0.1"):
+        said = f"Too few seeds: R-Drop (alpha 1) against {reference} is accuracy "
+        assert said in of_search
+        assert said in of_report
 
 
 def test_nothing_is_run_twice_and_the_page_is_the_same(trained: list[Recipe], tmp_path: Path) -> None:
@@ -131,8 +169,8 @@ def test_a_large_grid_is_halved_over_the_seeds(trained: list[Recipe], tmp_path: 
     tried, rdrop, *_ = search(grid, 3, tmp_path, train)
     assert rungs == [10 * 1, 5 * 2, 3 * 3]
     assert rdrop.values == {"alpha": 1}
-    assert sorted(len(entry.scores) for entry in tried if not entry.is_plain) == [1] * 5 + [2] * 2 + [3] * 3
-    assert [len(entry.scores) for entry in tried if entry.is_plain] == [3]
+    assert sorted(len(entry.scores) for entry in tried.values() if not entry.is_plain) == [1] * 5 + [2] * 2 + [3] * 3
+    assert [len(entry.scores) for entry in tried.values() if entry.is_plain] == [3]
 
 
 @pytest.mark.parametrize("status", [1, 3])

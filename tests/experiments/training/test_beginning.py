@@ -77,13 +77,14 @@ def test_nothing_is_said_where_it_is_too_early_or_the_model_has_begun(found: lis
 
 
 class SlowTask(TinyTask):
-    """Begins to use its source at the `begins`-th score."""
+    """Begins to use its source at the `begins`-th score; what it seems to do at the `seems`-th does not last."""
 
-    begins = 4
+    begins, seems = 4, 0
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         self.scores = getattr(self, "scores", 0) + (split == "valid")
-        self.signs = {"source_use": 1.0 if self.scores >= self.begins else 0.001 * self.scores}
+        uses = self.scores >= self.begins or self.scores == self.seems
+        self.signs = {"source_use": 1.0 if uses else 0.001 * self.scores}
         return super().evaluate(model, split)
 
 
@@ -91,6 +92,14 @@ class SlowTask(TinyTask):
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(trainer, "load_task", SlowTask)
     return []
+
+
+def test_a_late_beginning_is_that_after_which_all_is_well(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlowTask, "seems", 1)
+    result = train(RECIPE.replace(evaluate_every=1), tmp_path)
+    assert result["notes"]["has begun"] == "late, by the score after 4 of 8 updates"
 
 
 def test_the_warning_is_said_once_and_a_late_beginning_noted(said: list[str], tmp_path: Path) -> None:

@@ -313,6 +313,32 @@ def test_a_run_stopped_at_every_microbatch_still_ends_in_the_same_bits(
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
 
 
+class NormalizedNetwork(tiny_runs.TinyNetwork):
+    """Has running statistics, which every forward in training changes."""
+
+    def __init__(self, dropout: float, fixed: bool = False) -> None:
+        super().__init__(dropout, fixed)
+        self.norm = nn.BatchNorm1d(tiny_runs.WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(self.dropout(self.embedding(inputs)).transpose(1, 2)).transpose(1, 2)
+        logits: Tensor = self.output(self.dropout(self.hidden(hidden).tanh()))
+        return logits
+
+
+def test_a_stop_between_the_parts_of_an_update_leaves_running_statistics_as_they_were(
+    tmp_path: Path, on_event: Callable[[Callable[[str], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_runs, "TinyNetwork", NormalizedNetwork)
+    train(RECIPE, tmp_path / "whole")
+    on_event(stop_after("forward", 10))  # in the first of the two parts of the sixth update
+    with pytest.raises(Preempted):
+        train(RECIPE, tmp_path / "stopped")
+    on_event(lambda event: None)
+    train(RECIPE, tmp_path / "stopped")
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
 def test_a_run_stopped_in_every_score_writes_each_row_once(
     tmp_path: Path, on_event: Callable[[Callable[[str], None]], None]
 ) -> None:
@@ -626,10 +652,20 @@ def test_a_constant_alpha_is_the_run_that_it_was_before_there_were_schedules() -
 
 
 def test_training_that_ends_early_says_how_far_alpha_rose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 4.0, 3.0, 2.0, 2.5, 3.0, 3.0])
+    monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
+    result = train(RECIPE.replace(patience=1, updates=12, alpha_schedule="linear"), tmp_path)
+    assert result["notes"]["alpha"] == "rose to 1.67 of 2: training ended after 10 of 12 updates"
+
+
+def test_of_training_that_ends_early_the_weights_that_are_scored_say_how_far_alpha_rose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scores = iter([5.0, 4.0, 4.5, 3.0, 3.0])
     monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(scores)})
     result = train(RECIPE.replace(patience=1, updates=12, alpha_schedule="linear"), tmp_path)
-    assert result["notes"]["alpha"] == "rose to 1 of 2: training ended after 6 of 12 updates"
+    said = "rose to 0.667 of 2: the weights that are scored are of update 4 of 12"
+    assert result["notes"]["alpha"] == said
 
 
 @pytest.mark.parametrize(

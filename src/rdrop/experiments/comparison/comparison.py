@@ -51,6 +51,8 @@ class Comparison:
     baseline_label: str = "baseline"
     subject_label: str | None = None
     """The arm that is judged against each of the others; None: every R-Drop arm, against plain training."""
+    are_new_scores: bool = False
+    """Whether the scores are those of `rdrop evaluate`, of which the runs keep no predictions."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -88,7 +90,7 @@ class Comparison:
         The p values of the verdict are corrected for one another, and those of all other rows of test likewise. Valid
         chose the checkpoint, so nothing is tested on it.
         """
-        p_values = self._p_values()
+        p_values = self._p_of_verdict | self._p_of_others
         parts = [("test", self.metric), ("valid", self.metric)]
         parts += [("test", metric) for metric in self._test_metrics() if metric != self.metric]
         return tuple(
@@ -115,21 +117,22 @@ class Comparison:
         """The arm that the others are set beside, row by row: the subject, or the baseline."""
         return self.subject or self.baseline
 
-    def _p_values(self) -> dict[_TestRow, float | None]:
+    @cached_property
+    def _p_of_verdict(self) -> dict[_TestRow, float | None]:
+        center = self._center
+        beside = [(own.reference if own.arm is center else own.arm, own) for own in self.contests]
+        return {(self.metric, arm.label): own.p_value for arm, own in beside if center in (own.arm, own.reference)}
+
+    @cached_property
+    def _p_of_others(self) -> dict[_TestRow, float | None]:
         center = self._center
         if self.baseline is None or center is None:
             return {}
-        of_verdict = {}
-        for contest in self.contests:
-            if contest.arm is center:
-                of_verdict[self.metric, contest.reference.label] = contest.p_value
-            elif contest.reference is center:
-                of_verdict[self.metric, contest.arm.label] = contest.p_value
         rows = [(metric, arm) for metric in self._test_metrics() for arm in self.arms if arm is not center]
-        others = [(metric, arm) for metric, arm in rows if (metric, arm.label) not in of_verdict]
+        others = [(metric, arm) for metric, arm in rows if (metric, arm.label) not in self._p_of_verdict]
         pairs = [(*((arm, center) if self.subject is None else (center, arm)), metric) for metric, arm in others]
         of_others = zip(others, self._judged(pairs), strict=True)
-        return of_verdict | {(metric, arm.label): contest.p_value for (metric, arm), contest in of_others}
+        return {(metric, arm.label): contest.p_value for (metric, arm), contest in of_others}
 
     def difference(self, arm: Arm, reference: Arm, metric: str | None = None, split: str = "test") -> PairedDifference:
         """`arm` minus `reference`, paired over the seeds for which both have a finite score."""
@@ -185,6 +188,8 @@ class Comparison:
     @cached_property
     def kept(self) -> KeptExamples:
         """The predictions of test that the runs keep. Runs of folds have no test examples in common."""
+        if self.are_new_scores:
+            return KeptExamples(self.metric, {})
         runs = [run for arm in self.arms for run in arm.runs if hints.folds_of(run) is None]
         return kept_examples(runs, self.metric)
 
@@ -229,6 +234,11 @@ class Comparison:
         """Says what the curves and the data tell about whether this comparison can be judged, and what to change."""
         pays = any(own.outcome is Outcome.BETTER and own.reference is self.baseline for own in self.contests)
         return hints.hints(self.baseline, self.arms, self.metric, pays=pays)
+
+    @property
+    def other_tests(self) -> int:
+        """The number of p values of test, beside the verdict's, that are corrected for one another."""
+        return sum(p_value is not None for p_value in self._p_of_others.values())
 
     def gaps(self) -> tuple[Gap, ...]:
         """The seeds left out of a comparison, by the arm that lacks them and why."""
@@ -284,10 +294,18 @@ def _family(run: FinishedRun) -> str:
     """Returns what all runs of one comparison share, as text that sorts by the recipe's name."""
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
     if is_finite_number(shared.get("epochs")):
-        shared["epochs"] /= run.batch  # as many updates: twice the batch has twice the epochs
-    if shared.get("evaluate_every") is None and is_finite_number(shared.get("patience")):
-        shared["patience"] /= run.batch  # and twice the scores, one after each
+        shared["epochs"] = _a_unit(shared["epochs"], run.batch)  # as many updates: twice the batch has twice the epochs
+    if shared.get("evaluate_every") is None:  # and twice the scores, one after each
+        if is_finite_number(shared.get("patience")):
+            shared["patience"] = _a_unit(shared["patience"], run.batch)
+        if is_finite_number(shared.get("average_last")) and shared["average_last"] > 1:
+            shared["average_last"] = _a_unit(shared["average_last"], run.batch)
     return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
+
+
+def _a_unit(length: float, batch: int) -> float:
+    """Returns the length by example or token of the batch, so that 1.4 / 32 is what 3 * 1.4 / 96 is."""
+    return float(f"{length / batch:.12g}")
 
 
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:

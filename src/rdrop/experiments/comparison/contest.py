@@ -62,10 +62,8 @@ class Contest:
             return Outcome.EQUAL
         if difference.mean is None or difference.interval is None:
             return Outcome.UNDECIDED
-        if len(difference.seeds) < self.least_seeds:
-            return Outcome.TOO_FEW
-        if not is_shown(difference.interval, self.p_value):
-            return Outcome.NOT_SHOWN
+        if not is_shown(difference.interval, self.p_value):  # by Holm's method, others may leave few seeds enough
+            return Outcome.TOO_FEW if len(difference.seeds) < self.least_seeds else Outcome.NOT_SHOWN
         return Outcome.BETTER if (difference.mean > 0) == difference.higher_is_better else Outcome.WORSE
 
     @property
@@ -76,7 +74,13 @@ class Contest:
         difference = self.difference
         if difference.mean is None or difference.spread is None:
             return None
-        return seeds_needed(difference.mean, difference.spread, self.tests)
+        return seeds_needed(difference.mean, difference.spread, self.tests_of_later)
+
+    @property
+    def tests_of_later(self) -> int:
+        """The same for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
+        is_look = len(self.difference.seeds) >= least_seeds(self.contests)
+        return self.contests * (1 + len(self.looks) + is_look)
 
 
 def judged(pairs: Sequence[tuple[Arm, Arm, PairedDifference, Sequence[int]]]) -> tuple[Contest, ...]:

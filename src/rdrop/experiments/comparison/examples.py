@@ -105,7 +105,7 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
 
 
 def _gives(predictions: Predictions, metric: str, score: Any) -> bool:
-    """Whether the score of the result is that of these predictions: `rdrop evaluate` scores others and keeps none."""
+    """Whether the score of the result is that of these predictions."""
     found = score_of(predictions, metric)
     if found is None or not is_finite_number(score):
         return False

@@ -13,6 +13,8 @@ from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
 from rdrop.experiments.comparison.wording import counted, words
+from rdrop.experiments.recipe import Method, Recipe
+from rdrop.experiments.recipe.settings import typed
 
 PAGE = "docs/when-it-helps.md"
 LEAST_SCORES = 6
@@ -26,7 +28,7 @@ FAR_ABOVE = 0.25
 EARLY = 0.5
 """Plain training is at its best early where its weights are from this share of its updates or less."""
 NO_DIVERGENCE = 1e-4
-"""A divergence is 0 where it stays below this share of the task loss."""
+"""A divergence is 0 where it stays below this share of the task loss of the same updates."""
 _LENGTHS = ("updates", "epochs")
 
 
@@ -84,10 +86,8 @@ def _rises(scores: Sequence[float], metric: str) -> bool:
 
 def no_divergence(arm: Arm) -> str | None:
     """Says that the passes of an R-Drop arm never differed."""
-    largest = [max(_curve(run, "train", "divergence"), default=None) for run in arm.runs]
-    losses = [max(_curve(run, "train", "task_loss"), default=0.0) for run in arm.runs]
-    known = [(value, loss) for value, loss in zip(largest, losses, strict=True) if value is not None]
-    if not known or any(value > NO_DIVERGENCE * loss for value, loss in known):
+    rows = [row for run in arm.runs for row in run.metrics if is_finite_number(row.get("divergence"))]
+    if not rows or any(row["divergence"] > NO_DIVERGENCE * _number(row.get("task_loss")) for row in rows):
         return None
     has_views = arm.method.views == "each"
     remedy = "augment them more" if has_views else "give each pass a view of its own"
@@ -114,7 +114,7 @@ def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
 def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
     """Says that plain training is past its best early on most seeds, where no arm trains plainly for less long."""
     lengths = [_planned_updates(run) for run in baseline.runs]
-    bests = [run.result.get("best_step") for run in baseline.runs]
+    bests = [(run.result.get("averaged_steps") or [run.result.get("best_step")])[-1] for run in baseline.runs]
     shares = [best / length for best, length in zip(bests, lengths, strict=True) if best and length]
     early = sum(share <= EARLY for share in shares)
     if len(shares) < len(baseline.runs) or early * 2 <= len(shares):
@@ -122,27 +122,57 @@ def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
     recipe = baseline.runs[0].recipe
     if any(arm.method.is_plain and _is_shorter(arm.runs[0].recipe, recipe) for arm in arms if arm.runs):
         return None
-    halved = [f"{key}={_half(recipe[key])}" for key in (*_LENGTHS, "warmup_updates") if recipe.get(key)]
-    beside = [*_larger_batches(baseline, arms), f"alpha=0 {' '.join(halved)}"]
-    given = " ".join(f'--arm "{settings}"' for settings in beside)
+    given = " ".join(f'--arm "{settings}"' for settings in _with_a_shorter(baseline, arms))
     return (
         f"The weights of {baseline.phrase} are from the first {100 * EARLY:.0f} % of its updates on {early} of "
         f"{counted(len(shares), 'seed')}. A training that is planned to be shorter, so that its learning rate falls in "
-        f"time, may do as well as R-Drop for less. Set it beside: {given} ({PAGE})."
+        f"time, may do as well as R-Drop for less. Set it beside, in `rdrop compare`: {given} ({PAGE})."
     )
 
 
-def _larger_batches(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Returns the settings of plain training with a larger batch, which a comparison has until `--arm` names others."""
-    own = baseline.runs[0].recipe
-    found = []
-    for arm in arms:
-        if arm.method.is_plain and arm.batch != baseline.batch and arm.runs:
-            recipe = arm.runs[0].recipe
-            differing = [key for key in own if recipe.get(key) != own[key] and key not in ("seed", "method")]
-            if set(differing) <= {"batch_size", "batch_tokens", "epochs", "patience"}:
-                found.append(" ".join(["alpha=0", *(f"{key}={recipe[key]:g}" for key in differing)]))
+def _with_a_shorter(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Returns the settings of the arms that `--arm` must name, as it replaces all but the recipe and its baseline: the
+    other plain ones, where the comparison was designed those of R-Drop too, and half of the baseline.
+    """
+    subject = next((arm for arm in reversed(arms) if arm.runs and not arm.method.is_plain), baseline)
+    reference = _flat(subject.runs[0])
+    first = _settings(_flat(baseline.runs[0]), reference)
+    others = [arm for arm in arms if arm.runs and arm is not subject and (arm.method.is_plain or first != PLAIN)]
+    beside = [_settings(_flat(arm.runs[0]), reference) for arm in others]
+    own = _flat(baseline.runs[0])
+    halves = {key: _half(own[key]) for key in (*_LENGTHS, "warmup_updates") if own.get(key)}
+    return [*(settings for settings in beside if settings != PLAIN), _settings(own | halves, reference)]
+
+
+PLAIN = "alpha=0"
+
+
+def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """Returns the settings that make an arm of the reference, both given by `_flat`."""
+    is_plain = not arm["alpha"]
+    skipped = {*Method.model_fields, "data.unlabeled", "data.unlabeled_batch"} if is_plain else set()
+    found = [PLAIN] if is_plain else []
+    for key in {**arm, **reference}:
+        value, other = (side.get(key, _added_default(key)) for side in (arm, reference))
+        if value != other and key not in skipped:
+            found.append(typed(key, int(value) if isinstance(value, float) and value.is_integer() else value))
+    return " ".join(found)
+
+
+def _flat(run: FinishedRun) -> dict[str, Any]:
+    """Returns the settings of a run by their keys: `alpha`, `updates`, `model.dropout`."""
+    found = run.method.model_dump(mode="json")
+    for key, value in run.recipe.items():
+        if isinstance(value, Mapping) and key != "method":
+            found |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif key not in ("format", "name", "task", "method", "seed"):
+            found[key] = value
     return found
+
+
+def _added_default(key: str) -> Any:
+    """Returns what a saved recipe leaves out."""
+    return Recipe.model_fields[key].get_default() if key in Recipe.model_fields else None
 
 
 def _planned_updates(run: FinishedRun) -> float | None:
@@ -158,8 +188,8 @@ def _is_shorter(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return any(recipe[key] < other[key] for key in _LENGTHS if recipe.get(key) and other.get(key))
 
 
-def _half(length: float) -> str:
-    return f"{length / 2:g}" if isinstance(length, float) else str(length // 2)
+def _half(length: float) -> float:
+    return length / 2 if isinstance(length, float) else max(1, length // 2)
 
 
 def cross_validation(arms: Sequence[Arm]) -> str | None:
@@ -186,6 +216,11 @@ def folds_of(run: FinishedRun) -> int | None:
 def _curve(run: FinishedRun, kind: str, key: str) -> list[float]:
     """Returns the finite values of a key, in the order of the updates."""
     return [float(row[key]) for row in run.metrics if row.get("kind") == kind and is_finite_number(row.get(key))]
+
+
+def _number(value: Any) -> float:
+    """Returns the value where it is a finite number, else 0."""
+    return float(value) if is_finite_number(value) else 0.0
 
 
 def _mean_loss(arm: Arm, place: int) -> float | None:

@@ -14,7 +14,8 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -252,8 +253,7 @@ def compare(
     failures = train_all(plan, console, trackers=tracker or (), places=places, command=command)
     failed = {failure.folder for failure in failures}
     if _is_first_process() and len(failed) < len(plan):
-        done = [record for run in plan if run.folder not in failed for record in find_runs(run.folder)]
-        _show_comparisons(done, runs)
+        _show_comparisons(find_runs(runs), runs, of={run.folder for run in plan} - failed)
         _write_page(runs)
     if failures:
         raise FailedRunsError(failures)
@@ -310,6 +310,8 @@ def tune(
 
     found = tuning.search(candidates, tune_seeds, runs, train_in(runs / TUNING))
     arms = tuning.plan_fresh(found.rdrop, found.plain, fresh, runs, larger_batch=not no_double_batch)
+    if designs := tuning.designs(arms):
+        record_designs(runs, designs)
     # Seed by seed, so that a comparison that is stopped has whole seeds to show.
     failures = train_in(runs)([run for of_seed in zip(*arms.values(), strict=True) for run in of_seed])
     try:
@@ -573,8 +575,15 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
         console.print(f"{name}: {note}", soft_wrap=True)
 
 
-def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: bool = False) -> None:
-    """`root` is the folder that remembers the arms and the verdicts; of scores that no run has there is no verdict."""
+def _show_comparisons(
+    records: list[RunRecord], root: Path, *, of: Set[Path] | None = None, are_new_scores: bool = False
+) -> None:
+    """Shows the comparisons of the records, or those with one of the runs `of`.
+
+    These have all seeds and arms that are there, as on the page: which of them were asked for is no reason to leave
+    others out. `root` is the folder that remembers the arms and the verdicts; of scores that no run has there is no
+    verdict.
+    """
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.looks import read_looks
@@ -582,6 +591,10 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
 
     console = Terminal()
     for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
+        if of is not None and of.isdisjoint(run.path for run in comparison.runs):
+            continue
+        if are_new_scores:
+            comparison = replace(comparison, are_new_scores=True)
         console.print(terminal_table(comparison))
         console.print(comparison.verdict(), style="bold")
         for remark in comparison.remarks(contests=2):  # of more, a screen would not do; the page has all
@@ -591,7 +604,7 @@ def _show_comparisons(records: list[RunRecord], root: Path, *, are_new_scores: b
         for note in terminal_notes(comparison):
             console.print(note)
         console.print()
-    _show_unusable(split_usable(records)[1], console)
+    _show_unusable([run for run in split_usable(records)[1] if of is None or run.path in of], console)
 
 
 def _show_tuning(tuning: Tuning, runs: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 from rdrop.experiments.comparison.arms import ARM_KEYS, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import unknown_metric
-from rdrop.experiments.recipe import Method, Recipe, override
-from rdrop.experiments.recipe.settings import RecipeError, read_settings
+from rdrop.experiments.recipe import Method, Recipe, override, with_excluded
+from rdrop.experiments.recipe.settings import RecipeError, read_settings, typed
 from rdrop.experiments.recipes import ARMS, find_recipe
 from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
 from rdrop.experiments.run_folder.source import require_same_source
@@ -106,21 +105,24 @@ def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool) -
     plain = recipe.replace(method=recipe.method.plain())
     own = () if arms else ARMS.get(recipe.name.removesuffix("-tiny"), ())
     if not arms and not own:
-        found = {"baseline": plain, label_of(recipe, recipe): recipe}
+        standard = {"baseline": plain, label_of(recipe, recipe): recipe}
         if larger_batch:
             larger = with_larger_batch(plain)
-            found[larger.method.label(recipe.method.passes)] = larger
-        return Plan(found, label_of(recipe, recipe), is_standard=True)
+            standard[larger.method.label(recipe.method.passes)] = larger
+        return Plan(standard, label_of(recipe, recipe), is_standard=True)
     if own:
         own = tuple(text for text in own if larger_batch or "batch_" not in text)
         recipes = [_arm_of_its_own(recipe, text) for text in own]
     else:
         recipes = [plain, *(read_arm(recipe, text) for text in arms)]
-    found = {label_of(arm, recipe): arm for arm in (*recipes, recipe)}
-    if len(found) <= len(recipes):
-        twice = next(arm for arm in (*recipes, recipe) if [*recipes, recipe].count(arm) > 1)
-        rule = f"{label_of(twice, recipe)} is an arm already: the recipe and its baseline always are"
-        raise RecipeError("arm", rule)
+    found: dict[str, Recipe] = {}
+    for arm in (*recipes, recipe):
+        label = label_of(arm, recipe)
+        if arm in found.values():
+            raise RecipeError("arm", f"{label} is an arm already: the recipe and its baseline always are")
+        if label in found:  # of folders that have one name, or numbers that are alike in six digits
+            label = ", ".join([label, *settings_between(found[label], arm)])
+        found[label] = arm
     return Plan(found, label_of(recipe, recipe), is_standard=False)
 
 
@@ -133,6 +135,7 @@ def read_arm(recipe: Recipe, text: str) -> Recipe:
             rule = f"is the same in all arms; they may differ in the method, the dropout rates, {', '.join(ARM_KEYS)}"
             raise RecipeError(key, rule, value=value)
         changes[name] = _multiplied(name, value, recipe)
+    changes = with_excluded(changes)
     if changes.get("alpha") != 0:
         return recipe.replace(**changes)
     for key in changes:
@@ -152,7 +155,7 @@ def _multiplied(key: str, value: object, recipe: Recipe) -> object:
     own = recipe.value(key)
     if isinstance(own, bool) or not isinstance(own, int | float):
         raise RecipeError(key, f"is no number in the recipe that {value} could be a multiple of", value=value)
-    product = float(match[1]) * own
+    product = round(float(match[1]) * own, 9)  # 1.1 * 3000 is 3300.0000000000005
     if isinstance(own, float):
         return product
     if not product.is_integer():
@@ -182,8 +185,11 @@ def with_larger_batch(baseline: Recipe) -> Recipe:
     larger = {unit: getattr(baseline, unit) * times}
     if baseline.epochs is not None:
         larger["epochs"] = baseline.epochs * times  # as many updates
-    if baseline.patience is not None and baseline.evaluate_every is None:
-        larger["patience"] = baseline.patience * times  # in as many updates: it is scored after each epoch
+    if baseline.evaluate_every is None:  # it is scored after each of its epochs, which are shorter
+        if baseline.patience is not None:
+            larger["patience"] = baseline.patience * times
+        if baseline.average_last > 1:
+            larger["average_last"] = baseline.average_last * times
     try:
         return baseline.replace(**larger)
     except RecipeError as error:
@@ -215,19 +221,7 @@ def settings_between(recipe: Recipe, changed: Recipe) -> list[str]:
     old, new = start.model_dump(mode="json"), changed.model_dump(mode="json")
     for key in saved.differing_keys(old, new):
         section, _, name = key.rpartition(".")
-        value = (new[section] if section else new | new["method"])[name]
-        settings.append(f"{key}={value if _is_read_as_text(value) else json.dumps(value)}")
+        settings.append(typed(key, (new[section] if section else new | new["method"])[name]))
     if override(recipe, settings) != changed:
         raise RecipeError("recipe", f"{changed.name} cannot be made from {recipe.name} by settings")
     return settings
-
-
-def _is_read_as_text(value: object) -> bool:
-    """Whether a setting may have the value as it is, without the quotes of JSON."""
-    if not isinstance(value, str):
-        return False
-    try:
-        json.loads(value)
-    except (ValueError, RecursionError):
-        return True
-    return False

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.arms import Arm, label_of
 from rdrop.experiments.comparison.comparison import Comparison
+from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import is_finite_number, split_usable
 from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
 from rdrop.experiments.launch.jobs import FailedRunsError, Failure
 from rdrop.experiments.launch.plan import Run, with_larger_batch
 from rdrop.experiments.recipe import Method, Recipe, override
-from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.run_folder import TUNING, ResultsError, find_runs
 
 FIRST_SEED = 1000
@@ -41,6 +42,7 @@ class Candidate:
 
     recipe: Recipe
     values: Mapping[str, Any]
+    """As they were given: `alpha=auto` and `alpha=4` are two settings of one alpha."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
 class Found(NamedTuple):
     """The outcome of a search."""
 
-    tried: tuple[Tried, ...]
+    tried: Mapping[str, Tried]
+    """By the digest of the recipe, R-Drop before plain training."""
     rdrop: Candidate
     plain: Candidate
     failures: tuple[Failure, ...]
@@ -125,11 +128,11 @@ def search(grid: Grid, seeds: int, root: Path, train: Train) -> Found:
             if not in_full[side] and count < seeds:
                 ranked = _ranked(candidates, count, root)
                 in_race[side] = ranked[: -(-len(candidates) // 2)]
-    tried = tuple(
-        _tried(candidate, seeds, root, failures, is_plain=side)
+    tried = {
+        candidate.recipe.digest(): _tried(candidate, seeds, root, failures, is_plain=side)
         for side, candidates in ((False, grid.rdrop), (True, grid.plain))
         for candidate in candidates
-    )
+    }
     best = {side: _ranked(candidates, seeds, root)[:1] for side, candidates in in_race.items()}
     if not best[False] or not best[True]:
         raise FailedRunsError(list(failures.values()))
@@ -144,10 +147,11 @@ def of_equal_cost(plain: Candidate, rdrop: Candidate) -> Recipe:
 
 def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: Path, *, larger_batch: bool) -> Arms:
     """Returns the arms that are compared: the best plain training, the best R-Drop, plain training of its cost."""
-    arms = {"baseline": plain.recipe, rdrop.recipe.method.label(): rdrop.recipe}
+    differences = label_of(plain.recipe, rdrop.recipe).removeprefix(plain.recipe.method.label())
+    arms = {plain.recipe.method.label() + differences: plain.recipe, label_of(rdrop.recipe, rdrop.recipe): rdrop.recipe}
     if larger_batch:
         larger = of_equal_cost(plain, rdrop)
-        arms[larger.method.label(larger.method.passes)] = larger
+        arms[larger.method.label(larger.method.passes) + differences] = larger
     return {
         label: [Run.of(f"{label}, seed {seed}", recipe.replace(seed=seed), root) for seed in seeds]
         for label, recipe in arms.items()
@@ -155,6 +159,16 @@ def plan_fresh(rdrop: Candidate, plain: Candidate, seeds: Iterable[int], root: P
 
 
 Arms = dict[str, list[Run]]
+
+
+def designs(arms: Arms) -> list[Design]:
+    """Returns what the folder of the runs must remember for the two sides to be compared, which may differ in much."""
+    recipes = {label: runs[0].recipe for label, runs in arms.items()}
+    (_, plain), (subject, rdrop), *_ = recipes.items()
+    if rdrop.replace(method=plain.method, seed=plain.seed) == plain:
+        return []  # the runs alone say that they belong together
+    others = {label: arm_digest(recipe.saved()) for label, recipe in recipes.items() if label != subject}
+    return [Design({**others, subject: arm_digest(rdrop.saved())}, subject)]
 
 
 def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[Look] = ()) -> Tuning:
@@ -168,25 +182,31 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[
             raise FailedRunsError([Failure(label, runs[0].folder, f"no seed has finished{reasons}", 1)])
         compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished)))
     metric = compared[0].runs[0].result["metric"]
-    by_values = {(entry.is_plain, tuple(entry.values.items())): entry for entry in found.tried}
     return Tuning(
         name=grid.recipe.name,
         metric=metric,
         keys=grid.keys,
         method_keys=grid.method_keys,
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
-        tried=found.tried,
-        best_rdrop=by_values[False, tuple(found.rdrop.values.items())],
-        best_plain=by_values[True, tuple(found.plain.values.items())],
-        fresh=Comparison(f"{grid.recipe.name} on fresh seeds", metric, tuple(compared), looks=tuple(looks)),
+        tried=tuple(found.tried.values()),
+        best_rdrop=found.tried[found.rdrop.recipe.digest()],
+        best_plain=found.tried[found.plain.recipe.digest()],
+        fresh=Comparison(
+            f"{grid.recipe.name} on fresh seeds",
+            metric,
+            tuple(compared),
+            looks=tuple(looks),
+            baseline_label=compared[0].label,
+        ),
     )
 
 
 def _candidates(recipe: Recipe, grid: Mapping[str, list[str]], keys: Sequence[str]) -> list[Candidate]:
     found: dict[str, Candidate] = {}
     for texts in itertools.product(*(grid[key] for key in keys)):
-        changed = override(recipe, [f"{key}={text}" for key, text in zip(keys, texts, strict=True)])
-        values = {key: changed.value(key.removeprefix("method.")) for key in keys}
+        settings = [f"{key}={text}" for key, text in zip(keys, texts, strict=True)]
+        changed = override(recipe, settings)
+        values = read_settings(settings, recipe.descriptions())
         found.setdefault(changed.digest(), Candidate(changed, values))
     return list(found.values())
 

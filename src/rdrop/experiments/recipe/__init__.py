@@ -11,6 +11,7 @@ from rdrop.experiments.recipe.recipe import ModelSection as ModelSection
 from rdrop.experiments.recipe.recipe import NewOrPretrainedModel as NewOrPretrainedModel
 from rdrop.experiments.recipe.recipe import Recipe as Recipe
 from rdrop.experiments.recipe.recipe import override as override
+from rdrop.experiments.recipe.recipe import with_excluded as with_excluded
 from rdrop.experiments.recipe.settings import Count as Count
 from rdrop.experiments.recipe.settings import Probability as Probability
 from rdrop.experiments.recipe.settings import RecipeError as RecipeError

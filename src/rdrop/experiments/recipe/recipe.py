@@ -165,8 +165,8 @@ class Recipe(Section):
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of that mean. AdamW only.")
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = Field(
-        description="Course of the learning rate after the warmup: constant; down to 0 at the last update; or falling "
-        "with the square root of the step."
+        description="Course of the learning rate after the warmup: constant; down to 0 after the last update; or "
+        "falling with the square root of the step."
     )
     warmup_updates: int = Field(ge=0, description="Updates in which the learning rate rises linearly to its peak.")
     warmup_share: Probability = added(0.0, "The same as a share of all updates. Either it or warmup_updates is 0.")
@@ -408,11 +408,13 @@ def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
     tiny = changes.pop("tiny", False)
     if not isinstance(tiny, bool):
         raise RecipeError("tiny", "must be true or false", value=tiny)
+    return (recipe.tiny() if tiny else recipe).replace(**with_excluded(changes))
+
+
+def with_excluded(changes: Mapping[str, object]) -> dict[str, object]:
+    """Returns the changes with what switches off the keys that they exclude: of `updates=100`, `epochs=None`."""
     typed = {saved.RENAMED.get(key, key): value for key, value in changes.items()}
-    for key, other, off in _EXCLUSIVE:
-        if typed.get(key) and other not in typed:
-            changes[other] = off
-    return (recipe.tiny() if tiny else recipe).replace(**changes)
+    return {**changes, **{other: off for key, other, off in _EXCLUSIVE if typed.get(key) and other not in typed}}
 
 
 _EXCLUSIVE = (

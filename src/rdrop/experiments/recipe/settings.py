@@ -81,6 +81,11 @@ def read_settings(settings: Iterable[str], names: Iterable[str]) -> dict[str, ob
     return found
 
 
+def typed(key: str, value: object) -> str:
+    """Returns the setting that `read_settings` reads as this value: `alpha=1`, `data.train=null`, `name="3"`."""
+    return f"{key}={value if isinstance(value, str) and _read_value(value) == value else json.dumps(value)}"
+
+
 def nearest_name(wrong: str, names: Iterable[str]) -> str:
     """Returns the valid name most like a wrong one.
 

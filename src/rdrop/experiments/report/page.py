@@ -232,8 +232,14 @@ def glossary() -> Markup:
             "Test scored the chosen checkpoint, or the mean of the last ones, once."
         ),
         "Task loss": "The loss of plain training, without the divergence: the same quantity for every arm.",
-        "Divergence": "How far the passes over one example disagree, per position, before it is weighted with alpha.",
-        "Twice the batch": "Plain training that spends the compute of R-Drop's second pass on twice the examples.",
+        "Divergence": (
+            "How far the passes over one example disagree, per position, before it is weighted with alpha. With "
+            "unlabeled examples: their mean and that of the labeled ones, added."
+        ),
+        "Twice the batch": (
+            "Plain training that spends the compute of R-Drop's second pass on twice the examples. R-Drop at every "
+            "second or fifth update costs less than that."
+        ),
     }
     pairs = [joined((element("dt", term), element("dd", meaning))) for term, meaning in terms.items()]
     return element("section", element("h3", "How to read this page"), element("dl", *pairs, class_="terms"))

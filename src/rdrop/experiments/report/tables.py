@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
+from rdrop.experiments.comparison.contest import Contest
 from rdrop.experiments.comparison.examples import ChangedExample, changed_examples, example_difference
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
@@ -101,7 +102,7 @@ def seeds(comparison: Comparison) -> Markup | None:
     rows = [
         _row(
             f"{contest.arm.label} against {contest.reference.phrase}",
-            *(style.difference(difference_shown(spread, count, contest.tests)).lstrip("+") for count in counts),
+            *(style.difference(_shown_by(contest, spread, count)).lstrip("+") for count in counts),
         )
         for contest, spread in spreads
     ]
@@ -115,6 +116,11 @@ def seeds(comparison: Comparison) -> Markup | None:
             f"{NOT_KNOWN}: so few can show none."
         ),
     )
+
+
+def _shown_by(contest: Contest, spread: float, seeds: int) -> float | None:
+    is_later = seeds > len(contest.difference.seeds)
+    return difference_shown(spread, seeds, contest.tests_of_later if is_later else contest.tests)
 
 
 def notes(comparison: Comparison) -> Markup | None:

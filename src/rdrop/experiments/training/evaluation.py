@@ -22,7 +22,7 @@ from rdrop.experiments.training import checkpoints
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.stored_state import damaged_state_named
 
-NOTES_ON_TRAINING = ("started from", "alpha", "has begun", "diverged")
+NOTES_ON_TRAINING = ("started from", "epochs", "alpha", "has begun", "diverged")
 """Those that a new score leaves true; the task writes the others again."""
 SCORING_KEYS = (
     "data.folder",

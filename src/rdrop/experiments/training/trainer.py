@@ -306,17 +306,18 @@ class _Training:
         self.labels_since_score = self.labels_since_score + positions[1]
         num_items = positions.clamp(min=1)
         terms = torch.zeros(3, device=accelerator.device)
-        for index, part in enumerate(microbatches):
-            self.stop.poll()
-            seed_all(recipe.seed, "step", step, index, accelerator.process_index)
-            # Of a sharded model only shards of the gradient are kept, so each microbatch adds to those.
-            adds_up_now = self.is_sharded or index == len(microbatches) - 1
-            with nullcontext() if adds_up_now else accelerator.no_sync(self.parallel_model):
-                loss = self.loss(part, step, num_items[int(part.is_labeled)])
-                self.cost.sample_memory()
-                # DDP averages the gradients of the processes; the loss is their sum.
-                (loss.loss * accelerator.num_processes).backward()
-            terms += torch.stack(loss).detach()
+        with _buffers_of_whole_updates(self.model, len(microbatches)):
+            for index, part in enumerate(microbatches):
+                self.stop.poll()
+                seed_all(recipe.seed, "step", step, index, accelerator.process_index)
+                # Of a sharded model only shards of the gradient are kept, so each microbatch adds to those.
+                adds_up_now = self.is_sharded or index == len(microbatches) - 1
+                with nullcontext() if adds_up_now else accelerator.no_sync(self.parallel_model):
+                    loss = self.loss(part, step, num_items[int(part.is_labeled)])
+                    self.cost.sample_memory()
+                    # DDP averages the gradients of the processes; the loss is their sum.
+                    (loss.loss * accelerator.num_processes).backward()
+                terms += torch.stack(loss).detach()
         return self.sum_over_processes(terms)
 
     def microbatches(self, step: int) -> list[Microbatch]:
@@ -445,7 +446,8 @@ class _Training:
             return {}
         if found[-1] is not None:
             return {"has begun": f"no: {found[-1]}"}
-        begun = next(row["step"] for row in self.valid_rows() if has_begun(row))
+        last = max(place for place, complaint in enumerate(found) if complaint is not None)
+        begun = self.valid_rows()[last + 2]["step"]  # of the first score there is no complaint
         return {"has begun": f"late, by the score after {begun} of {self.state.step} updates"}
 
     def complaints(self) -> list[str | None]:
@@ -546,11 +548,11 @@ class _Training:
             return {}
         scored = state.averaged_steps[-1] if state.averaged_steps else state.best_step or state.step
         in_scored = method.alpha_at(scored - 1, recipe.total_updates)
-        if state.step < recipe.total_updates:
+        if in_scored < method.alpha / 2:
+            reached, why = in_scored, f"the weights that are scored are of update {scored} of {recipe.updates}"
+        elif state.step < recipe.total_updates:
             reached = method.alpha_at(state.step - 1, recipe.total_updates)
             why = f"training ended after {state.step} of {recipe.updates} updates"
-        elif in_scored < method.alpha / 2:
-            reached, why = in_scored, f"the weights that are scored are of update {scored} of {recipe.updates}"
         else:
             return {}
         return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {why}"}
@@ -716,6 +718,18 @@ def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> N
         if path.name == recipe.digest():  # a run's folder has the name of its recipe
             raise ResultsError(f"{path / RECIPE}: {what}. {remedy(path / RECIPE)}")
         raise TrainingError(f"{what}. Choose another folder.")
+
+
+@contextmanager
+def _buffers_of_whole_updates(model: nn.Module, parts: int) -> Iterator[None]:
+    """Puts the buffers back where a stop comes between the parts of an update: batch norm changes its own in each."""
+    before = [buffer.clone() for buffer in model.buffers()] if parts > 1 else []
+    try:
+        yield
+    except StopRequestedError:
+        for value, buffer in zip(before, model.buffers(), strict=False):
+            buffer.copy_(value)
+        raise
 
 
 @contextmanager
