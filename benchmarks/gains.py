@@ -22,6 +22,10 @@ LOOKS = ((OURS, "solid", "o"), (OTHERS, "dashed", "o"), (INK, "none", "s"))
 """Color, line and marker for each baseline."""
 
 
+FRAME = (-3.0, 4.0)
+"""BLEU. The intervals of 2,000 pairs, where two runs hardly began, reach beyond; the page says how far."""
+
+
 class Gain(NamedTuple):
     """By how much R-Drop's mean test score is above that of one baseline, and the 95 % interval of that."""
 
@@ -66,6 +70,7 @@ def draw(found: Mapping[str, Comparison]) -> str:
                 capsize=3,
                 label=f"R-Drop minus {label}",
             )
+        axes.set_ylim(*FRAME)
         axes.set_xscale("log")
         axes.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)])
         axes.set_xticks([], minor=True)

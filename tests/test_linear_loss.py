@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import rdrop
-from rdrop import LossTerms, kernels, linear_rdrop_loss, rdrop_loss
+from rdrop import LossTerms, bernoulli_kl, binary_cross_entropy, kernels, linear_rdrop_loss, rdrop_loss
 from rdrop import linear_loss as linear
 from rdrop.kernels import cpu
 from rdrop.kernels.constants import assume_constant_result
@@ -606,3 +606,40 @@ def test_where_values_are_not_read_a_loss_that_is_not_finite_makes_the_gradients
     assert p.hidden.grad[[3, 8]].isnan().all()
     assert p.weight.grad.isnan().all()
     assert p.bias.grad.isnan().all()
+
+
+def test_labels_of_a_byte_and_of_eight_bits_are_what_they_are_in_sixty_four():
+    """-100 is 156 in uint8, and 200 classes are more than int8 counts."""
+    hidden, weight = torch.randn(8, 3), torch.randn(200, 3)
+    for labels in (torch.tensor([156, 1, 2, 156], dtype=torch.uint8), torch.tensor([1, 2, 3, -100], dtype=torch.int8)):
+        found = linear_rdrop_loss(hidden, weight, labels, alpha=1.0)
+        expected = linear_rdrop_loss(hidden, weight, labels.long(), alpha=1.0)
+        assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_class_weights_of_a_linear_loss_in_half_precision_are_added_up_in_single():
+    hidden, weight, labels = torch.randn(4000, 3), torch.randn(3, 3), torch.arange(2000) % 3
+    class_weight = torch.tensor([1.0, 30.0, 200.0])
+    found = linear_rdrop_loss(hidden, weight, labels, alpha=1.0, class_weight=class_weight.half())
+    expected = linear_rdrop_loss(hidden, weight, labels, alpha=1.0, class_weight=class_weight)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_the_remedies_of_a_linear_loss_name_a_call_that_works():
+    hidden, weight = torch.randn(8, 3), torch.randn(1, 3)
+    how = "use rdrop_loss(F.linear(hidden, weight, bias), labels, ...) with task_loss="
+    with pytest.raises(ValueError, match=re.escape(f"For yes or no {how}binary_cross_entropy")):
+        linear_rdrop_loss(hidden, weight, torch.zeros(4, dtype=torch.long), alpha=1.0)
+    labels = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    options = {"task_loss": binary_cross_entropy, "divergence": bernoulli_kl}
+    assert rdrop_loss(F.linear(hidden, weight, None), labels, alpha=1.0, **options).loss > 0
+    with pytest.raises(ValueError, match=re.escape(f"for numbers {how}squared_error")):
+        linear_rdrop_loss(hidden, torch.randn(4, 3), torch.zeros(4), alpha=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch itself
+def test_a_forward_mode_derivative_of_a_linear_loss_is_refused():
+    weight, labels = torch.randn(5, 3), torch.arange(4)
+    hidden = torch.randn(8, 3)
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda hidden: linear_rdrop_loss(hidden, weight, labels, alpha=1.0).loss, (hidden,), (hidden,))

@@ -896,3 +896,51 @@ def test_logits_of_a_convolution_whose_classes_come_first_are_refused_where_all_
             rdrop_loss(first, labels, alpha=1.0)
     loss = rdrop_loss(logits.movedim(1, -1), labels, alpha=1.0).loss
     assert torch.isclose(loss, torch.nn.functional.cross_entropy(logits, torch.cat([labels, labels])))
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_weights_in_half_precision_are_added_up_in_single(dtype):
+    """The sum of 2,000 weights is beyond float16, and of many more beyond what bfloat16 counts exactly."""
+    logits, labels = random_logits(4000, 3, dtype=torch.float32), torch.arange(2000) % 3
+    weight = torch.tensor([1.0, 30.0, 200.0])
+    expected = rdrop_loss(logits, labels, alpha=1.0, weight=weight)
+    found = rdrop_loss(logits, labels, alpha=1.0, weight=weight.to(dtype))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_torch_default_dtype_does_not_reach_the_loss():
+    logits, labels = random_logits(8, 5, dtype=torch.float32), torch.arange(4)
+    expected = rdrop_loss(logits, labels, alpha=1.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        overwritten = rdrop_loss(logits.clone().requires_grad_().mul(1.0), labels, alpha=1.0, overwrite_logits=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(torch.stack(overwritten).detach(), torch.stack(expected), rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ forward mode
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch itself
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_forward_mode_derivative_is_refused_and_never_zero(implementation):
+    logits, labels = random_logits(8, 5, dtype=torch.float32), torch.arange(4)
+
+    def loss(logits: Tensor) -> Tensor:
+        return rdrop_loss(logits, labels, alpha=1.0, implementation=implementation).loss
+
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(loss, (logits,), (logits,))
+    with pytest.raises(NotImplementedError, match="take the gradient by backward"):
+        torch.func.jacfwd(loss)(logits)
+
+
+def test_check_logits_takes_the_numbers_of_a_regression():
+    check_logits(random_logits(8, 1), torch.tensor([3, 7, 1, 9]))
+    check_logits(random_logits(8), torch.tensor([3.0, 7.0, 1.0, 9.0]))
+    with pytest.raises(ValueError, match="logit at example 1, class 0 is NaN"):
+        check_logits(torch.tensor([0.0, torch.nan, 0.0, 0.0]), torch.tensor([3.0, 7.0]))

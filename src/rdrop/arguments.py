@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .terms import (
     OF_SOFTMAXES,
     SUM_TOLERANCE,
     Divergence,
     TaskLoss,
+    at_least_float32,
     binary_cross_entropy,
     cross_entropy,
     squared_error,
@@ -47,6 +49,18 @@ def check_options(label_smoothing: float, reduction: Reduction, num_items: int |
         raise ValueError(f"num_items divides the mean: it needs reduction='mean', not {reduction!r}")
 
 
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuses a tensor with a forward-mode tangent (`torch.func.jvp`, `jacfwd`), which would come out as 0."""
+    if torch.compiler.is_compiling():
+        return
+    unpack: Any = forward_ad.unpack_dual
+    if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "the R-Drop loss has no forward-mode derivative (torch.func.jvp, jacfwd): take the gradient by backward, "
+            "or write the formula of rdrop_loss's docstring in plain PyTorch"
+        )
+
+
 def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
     """Returns m of the argument `name`, `(m*N, ...)`, and labels `(N, ...)`; `call` shows how both are made."""
     shapes = f"{name} {tuple(rows.shape)} and labels {tuple(labels.shape)}"
@@ -64,12 +78,18 @@ def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
     return passes
 
 
-def check_classes(task_loss: TaskLoss | None, divergence: Divergence, name: str, given: Tensor, classes: int) -> None:
+PASS = "pass"
+"""How an error says to take another loss, in a function that takes `task_loss` and `divergence`."""
+
+
+def check_classes(
+    task_loss: TaskLoss | None, divergence: Divergence, name: str, given: Tensor, classes: int, how: str = PASS
+) -> None:
     """Refuses a softmax over fewer than two classes; `name` and `given` are the argument that has them."""
     if classes < 2 and (task_loss is cross_entropy or divergence in OF_SOFTMAXES):
         raise ValueError(
             f"{name} {tuple(given.shape)} for {classes} class{'es' * (classes != 1)}: a softmax needs two, since that "
-            "of one is always 1 and its loss 0 for ever. For yes or no pass task_loss=binary_cross_entropy, "
+            f"of one is always 1 and its loss 0 for ever. For yes or no {how} task_loss=binary_cross_entropy, "
             "divergence=bernoulli_kl; for numbers task_loss=squared_error, divergence=squared_difference"
         )
 
@@ -118,10 +138,10 @@ def check_finite_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} of class {wrong} (={weight[wrong].item()}) must be a finite number")
 
 
-def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
+def check_class_labels(labels: Tensor, valid: Tensor, classes: int, how: str = PASS) -> None:
     if labels.is_floating_point():
         raise ValueError(
-            f"labels {tuple(labels.shape)} of {labels.dtype} cannot be class indices; for numbers pass "
+            f"labels {tuple(labels.shape)} of {labels.dtype} cannot be class indices; for numbers {how} "
             "task_loss=squared_error, divergence=squared_difference"
         )
     if values_may_be_read(labels):
@@ -134,9 +154,9 @@ def check_class_labels(labels: Tensor, valid: Tensor, classes: int) -> None:
             _refuse(outside, labels, valid.dim(), rule)
 
 
-def check_probabilities(labels: Tensor, *, read: bool) -> None:
+def check_probabilities(labels: Tensor, *, read: bool, how: str = PASS) -> None:
     """Refuses labels `(N, ..., V)` that are no floating tensor and, where they are to be `read`, no distributions."""
-    instead = "for zeros and ones pass task_loss=binary_cross_entropy, divergence=bernoulli_kl"
+    instead = f"for zeros and ones {how} task_loss=binary_cross_entropy, divergence=bernoulli_kl"
     if not labels.is_floating_point():
         raise ValueError(
             f"labels {tuple(labels.shape)} of {labels.dtype} have as many dimensions as the logits: class indices "
@@ -207,7 +227,8 @@ def divisors(
     count = valid.sum()
     if weight is None:
         return count, count
-    return weight[labels.masked_fill(~valid, 0)].masked_fill(~valid, 0.0).sum(), count
+    of_labels = at_least_float32(weight)[labels.masked_fill(~valid, 0)]
+    return of_labels.masked_fill(~valid, 0.0).sum(), count
 
 
 def divide(total: Tensor, count: int | Tensor) -> Tensor:

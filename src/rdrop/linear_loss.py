@@ -32,6 +32,7 @@ from .arguments import (
     not_finite,
     number_of_passes,
     place,
+    refuse_forward_mode,
     values_may_be_read,
 )
 from .kernels import operators, reference
@@ -49,6 +50,7 @@ ACCELERATOR_CHUNK_BYTES = 256 << 20
 _CLASSES_AT_ONCE = 8192
 """Of the weight gradient, where its products must be widened before they are added up."""
 
+_ANOTHER_LOSS = "use rdrop_loss(F.linear(hidden, weight, bias), labels, ...) with"
 _INSTEAD = "use rdrop_loss of F.linear(...) with a divergence written in plain PyTorch"
 
 _WAITS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -127,15 +129,18 @@ def linear_rdrop_loss(
     check_options(label_smoothing, reduction, num_items)
     if chunk_positions is not None and chunk_positions < 1:
         raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
+    refuse_forward_mode(hidden, weight, bias)
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
     indices = labels.dim() < hidden.dim()
+    if indices and not labels.is_floating_point():
+        labels = labels.long()
     places = labels.shape if indices else labels.shape[:-1]
     valid = labels != ignore_index if indices else labels.new_ones(places, dtype=torch.bool)
-    check_classes(cross_entropy, symmetric_kl, "weight", weight, weight.shape[0])
+    check_classes(cross_entropy, symmetric_kl, "weight", weight, weight.shape[0], _ANOTHER_LOSS)
     if indices:
-        check_class_labels(labels, valid, weight.shape[0])
+        check_class_labels(labels, valid, weight.shape[0], _ANOTHER_LOSS)
     else:
-        check_probabilities(labels, read=False)
+        check_probabilities(labels, read=False, how=_ANOTHER_LOSS)
     dtype = _products_dtype(hidden, weight)
     kernel = kernel_for(implementation, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes) or "reference"
 
@@ -158,7 +163,7 @@ def linear_rdrop_loss(
     tasks, divergences = tasks.view(places), divergences.view(places)
     if values_may_be_read(tasks) and not are_finite(tasks, divergences, reduction):
         if not indices:
-            check_probabilities(labels, read=True)
+            check_probabilities(labels, read=True, how=_ANOTHER_LOSS)
         logits_at = partial(
             _checked_logits, rows.view(passes, *places, rows.shape[-1]), weight, bias, labels, indices, dtype
         )

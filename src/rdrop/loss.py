@@ -33,6 +33,7 @@ from .arguments import (
     kernel_for,
     not_finite,
     number_of_passes,
+    refuse_forward_mode,
     values_may_be_read,
 )
 from .terms import (
@@ -103,8 +104,9 @@ def rdrop_loss(
             Numbers and probabilities always count.
         reduction: "mean" over valid positions (with `weight`, the task loss is the weighted mean, as in
             `F.cross_entropy`); "sum"; or "none", terms of shape `(N, ...)` with 0 at ignored positions.
-        num_items: the number of valid positions in the whole update, over accumulation steps and processes. Divides the
-            sum of both terms; needs `reduction="mean"`.
+        num_items: the number of valid positions in the whole update, over its accumulation steps; over several
+            processes whose gradients are averaged (DDP), all their positions divided by the number of processes.
+            Divides the sum of both terms; needs `reduction="mean"`.
         divergence: `symmetric_kl`, `bernoulli_kl`, `squared_difference`, `kl_from_first`, `detached_kl`, or any
             callable from `(m, N, ..., V)` to `(N, ...)`.
         task_loss: `cross_entropy`, `binary_cross_entropy`, `squared_error`, or any callable from `(M, ..., V)` and
@@ -130,6 +132,7 @@ def rdrop_loss(
     """
     alpha = checked_alpha(alpha)
     check_options(label_smoothing, reduction, num_items)
+    refuse_forward_mode(logits, labels, weight)
     of_labels = _with_options(task_loss, label_smoothing, weight)
     if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
         logits, labels = logits[:, None], labels[:, None]
@@ -174,7 +177,7 @@ def rdrop_loss(
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
         elif overwrite_logits and _gradient_wanted(logits):
-            ones = torch.ones(valid.shape, device=logits.device)
+            ones = torch.ones(valid.shape, dtype=torch.float32, device=logits.device)
             scales = divide(ones, task_divisor), alpha / 2 * divide(ones, divisor)
             losses, tasks, divergences = kernels.overwriting_loss(
                 logits, targets, *scales, passes=len(passes), **options
@@ -202,11 +205,13 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_I
     """Raises a ValueError that names the first label or logit that makes the R-Drop loss non-finite, if there is one.
 
     On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device.
-    `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`.
+    `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
     """
+    if logits.dim() == labels.dim() == 1:
+        logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
     indices = labels.dim() == logits.dim() - 1
-    is_class = indices and not labels.is_floating_point()
+    is_class = indices and not labels.is_floating_point() and logits.shape[-1] > 1
     valid = labels != ignore_index if is_class else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
     check_labels(cross_entropy if is_class else squared_error, labels.cpu(), valid.cpu(), logits.shape[-1])
     check_rows(passes, valid, labels.long() if is_class else None)

@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,3 +268,42 @@ def test_the_fabric_example_learns_with_and_without_rdrop(
     scores = re.findall(r"alpha (\d): test accuracy (\d\.\d+)", capsys.readouterr().out)
     assert [alpha for alpha, _ in scores] == ["0", "5"]
     assert min(float(score) for _, score in scores) > 0.7  # chance is 0.1
+
+
+def test_manual_optimization_which_clips_and_steps_by_itself_is_refused() -> None:
+    model = Classifier(RDropCallback(alpha=1.0))
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="the module optimizes by hand"):
+        fitted(model)
+
+
+class SharedStep(Classifier):
+    """Validates by the step that it trains with."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.training_step(batch, batch_idx)
+
+    def val_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 6), LABELS[:4]), 4)
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_a_loss_of_a_validation_is_refused_and_says_what_to_use(sanity_steps: int) -> None:
+    with pytest.raises(ValueError, match="it is for training_step; in validation and test use the plain loss"):
+        fitted(SharedStep(RDropCallback(alpha=1.0)), num_sanity_val_steps=sanity_steps)
+
+
+def unused_dropout(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+    layers = model.layers
+    return model.rdrop.loss(layers[3](layers[1](layers[0](model.rdrop.repeat(images)))), labels)
+
+
+def test_dropout_that_never_acts_is_told_when_training_ends() -> None:
+    with pytest.warns(
+        UserWarning, match=r"the divergence was exactly 0 in all 16 updates.*check_rdrop\(model, batch\)"
+    ):
+        fitted(Classifier(RDropCallback(alpha=1.0), step=unused_dropout), batch_size=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the divergence was exactly 0")
+        fitted(Classifier(RDropCallback(alpha=1.0)), batch_size=4)
+        fitted(Classifier(RDropCallback(alpha=1.0), step=unused_dropout), batch_size=16)  # four updates are too few

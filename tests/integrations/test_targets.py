@@ -55,6 +55,27 @@ def test_counts_are_those_of_the_weighted_mean() -> None:
     torch.testing.assert_close(terms.loss, expected.loss)
 
 
+def test_counts_of_class_weights_in_half_precision_do_not_overflow() -> None:
+    labels, weight = torch.arange(3000) % 3, torch.tensor([1.0, 30.0, 200.0])
+    found = Target(labels, class_weight=weight.half())
+    assert found.count().tolist() == [3000, 231_000]
+    scaled = found.weighed_by(torch.tensor([3000.0, 0.01])).class_weight
+    assert scaled is not None
+    assert scaled.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_few_bits_are_those_of_sixty_four(dtype: torch.dtype) -> None:
+    labels = torch.tensor([156, 1, 2, 156]) if dtype == torch.uint8 else torch.tensor([-100, 1, 2, -100])
+    assert Target(labels.to(dtype)).count().tolist() == Target(labels).count().tolist()
+    assert count_positions(labels.to(dtype)) == count_positions(labels)
+
+
+def test_functional_dropout_under_a_head_of_zeros_is_named_as_a_cause() -> None:
+    with pytest.raises(ValueError, match=r"If it calls F.dropout, a head that starts at zero hides it: use nn.Dropout"):
+        require_randomness(nn.Linear(3, 2), [torch.zeros(4, 2)], 2)
+
+
 def test_from_hidden_states_it_is_the_same_loss() -> None:
     layer, hidden = nn.Linear(4, 3), torch.randn(4, 3, 4)
     target = Target(LABELS, class_weight=WEIGHT)

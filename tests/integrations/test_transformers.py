@@ -1,6 +1,7 @@
 """What a training step of the Trainer with R-Drop computes: gradients, logs, and when it is plain."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -543,6 +544,81 @@ def test_a_subclass_may_add_to_the_loss(folder: str) -> None:
     trained = train(PenaltyTrainer, build(CLASSIFY), CLASSIFY.batches[:1], folder, alpha=1.0)
     without = train(RDropTrainer, build(CLASSIFY), CLASSIFY.batches[:1], folder, alpha=1.0)
     assert logged(trained, "loss")[0] == pytest.approx(logged(without, "loss")[0] + 1.0)
+
+
+class PartTrainer(RDropTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) + self.part_of_update(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "micro_batches", "alpha"), [(1, 3, 1.0), (4, 1, 1.0), (4, 2, 1.0), (4, 1, 0.0)]
+)
+def test_what_a_subclass_adds_is_a_mean_over_the_forwards_of_the_update(
+    accumulation: int, micro_batches: int, alpha: float, folder: str
+) -> None:
+    settings = {"gradient_accumulation_steps": accumulation}
+    options = {"alpha": alpha, "micro_batches": micro_batches}
+    batches = CLASSIFY.batches[:accumulation]
+    trained = train(PartTrainer, build(CLASSIFY), batches, folder, settings, **options)
+    without = train(RDropTrainer, build(CLASSIFY), batches, folder, settings, **options)
+    assert logged(trained, "loss")[0] == pytest.approx(logged(without, "loss")[0] + 1.0)
+
+
+class CountlessTrainer(RDropTrainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class AdversarialTrainer(RDropTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        loss = self.compute_loss(model.train(), self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "message"),
+    [
+        (CountlessTrainer, "compute_loss was called without num_items_in_batch, which an override must hand on"),
+        (AdversarialTrainer, "AdversarialTrainer.training_step does not call RDropMixin.training_step"),
+    ],
+)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_an_override_that_leaves_out_what_the_loss_needs_is_named(
+    trainer_class: Any, message: str, alpha: float, folder: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        train(trainer_class, build(CLASSIFY), CLASSIFY.batches[:1], folder, alpha=alpha)
+
+
+class UnusedDropout(nn.Module):
+    """Has dropout, and a forward that does not call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.layer = nn.Dropout(0.3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layer(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_dropout_that_never_acts_is_told_after_ten_updates(folder: str) -> None:
+    class Classifying(RDropTrainer):
+        def rdrop_targets(self, inputs: Any) -> Any:
+            return [Target(inputs["labels"])]
+
+    batches = [{"x": torch.randn(4, 4), "labels": torch.arange(4) % 3}] * 12
+    for updates, is_told in ((12, True), (8, False)):
+        settings = {"max_steps": updates, "logging_steps": 4}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(Classifying, UnusedDropout(), batches, folder, settings, alpha=1.0)
+        said = [str(warning.message) for warning in caught if "exactly 0" in str(warning.message)]
+        assert len(said) == is_told
+        if is_told:
+            assert said[0].startswith("the divergence was exactly 0 in all 12 updates: the model has dropout")
 
 
 @pytest.mark.parametrize("what", ["no logits", "logits without gradient"])

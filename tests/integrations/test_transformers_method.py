@@ -1,5 +1,6 @@
 """The arguments of R-Drop in the Trainer: the course of alpha, a search over them; losses that a model adds."""
 
+import random
 import re
 import warnings
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_utils import HPSearchBackend
 
 from rdrop.integrations.transformers import RDropTrainer
+from rdrop.integrations.transformers.forward import same_randomness
 
 CLASSIFY = CASES["sequence classification"]
 TAG = CASES["token classification"]
@@ -270,6 +273,16 @@ def test_the_remedy_for_an_auxiliary_loss_does_what_it_says(folder: str) -> None
         assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-6
 
 
+@pytest.mark.parametrize("alpha", [ALPHA, 0.0])
+def test_an_auxiliary_loss_that_the_model_does_not_add_is_refused(alpha: float, folder: str) -> None:
+    class Mistaken(RDropTrainer):
+        def auxiliary_loss(self, outputs: Any) -> Tensor:
+            return penalty(outputs)
+
+    with pytest.raises(ValueError, match="LlamaForCausalLM reports a loss of"):
+        train(Mistaken, build(LLAMA), LLAMA.batches[:1], folder, alpha=alpha, fused=False)
+
+
 # ---------------------------------------------------------------------------------------------- what it warns of
 
 
@@ -345,3 +358,17 @@ def test_the_model_card_states_the_settings_of_r_drop(folder: str) -> None:
 
 def test_the_model_card_of_plain_training_says_nothing_of_r_drop(folder: str) -> None:
     assert "R-Drop" not in card_of(folder, alpha=0.0)
+
+
+def test_looking_at_a_model_leaves_every_generator_as_it_was() -> None:
+    """SpecAugment draws from numpy, so a look that consumed its numbers would change what training sees."""
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with same_randomness():
+        inside = drawn()
+    assert drawn() == inside

@@ -89,6 +89,19 @@ EVERY_WAY = [
 ]
 
 
+class OwnStep(FiniteUpdates, Trainer):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = self.compute_loss(model.train(), self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_training_step_whose_loss_nobody_sees_is_refused(folder: str) -> None:
+    trainer, _ = prepared(poison_loss, {1}, folder, trainer_class=OwnStep)
+    with pytest.raises(TypeError, match=r"OwnStep.training_step does not call FiniteUpdates.training_step"):
+        trainer.train()
+
+
 @LEFT_OUT
 @pytest.mark.parametrize(("poison", "alpha", "settings"), EVERY_WAY)
 def test_an_update_that_is_not_finite_is_left_out(

@@ -23,7 +23,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     lists, sets or dicts.
     """
     with ExitStack() as stack:
-        for restore in (*_random_states(), *_attributes(model), *_tensors(model)):
+        for restore in (*random_states(), *_attributes(model), *_tensors(model)):
             stack.callback(restore)
         yield
 
@@ -131,7 +131,8 @@ def _with_gradient(output: Any) -> Any:
     return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else output
 
 
-def _random_states() -> Iterator[Callable[[], object]]:
+def random_states() -> Iterator[Callable[[], object]]:
+    """Yields for each generator of random numbers in use what puts it back as it is now."""
     python_state, cpu_state = random.getstate(), torch.get_rng_state()
     yield lambda: random.setstate(python_state)
     yield lambda: torch.set_rng_state(cpu_state)

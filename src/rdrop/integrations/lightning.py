@@ -17,7 +17,9 @@ from torch import Tensor
 from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import checked_alpha
 from rdrop.integrations.requirements import (
+    ENOUGH_UPDATES,
     require_randomness,
+    warn_of_no_divergence,
     warn_where_alpha_stopped,
     why_gradient_is_wrong,
 )
@@ -25,6 +27,7 @@ from rdrop.integrations.targets import Target
 from rdrop.passes import repeat_batch
 
 MEANT = "rdrop_loss itself, with its mean over each batch"
+_IN_TRAINING_ONLY = "it is for training_step; in validation and test use the plain loss of one pass, F.cross_entropy"
 
 
 class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
@@ -55,8 +58,8 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
 
     Raises:
         ValueError: as training begins, where the result would be wrong: nothing random in the module, gradient
-            checkpointing that draws other masks, a strategy other than one device and DDP, several optimizers, an alpha
-            that rises over a number of updates that is not known.
+            checkpointing that draws other masks, a strategy other than one device and DDP, several optimizers, manual
+            optimization, an alpha that rises over a number of updates that is not known.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         self._trainer: L.Trainer | None = None
         self._sums = torch.zeros(3)
         self._called = self._random = False
-        self._updates = 0
+        self._updates = self._regularized = 0
+        self._divergence: Tensor = torch.zeros(())  # added up over the updates, read when they have ended
 
     def repeat(self, batch: Any) -> Any:
         """Returns `repeat_batch(batch, passes)`; with alpha 0 the batch as it is."""
@@ -91,8 +95,11 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         if self._trainer is None:
             raise ValueError(
                 "this RDropCallback is not one of the Trainer's, so nobody divides the gradient: return it from "
-                "configure_callbacks of the module, or pass it to Trainer(callbacks=[...])"
+                "configure_callbacks of the module, or pass it to Trainer(callbacks=[...]). If it is one, loss was "
+                f"called before training began, as in the sanity check: {_IN_TRAINING_ONLY}"
             )
+        if not self._trainer.training:
+            raise ValueError(f"loss of RDropCallback was called outside of training: {_IN_TRAINING_ONLY}")
         if self._called:
             raise ValueError(
                 "a second loss for the same batch: the labels of the update would be counted twice. Call loss once in "
@@ -145,6 +152,11 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
                 f"the module has {len(trainer.optimizers)} optimizers, and which labels an update of each has learned "
                 f"from is not known: use one, or {MEANT}"
             )
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "the module optimizes by hand (automatic_optimization=False), so it clips, scales and steps before "
+                f"this callback can divide the gradient: use {MEANT}, or with num_items"
+            )
         if self.alpha > 0 and (wrong := why_gradient_is_wrong(pl_module)):
             raise ValueError(wrong)
         if self.alpha > 0 and self.alpha_schedule != "constant":
@@ -153,6 +165,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         self._trainer, self._random = trainer, False
         self._alpha_of_update()
         self._sums = torch.zeros(3)
+        self._regularized, self._divergence = 0, torch.zeros((), device=pl_module.device)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -163,6 +176,8 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called by Lightning."""
         self._trainer = None
+        if self.alpha > 0 and self._regularized >= ENOUGH_UPDATES and not self._divergence:
+            warn_of_no_divergence(self._regularized)
         warn_where_alpha_stopped(trainer.global_step, self._updates, self.alpha, self.alpha_schedule)
 
     def on_before_optimizer_step(
@@ -184,5 +199,6 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         self._sums = torch.zeros_like(sums)
         pl_module.log("task_loss", task_loss / count)
         if self.alpha > 0:
+            self._regularized, self._divergence = self._regularized + 1, self._divergence + divergence.abs()
             pl_module.log("divergence", divergence / count)
             pl_module.log("alpha", self._alpha_of_update())

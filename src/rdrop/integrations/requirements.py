@@ -46,6 +46,19 @@ def warn_where_alpha_stopped(ended: int, planned: int, alpha: float, schedule: A
         )
 
 
+ENOUGH_UPDATES = 10
+"""Updates after which a divergence of exactly 0 is no mere beginning, as with LoRA, whose own update starts at 0."""
+
+
+def warn_of_no_divergence(updates: int) -> None:
+    """Warns that all passes of so many updates agreed to the bit, although the model has dropout."""
+    warnings.warn(
+        f"the divergence was exactly 0 in all {updates} updates: the model has dropout, which never made its passes "
+        "differ, so R-Drop does nothing. print(check_rdrop(model, batch)) says why",
+        stacklevel=3,
+    )
+
+
 def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int) -> None:
     """Raises a ValueError if nothing is random in the model, by its modules or by the `outputs` of a repeated batch.
 
@@ -63,9 +76,10 @@ def require_randomness(model: nn.Module, outputs: Sequence[Tensor], passes: int)
         return
     if all(agree(split_passes(output.detach(), passes)) for output in outputs):
         off = ", ".join(str(source) for source in sources[:4]) or "no known dropout"
+        unseen = "" if sources else ". If it calls F.dropout, a head that starts at zero hides it: use nn.Dropout"
         raise ValueError(
             f"nothing is random in {type(model).__name__} while it trains ({off}), so all passes agree and R-Drop does "
-            f"nothing. {rates_remedy(model)} Or train with alpha=0"
+            f"nothing. {rates_remedy(model)} Or train with alpha=0{unseen}"
         )
 
 

@@ -60,6 +60,10 @@ class Target:
     transform: Callable[[Tensor], Tensor] | None = None
     task_divisor: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not self.labels.is_floating_point():  # -100 is 156 in uint8
+            object.__setattr__(self, "labels", self.labels.long())
+
     def count(self) -> Tensor:
         """Returns the positions that count, and the sum of their class weights: `(2,)`, what divides the two terms.
 
@@ -70,7 +74,7 @@ class Target:
             weights = self.task_divisor
         elif self.class_weight is not None and not self.labels.is_floating_point():
             ignored = self.labels == IGNORE_INDEX
-            per_label = self.class_weight.to(ignored.device)[self.labels.masked_fill(ignored, 0)]
+            per_label = at_least_float32(self.class_weight.to(ignored.device))[self.labels.masked_fill(ignored, 0)]
             weights = per_label.masked_fill(ignored, 0.0).sum()
         return torch.stack([positions.float(), weights.float()])
 
@@ -86,7 +90,7 @@ class Target:
             return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / weights)
         if self.class_weight is None:
             return self
-        return replace(self, class_weight=self.class_weight.to(count.device) * positions / weights)
+        return replace(self, class_weight=at_least_float32(self.class_weight.to(count.device)) * positions / weights)
 
     def logits(self, outputs: Any) -> Tensor:
         """Returns this target's logits of a model's output; `ValueError` where R-Drop could not act on them."""
@@ -174,7 +178,7 @@ def count_positions(labels: Tensor) -> Tensor:
     """Returns how many positions have something to learn: those without label -100; of numbers `(N, ..., K)` all."""
     if labels.is_floating_point():
         return torch.tensor(len(labels) if labels.dim() == 1 else labels.shape[:-1].numel(), device=labels.device)
-    return (labels != IGNORE_INDEX).sum()
+    return (labels.long() != IGNORE_INDEX).sum()
 
 
 def ctc_target(

@@ -536,6 +536,13 @@ def test_several_contests_say_that_p_is_corrected_and_one_does_not(tmp_path):
     assert remark(tmp_path, "p is corrected").startswith("p is corrected for 2 comparisons by Holm's method")
 
 
+def test_a_verdict_without_any_p_says_nothing_of_its_correction(tmp_path):
+    for alpha, batch in ((0.0, 32), (1.0, 32), (0.0, 64)):
+        write_run(tmp_path, 0.7 + alpha / 100, alpha=alpha, batch_size=batch)
+    assert only(tmp_path).verdict().startswith("One seed shows nothing")
+    assert remark(tmp_path, "p is corrected") is None
+
+
 def test_seeds_that_were_added_after_a_look_are_said_and_corrected_for(tmp_path):
     write_seeds(tmp_path, 6)
     first = only(tmp_path).look()

@@ -23,7 +23,13 @@ from rdrop.experiments.comparison.examples import (
 )
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder.predictions import FILE, Predictions, write_predictions
+from rdrop.experiments.run_folder.predictions import (
+    FILE,
+    Predictions,
+    number_predictions,
+    read_predictions,
+    write_predictions,
+)
 from rdrop.experiments.tasks.translation.scores import BleuScorer
 
 DRAW = np.random.default_rng(0)
@@ -186,10 +192,27 @@ def test_without_kept_predictions_nothing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("score", [0.5, 10**400, float("nan")])
 def test_predictions_of_another_score_are_not_used(score: float, tmp_path: Path) -> None:
-    """`rdrop evaluate` scores other examples with the same folder, and its scores are not those of what is kept."""
     other = run(tmp_path, 0, of_classes([0, 1], [0, 1]))
     other.result["test"]["accuracy"] = score
-    assert not kept_examples([other], "accuracy").has(other)
+    kept = kept_examples([other], "accuracy")
+    assert not kept.has(other)
+    is_score = score == 0.5
+    said = f"{other.path}: they do not give the test accuracy of its result"
+    assert kept.problems == ((said,) if is_score else ())
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(2019.0, 0.01), (200_000.0, 0.5)])
+def test_numbers_that_differ_by_little_of_their_size_keep_their_correlation(
+    mean: float, spread: float, tmp_path: Path
+) -> None:
+    labels, predicted = (np.float32(mean + spread * DRAW.standard_normal(100)) for _ in range(2))
+    rows = number_predictions([f"pair {n}" for n in range(100)], labels, predicted)
+    expected = float(np.corrcoef(labels.astype(np.float64), predicted.astype(np.float64))[0, 1])
+    kept = [run(tmp_path / name, 0, rows, "pearson") for name in "ab"]
+    assert kept[0].result["test"]["pearson"] == pytest.approx(expected, abs=1e-6)
+    write_predictions(tmp_path, rows)
+    assert read_predictions(tmp_path) == rows
+    assert kept_examples(kept, "pearson").problems == ()
 
 
 def test_runs_with_other_test_examples_are_left_out_and_named(tmp_path: Path) -> None:

@@ -179,6 +179,23 @@ def test_the_hint_of_a_shorter_baseline_keeps_the_arms_that_a_recipe_brings() ->
     assert all(again[label] == of for label, of in planned.items())
 
 
+def test_a_baseline_that_learned_nothing_is_not_advised_to_be_shorter() -> None:
+    constant = {"accuracy": 0.8}
+    learned, failed = (
+        [
+            replace(own, result=own.result | {"metric": "accuracy", "constant": constant, "test": {"accuracy": score}})
+            for own in runs
+        ]
+        for score, runs in ((0.9, two_runs()), (0.8, two_runs()))
+    )
+    assert best_early(arm(0.0, *learned), []) is not None
+    assert best_early(arm(0.0, *failed), []) is None
+
+
+def two_runs() -> list[FinishedRun]:
+    return [with_best(run(0.0, seed), 10, updates=100) for seed in (0, 1)]
+
+
 def test_weights_that_are_a_mean_of_the_last_are_of_the_end() -> None:
     runs = [with_best(run(0.0, seed), 10, updates=100) for seed in (0, 1)]
     averaged = [replace(own, result=own.result | {"averaged_steps": [40, 60, 80, 100]}) for own in runs]

@@ -109,6 +109,20 @@ def test_a_setting_is_known_by_what_was_typed(
     ]  # fmt: skip
 
 
+def test_progress_shows_the_score_that_chooses_and_ties_are_said(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "valid_score", lambda recipe: 0.75)
+    command = ["tune", "digits-vit", "alpha=1,2,3", "--tune-seeds", "1", "--seeds", "2", "--runs", str(tmp_path)]
+    assert cli.run(command) == 0
+    out, progress = capsys.readouterr()
+    of_search = [line for line in progress.splitlines() if "seed 1000" in line]
+    assert len(of_search) == 4
+    assert all("valid accuracy 75.0 %" in line and "test" not in line for line in of_search)
+    assert all("test accuracy 25.0 %" in line for line in progress.splitlines() if "seed 0" in line)
+    assert "Chosen: R-Drop, alpha 1 (the first of 3 with this score); plain training." in " ".join(out.split())
+
+
 def test_the_report_compares_the_two_sides_as_the_search_does(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

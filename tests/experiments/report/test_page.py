@@ -463,7 +463,8 @@ def test_notes_on_the_scores_stand_below_them_once_where_all_runs_agree(tmp_path
         notes = {"decoded by": "ctranslate2 4" if seed else "transformers 5", "train pairs": "read 30, used 26"}
         write_run(tmp_path, 0.7, seed=seed, notes=notes)
     below = page_of(tmp_path).visible.split("Notes on the scores:")[1].split("Figures")[0]
-    assert "decoded by transformers 5 (1 run), ctranslate2 4 (2 runs)" in below
+    assert "decoded by: transformers 5 [baseline, seed 0]" in below
+    assert "decoded by: ctranslate2 4 [baseline, seeds 1 and 2]" in below
     assert below.count("read 30, used 26") == 1
 
 

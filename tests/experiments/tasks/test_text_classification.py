@@ -119,7 +119,11 @@ CORRUPTIONS = {
     "a lost line": (lambda lines: [*lines[:99], *lines[100:]], "", "has 2489 examples and must have 2490"),
     "an unknown label": (lambda lines: replaced(lines, 7, "not_entailment", "no"), ":8", "the label 'no' is not among"),
     "a tab too many": (lambda lines: replaced(lines, 7, "\t", "\t\t"), ":8", "has 7 fields and the header 4"),
-    "an empty sentence": (lambda lines: replaced(lines, 7, lines[7].split("\t")[2], " "), ":8", "the text is empty"),
+    "an empty sentence": (
+        lambda lines: replaced(lines, 7, lines[7].split("\t")[2], " "),
+        ":8",
+        "the (second )?text is empty",
+    ),
     "no header": (lambda lines: lines[1:], ":1", "has no column 'sentence1'"),
 }
 
@@ -287,6 +291,18 @@ def test_labels_are_what_the_training_file_has(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"from 1700000000001 to 1700000000020, which .*; subtract 1700000000001 from"):
         splits(OWN, train=close, regression=True)
     splits(OWN, train=varied, regression=True)  # the remedy
+    twice = write(tmp_path / "twice.csv", "text,label", *(f"x{n},{n % 3}.5" for n in range(40)), "y,1.50")
+    with pytest.raises(DataError, match=r"the label '1.50' is another spelling .* set data\.regression=true"):
+        splits(OWN, train=twice)
+    splits(OWN, train=twice, regression=True)  # the remedy
+
+
+def test_an_empty_second_text_is_told_from_an_empty_text(tmp_path: Path) -> None:
+    rows = [f"x{n},y{n},{'ab'[n % 2]}" for n in range(20)]
+    path = write(tmp_path / "pairs.csv", "text,text2,label", *rows, "x,,a")
+    with pytest.raises(DataError, match=r"pairs\.csv:22: the second text is empty; delete the example or, to read"):
+        splits(OWN, train=path)
+    splits(OWN, train=path, text2_column=None)  # the remedy
 
 
 MISSING = ("", " ", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "<NA>", "\u200b")

@@ -25,8 +25,8 @@ def rows(*found: tuple[int, float, float], sign: str = "source_use") -> list[dic
 def test_a_run_without_any_use_of_its_source_whose_loss_falls_is_told_to_lower_the_learning_rate() -> None:
     (said,) = complaints(rows((300, 0.0, 5.0), (400, 0.0002, 4.0)), LONG)
     assert said == (
-        "the model does not use its sources after 400 updates: with those of other examples the valid loss is +0.000 "
-        "nats; it has collapsed though the valid loss falls: lower learning_rate (=0.05) or raise warmup_updates (=100)"
+        "the model does not use its sources after 400 updates: with those of other examples the valid loss is the "
+        "same; it has collapsed though the valid loss falls: lower learning_rate (=0.05) or raise warmup_updates (=100)"
     )
 
 

@@ -92,7 +92,11 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
         except ResultsError as error:
             problems.append(str(error))
             continue
-        if predictions is None or not _gives(predictions, metric, run.result["test"].get(metric)):
+        score = run.result["test"].get(metric)
+        if predictions is None or score_of(predictions, metric) is None or not is_finite_number(score):
+            continue
+        if not _gives(predictions, metric, score):
+            problems.append(f"{run.path}: they do not give the test {metric} of its result")
             continue
         own = _what_is_asked(predictions)
         if expected is None:
@@ -104,12 +108,10 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
     return KeptExamples(metric, of_run, tuple(problems))
 
 
-def _gives(predictions: Predictions, metric: str, score: Any) -> bool:
+def _gives(predictions: Predictions, metric: str, score: float) -> bool:
     """Whether the score of the result is that of these predictions."""
     found = score_of(predictions, metric)
-    if found is None or not is_finite_number(score):
-        return False
-    return bool(np.isclose(found.value(), score, rtol=1e-4, atol=1e-6))
+    return found is not None and bool(np.isclose(found.value(), score, rtol=1e-4, atol=1e-6))
 
 
 def _what_is_asked(predictions: Predictions) -> list[Any]:
@@ -127,7 +129,8 @@ def score_of(predictions: Predictions, metric: str) -> Score | None:
         case "classes":
             return _score_of_classes(predictions, metric)
         case "numbers" if metric == "pearson":
-            predicted, labels = _column(predictions, "predicted"), _column(predictions, "label")
+            columns = (_column(predictions, key) for key in ("predicted", "label"))
+            predicted, labels = (column - column.mean() for column in columns)  # a large mean would cost their digits
             products = (predicted * labels, predicted**2, labels**2)
             return Score(np.stack([np.ones_like(labels), predicted, labels, *products], axis=1), _pearson)
         case "texts":

@@ -12,6 +12,7 @@ from typing import Any
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
+from rdrop.experiments.comparison.learning import has_learned
 from rdrop.experiments.comparison.wording import counted, words
 from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import typed
@@ -86,7 +87,8 @@ def _rises(scores: Sequence[float], metric: str) -> bool:
 
 def no_divergence(arm: Arm) -> str | None:
     """Says that the passes of an R-Drop arm never differed."""
-    rows = [row for run in arm.runs for row in run.metrics if is_finite_number(row.get("divergence"))]
+    runs = [run for run in arm.runs if has_learned(run) is not False]
+    rows = [row for run in runs for row in run.metrics if is_finite_number(row.get("divergence"))]
     if not rows or any(row["divergence"] > NO_DIVERGENCE * _number(row.get("task_loss")) for row in rows):
         return None
     has_views = arm.method.views == "each"
@@ -112,7 +114,12 @@ def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
 
 
 def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
-    """Says that plain training is past its best early on most seeds, where no arm trains plainly for less long."""
+    """Says that plain training is past its best early on most seeds, where no arm trains plainly for less long.
+
+    The best of a run that learned nothing is chance.
+    """
+    if baseline.has_failed_runs:
+        return None
     lengths = [_planned_updates(run) for run in baseline.runs]
     bests = [(run.result.get("averaged_steps") or [run.result.get("best_step")])[-1] for run in baseline.runs]
     shares = [best / length for best, length in zip(bests, lengths, strict=True) if best and length]

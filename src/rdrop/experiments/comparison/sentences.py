@@ -51,6 +51,9 @@ def verdict(contest: Contest, metric: str, style: NumberStyle) -> str:
 def corrections(contests: Sequence[Contest]) -> list[str]:
     """Says for what the p values of a verdict are corrected; nothing for a single contest at its first look."""
     sentences = []
+    silent = (Outcome.NO_SEEDS, Outcome.NOT_LEARNED, Outcome.EQUAL, Outcome.UNDECIDED)  # which say no p
+    if all(contest.outcome in silent for contest in contests):
+        return []
     if len(contests) > 1:
         sentences.append(
             f"p is corrected for {len(contests)} comparisons by Holm's method: where none has a difference, the chance "

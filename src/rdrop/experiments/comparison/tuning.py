@@ -95,8 +95,16 @@ class Tuning:
             f"{self.seeds[0]}{'; the worse half was dropped early, with the seeds it had' if halved else ''}."
         ]
         said += [f"Not ranked: {tried.name}: {tried.problem}" for tried in failed]
-        said.append(f"Chosen: {self.best_rdrop.name}; {self.best_plain.name}.")
+        said.append(f"Chosen: {self._with_ties(self.best_rdrop)}; {self._with_ties(self.best_plain)}.")
         return [*said, self._what_was_left()]
+
+    def _with_ties(self, best: Tried) -> str:
+        rivals = (tried for tried in self.tried if tried is not best and tried.is_plain == best.is_plain)
+        equal = sum(
+            tried.problem is None and tried.scores.keys() == best.scores.keys() and tried.mean == best.mean
+            for tried in rivals
+        )
+        return f"{best.name} (the first of {equal + 1} with this score)" if equal else best.name
 
     def _what_was_left(self) -> str:
         found, left, style = self.gain_in_search().mean, self.gain_on_fresh_seeds().mean, self.style

@@ -501,23 +501,28 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
 
     Raises `FailedRunsError` if none could be scored; where all say the same of the command, that error.
     """
+    from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.launch.jobs import quiet_transformers
     from rdrop.experiments.launch.progress import summary
     from rdrop.experiments.training.checkpoints import CheckpointError
     from rdrop.experiments.training.evaluation import rescore
 
-    finished, unusable = split_usable(find_runs(runs))
+    records = find_runs(runs)
+    finished, unusable = split_usable(records)
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
+    arms = {run.path: arm.label for of in comparisons(records) for arm in of.arms for run in arm.runs}
+    finished.sort(key=lambda run: (run.recipe["name"], run.seed, arms.get(run.path, ""), run.path))
     console = Terminal(stderr=True, quiet=not _is_first_process())
     _show_unusable(unusable, console)
     quiet_transformers()
     scored, failures = [], []
     mistakes: dict[str, Exception] = {}
     for number, run in enumerate(finished, start=1):
-        label = _label_of(run.recipe)
+        name, arm = run.recipe["name"], arms.get(run.path, run.method.label())
+        label = f"{name}, {arm}, seed {run.seed}"
         try:
             result = rescore(run, settings)
         except (CheckpointError, ResultsError) as error:
@@ -608,7 +613,7 @@ def _show_comparisons(
 
 
 def _show_tuning(tuning: Tuning, runs: Path) -> None:
-    from rdrop.experiments.comparison.terminal_table import terminal_table
+    from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
     from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
     from rdrop.experiments.report.tuning import write_tuning
 
@@ -621,6 +626,8 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
         console.print(remark)
     for hint in tuning.fresh.hints():
         console.print(f"Hint: {hint}", style="yellow")
+    for note in terminal_notes(tuning.fresh):
+        console.print(note)
     console.print()
     console.print(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}", soft_wrap=True)
 

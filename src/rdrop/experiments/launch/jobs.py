@@ -35,7 +35,7 @@ from rdrop.experiments.launch.plan import Command, Run
 from rdrop.experiments.launch.progress import Display, show_progress, summary
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.run_folder import NO_ROOM, ResultsError, RunFolder
+from rdrop.experiments.run_folder import NO_ROOM, TUNING, ResultsError, RunFolder
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.progress import Progress
@@ -242,7 +242,9 @@ class _Session:
         result = run.result()
         assert result is not None
         number = f"{self.finished:>{len(str(len(self.runs)))}}/{len(self.runs)}"
-        self.display.finish(run.label, f"{number}  {run.label}: {summary(result)}" if len(self.runs) > 1 else None)
+        split = "valid" if TUNING in run.folder.parts else "test"  # test chooses nothing, so a search does not show it
+        said = f"{number}  {run.label}: {summary(result, split=split)}"
+        self.display.finish(run.label, said if len(self.runs) > 1 else None)
 
 
 def _is_finished(run: Run) -> bool:

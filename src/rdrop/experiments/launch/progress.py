@@ -201,7 +201,7 @@ def pace(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def summary(result: dict[str, Any], *, cost: bool = True) -> str:
+def summary(result: dict[str, Any], *, split: str = "test", cost: bool = True) -> str:
     """The outcome of a run in one line: "test accuracy 87.3 %, trained in 14 s"."""
     from rdrop.experiments.comparison.wording import NumberStyle, words
 
@@ -210,4 +210,4 @@ def summary(result: dict[str, Any], *, cost: bool = True) -> str:
     unit = " %" if style.percent else ""
     seconds = result["cost"]["train_seconds"] if cost else None
     trained = "" if seconds is None else f", trained in {seconds:.0f} s"
-    return f"test {words(metric)} {style.score(result['test'][metric])}{unit}{trained}"
+    return f"{split} {words(metric)} {style.score(result[split][metric])}{unit}{trained}"

@@ -133,11 +133,13 @@ def draw_curves(comparison: Comparison, curve: Curve, style: NumberStyle, name: 
         opacity = min(0.4, 1.2 / len(drawn))
         for arm_style, steps, values in drawn:
             color = arm_style.stand_in
+            mark = "o" if len(steps) == 1 else None  # a single score is no line
             for of_run in values if len(values) > 1 else ():
-                axes.plot(steps, of_run, color=color, linewidth=0.8, alpha=opacity)
+                axes.plot(steps, of_run, marker=mark, markersize=3, color=color, linewidth=0.8, alpha=opacity)
             if steps:
                 # The mean exists only where every seed has a value: a mean over changing seeds would jump.
-                axes.plot(steps, values.mean(axis=0), color=color, linestyle=arm_style.linestyle, linewidth=1.9)
+                mean, line = values.mean(axis=0), arm_style.linestyle
+                axes.plot(steps, mean, marker=mark, color=color, linestyle=line, linewidth=1.9)
         axes.set_xlabel("updates")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         if curve.from_zero:

@@ -17,6 +17,7 @@ from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import difference_shown
+from rdrop.experiments.comparison.terminal_table import terminal_notes
 from rdrop.experiments.comparison.wording import (
     CHURN_STYLE,
     NOT_KNOWN,
@@ -124,13 +125,12 @@ def _shown_by(contest: Contest, spread: float, seeds: int) -> float | None:
 
 
 def notes(comparison: Comparison) -> Markup | None:
-    """Lists what a reader should know beside the scores; where runs differ, every value with the number of its runs."""
-    of_runs = [run.notes for arm in comparison.arms for run in arm.runs]
-    facts = {
-        key: _counts(Counter(shown(own[key]) if key in own else NOT_KNOWN for own in of_runs))
-        for key in dict.fromkeys(key for own in of_runs for key in own)
-    }
-    return joined((element("p", "Notes on the scores:", class_="note"), _facts(facts, wide=True))) if facts else None
+    """Lists what a reader should know beside the scores, as the terminal does."""
+    lines = terminal_notes(comparison)
+    if not lines:
+        return None
+    listed = element("ul", *(element("li", line) for line in lines), class_="note")
+    return joined((element("p", "Notes on the scores:", class_="note"), listed))
 
 
 _WAITING = "data_wait_share"
@@ -205,13 +205,13 @@ def environment(comparison: Comparison) -> Markup:
     return _facts(facts)
 
 
-def _facts(facts: Mapping[str, str], *, wide: bool = False) -> Markup:
-    """Names and values, in two columns unless they are `wide`."""
+def _facts(facts: Mapping[str, str]) -> Markup:
+    """Names and values, in two columns."""
     pairs = (
         element("div", element("dt", element("code", name)), element("dd", element("code", value)))
         for name, value in facts.items()
     )
-    return element("dl", *pairs, class_="facts wide" if wide else "facts")
+    return element("dl", *pairs, class_="facts")
 
 
 def _counts(values: Counter[str]) -> str:

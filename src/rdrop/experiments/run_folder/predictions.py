@@ -77,8 +77,8 @@ def number_predictions(
     examples: Iterable[str], predicted: NDArray[np.floating], labels: NDArray[np.floating]
 ) -> Predictions:
     """Makes the predictions of numbers `(N,)` for `labels` `(N,)`."""
-    rows = [
-        {"example": excerpt(example), "label": _rounded(label), "predicted": _rounded(own)}
+    rows = [  # with all their digits: rounded, predictions near 200,000 would be equal
+        {"example": excerpt(example), "label": float(label), "predicted": float(own)}
         for example, label, own in zip(examples, labels, predicted, strict=True)
     ]
     return Predictions("numbers", rows)

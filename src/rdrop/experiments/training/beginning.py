@@ -46,8 +46,8 @@ def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recip
 def _seen(sign: str, value: float, step: int) -> str:
     if sign == SOURCE_USE:
         return (
-            f"the model does not use its sources after {step} updates: with those of other examples the valid loss is "
-            f"{value:+.3f} nats"
+            f"the model does not use its sources after {step} updates: with those of other examples the valid loss "
+            + (f"changes by {value:+.3f} nats" if abs(value) >= NOTHING else "is the same")
         )
     return (
         "what the model predicts, for classes their probabilities, is nearly the same for all valid examples after "

@@ -130,7 +130,7 @@ class Objective:
         if self._encoder_once is not None:
             _require_exact("encoder_once", self._encoder_once.reason_seen(forward))
         if self._fused is not None:
-            with same_randomness(device):
+            with same_randomness():
                 logits = forward()
             _require_exact("fused", self._fused.reason_seen(logits, forward))
         self._is_seen_exact = True

@@ -117,7 +117,10 @@ def batches_of_tokens(lengths: Indices, batch_tokens: int, seed: int, *, parts: 
 
 def _batches_of_examples(batch_size: int, size: int, parts: int) -> int:
     if batch_size > size:
-        raise OrderError(f"batch_size (={batch_size}) must be at most the number of training examples (={size})")
+        raise OrderError(
+            f"batch_size (={batch_size}) must be at most the number of training examples (={size}): lower it; for a "
+            "baseline with twice the batch, to half of them, or leave that arm out (--no-double-batch)"
+        )
     if batch_size < parts:
         raise OrderError(
             f"batch_size (={batch_size}) must be at least accumulation times the number of processes (={parts})"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from rdrop.check.watch import random_states
 from rdrop.dropout import dropout_sources
 from rdrop.integrations.targets import Batch, Target, is_of_transformers
 from rdrop.passes import agree, are_of_examples, find_batch_size, rows_of, split_passes
@@ -60,7 +61,8 @@ class Fused:
         if not is_of_transformers(self.inner):
             return NONE_OF_TRANSFORMERS
         if type(self.layer) is not nn.Linear and not (is_sharded(self.layer) and isinstance(self.layer, nn.Linear)):
-            return f"the output layer is a {type(self.layer).__name__}, not a plain torch.nn.Linear"
+            kind = f"{type(self.layer).__module__}.{type(self.layer).__qualname__}"
+            return f"the output layer is a {kind}, not a plain torch.nn.Linear"
         return self._seen or _why_forward_stays(self.layer, "the output layer")
 
     def reason_seen(self, logits: Tensor, forward: Callable[[], Tensor]) -> str | None:
@@ -82,7 +84,7 @@ class Fused:
             own.append(F.linear(states, layer.weight, layer.bias).detach())  # no_grad would stay in autocast's cache
             return torch.stack([zeros, wide]).view(*[1] * (states.dim() - 2), 2, -1)
 
-        with _forward_of(layer, probe), same_randomness(zeros.device):
+        with _forward_of(layer, probe), same_randomness():
             probed = forward()
         if len(own) != 1 or own[0].shape != logits.shape or probed.numel() != 2 * len(zeros):
             return "the logits are not what the output layer gives, position by position"
@@ -175,7 +177,7 @@ class EncoderOnce:
             encoded: list[Any] = []
             handle = self.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output))
             try:
-                with same_randomness(next(self.encoder.parameters()).device):
+                with same_randomness():
                     forward()
             finally:
                 handle.remove()
@@ -228,10 +230,14 @@ def fullest_example(inputs: Batch, target: Target) -> tuple[Batch, Target]:
 
 
 @contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
-    """Leaves the generators of the CPU and of `device` as they were, whatever is drawn in the block."""
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+def same_randomness() -> Iterator[None]:
+    """Leaves every generator as it was, whatever is drawn in the block; numpy's too, from which SpecAugment draws."""
+    states = [*random_states()]
+    try:
         yield
+    finally:
+        for restore in states:
+            restore()
 
 
 def _why_forward_stays(module: nn.Module, name: str) -> str | None:

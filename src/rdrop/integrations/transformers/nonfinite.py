@@ -90,8 +90,12 @@ class FiniteUpdates(Trainer):
         """Returns the norm, and looks at it: this is called once an update, after clipping, before the step."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         loss, self._loss_of_update = self._loss_of_update, None
-        if loss is not None:
-            self._judge(model, self._by_process(loss, norm))
+        if loss is None:
+            raise TypeError(
+                f"{type(self).__name__}.training_step does not call FiniteUpdates.training_step, so an update whose "
+                "loss is not finite would be applied: start from super().training_step(...)"
+            )
+        self._judge(model, self._by_process(loss, norm))
         return norm
 
     def _by_process(self, loss: Tensor, norm: Any) -> list[list[float]]:

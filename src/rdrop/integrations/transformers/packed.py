@@ -118,7 +118,7 @@ def require_separate_passes(model: nn.Module, fused: Fused, repeated: Batch, pas
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), same_randomness(next(model.parameters()).device):
+        with torch.no_grad(), same_randomness():
             first, second = (_states(model, fused, inputs)[:, last:] for inputs in (repeated, repeated | others))
     finally:
         for module, training in modes.items():

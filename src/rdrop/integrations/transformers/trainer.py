@@ -25,9 +25,11 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import NonfiniteLossError
 from rdrop.integrations.requirements import (
+    ENOUGH_UPDATES,
     own_loss_is_known,
     require_randomness,
     warn_of_batch_norm,
+    warn_of_no_divergence,
     warn_where_alpha_stopped,
     why_gradient_is_wrong,
 )
@@ -209,11 +211,13 @@ class RDropMixin(FiniteUpdates):
         self._checks_left = CHECKED_MICRO_BATCHES
         self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
+        self._forwards = 0  # of the update; 0 until a training step
+        self._regularized = set[int]()  # the updates, while no divergence was seen
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._unlabeled, self._unlabeled_parts = self._unlabeled_batches(), list[list[Batch]]()
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
         self._updates_without_labels: Tensor | int = 0
-        self._is_warned_of_labels = False
+        self._is_warned_of_labels = self._is_warned_of_divergence = self._divergence_seen = False
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -341,7 +345,13 @@ class RDropMixin(FiniteUpdates):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
             raise TypeError(
-                "no counts of labels: get_batch_samples of this trainer does not call RDropMixin.get_batch_samples"
+                "no counts of labels: compute_loss was called without num_items_in_batch, which an override must hand "
+                "on; or get_batch_samples of this trainer does not call RDropMixin.get_batch_samples"
+            )
+        if not self._forwards:
+            raise TypeError(
+                f"{type(self).__name__}.training_step does not call RDropMixin.training_step, so what part of the "
+                "update this is stays unknown: start from super().training_step(...)"
             )
         self._loss_was_computed = True
         inputs = dict(inputs)
@@ -409,6 +419,8 @@ class RDropMixin(FiniteUpdates):
         shares = [[target.share * term for term in terms_] for target, terms_ in zip(targets, terms, strict=True)]
         loss, task_loss, divergence = (self._weight * torch.stack(term).sum() for term in zip(*shares, strict=True))
         self._term_means.add(self.state.global_step, task_loss=task_loss, divergence=divergence)
+        if not self._divergence_seen:
+            self._regularized.add(self.state.global_step)
         self._alpha_used = alpha
         auxiliary = self._auxiliary(outputs)
         return loss if auxiliary is None else loss + auxiliary, outputs
@@ -465,12 +477,23 @@ class RDropMixin(FiniteUpdates):
             warn_of_batch_norm(model)
             self._is_looked_at = True
 
+    def part_of_update(self, term: Tensor) -> Tensor:
+        """Returns a term's part in the mean over the forwards of the update, for an override of `compute_loss` to add.
+
+        An update has `gradient_accumulation_steps` times `micro_batches` forwards, whose losses are added up::
+
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+                return loss + self.part_of_update(0.01 * model.head.weight.square().sum())
+        """
+        return self._weight * term / self._forwards
+
     def _auxiliary(self, outputs: Any) -> Tensor | None:
         """Returns this forward's part of the mean of the auxiliary loss over the update."""
         auxiliary = self.auxiliary_loss(outputs)
         if auxiliary is None:
             return None
-        part = self._weight * auxiliary / self._forwards
+        part = self.part_of_update(auxiliary)
         self._term_means.add(self.state.global_step, auxiliary_loss=part.detach())
         return part
 
@@ -515,7 +538,7 @@ class RDropMixin(FiniteUpdates):
         model, inner = self._unwrapped_model(), self._inner_model()
         fullest = fullest_sequence if is_packed(inner, inputs) else fullest_example
         example, its_target = fullest(inputs, target)
-        with same_randomness(self.args.device):
+        with same_randomness():
             outputs = model(**example)
         logits = its_target.logits(outputs)
         reason = fused.reason_seen(logits, lambda: model(**without_labels(inner, example)).logits)
@@ -543,6 +566,8 @@ class RDropMixin(FiniteUpdates):
             loss, outputs = self._stock_loss(model, inputs, counts[0, 0] if len(targets) == 1 else None)
             # The model adds an auxiliary loss in every micro-batch, whatever divides the rest.
             stock = alone or (self._divides_by_count and self.auxiliary_loss(outputs) is None)
+            if alone and self._checks_left and type(self).auxiliary_loss is not RDropMixin.auxiliary_loss:
+                self._check_own_loss(outputs, targets)
         else:
             outputs, stock = model(**inputs), False
             self._check_model(outputs, targets)
@@ -591,6 +616,12 @@ class RDropMixin(FiniteUpdates):
             )
         if "divergence" in logs:
             logs["alpha"] = self._alpha_used  # of the last regularized update
+            if logs["divergence"] or self._divergence_seen:
+                self._divergence_seen = True
+                self._regularized.clear()
+            elif not self._is_warned_of_divergence and len(self._regularized) >= ENOUGH_UPDATES:
+                self._is_warned_of_divergence = True
+                warn_of_no_divergence(len(self._regularized))
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

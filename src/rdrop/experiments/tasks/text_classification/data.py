@@ -5,6 +5,7 @@ Of GLUE the test split is the official dev set, whose labels are published, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -296,10 +297,11 @@ def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[s
 
 
 def _checked(table: _Table, columns: _Columns) -> _Table:
-    for texts in (table.first, table.second or ()):
+    for texts, what in ((table.first, "the text"), (table.second or (), "the second text")):
         for where, text in zip(table.where, texts, strict=False):
             if not columns.may_be_empty and is_blank(text):
-                raise DataError(f"{where}: the text is empty; delete the example")
+                one = " or, to read the first one alone, set data.text2_column=null" if texts is table.second else ""
+                raise DataError(f"{where}: {what} is empty; delete the example{one}")
     return table
 
 
@@ -349,7 +351,15 @@ def _require_one_spelling(table: _Table) -> None:
             raise DataError(
                 f"{table.where[row]}: the label {label[:60]!a} is another spelling of {table.labels[known][:60]!a} "
                 f"({table.where[known]}); write both alike or, if they are two classes, give them different names"
+                + ("; for numbers to predict set data.regression=true" if _is_number(label) else "")
             )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _indices(table: _Table, classes: tuple[tuple[str, ...], ...], data: TextClassificationData) -> NDArray[np.int64]:

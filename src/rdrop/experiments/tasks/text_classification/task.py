@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ class TextClassification:
         if self.classes:
             labels = {split: own.labels for split, own in texts.items() if split != "unlabeled"}
             notes |= note_on_case(self.classes) | notes_on_classes(self.classes, labels)
+        else:
+            notes |= _note_on_scale(texts["train"].labels)
         return notes
 
     def build_model(self) -> nn.Module:
@@ -248,3 +251,19 @@ class TextClassification:
 
 def _label_tensor(labels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(labels)[:, None] if labels.dtype == np.float32 else torch.from_numpy(labels)
+
+
+LEAST_SPREAD, LARGEST_SPREAD = 0.03, 30.0
+"""Standard deviations of the numbers to predict within which a network learns them at the usual learning rates."""
+
+
+def _note_on_scale(labels: NDArray[np.generic]) -> dict[str, str]:
+    """Returns a note where the numbers to predict spread far more, or far less, than what a new network gives."""
+    spread = float(np.std(labels.astype(np.float64)))
+    if not spread or LEAST_SPREAD <= spread <= LARGEST_SPREAD:
+        return {}
+    unit = f"{10.0 ** round(math.log10(spread)):,.12g}"
+    return {
+        "scale of the labels": f"their standard deviation is {spread:,.3g}, and the outputs of a new network differ by "
+        f"about 1, so it may learn nothing: divide the labels by {unit}"
+    }
