@@ -18,7 +18,7 @@ from rdrop.experiments.comparison.comparison import Comparison
 PLOT = Path(__file__).resolve().parents[1] / "docs/plots/pairs.svg"
 PREFIX = "multi30k-en-de-"
 """Of the names of the comparisons that differ in the number of pairs."""
-LOOKS = ((OURS, "solid", "o"), (OTHERS, "dashed", "o"), (INK, "none", "s"))
+LOOKS = ((OURS, "solid", "o"), (OTHERS, "dashed", "o"), (INK, "none", "s"), (OURS, "none", "D"))
 """Color, line and marker for each baseline."""
 
 
@@ -56,7 +56,7 @@ def draw(found: Mapping[str, Comparison]) -> str:
         axes = figure.subplots()
         axes.axhline(0, color=INK, linewidth=0.8)
         sizes: set[int] = set()
-        looks = zip(gains(found).items(), LOOKS, strict=True)
+        looks = zip(gains(found).items(), LOOKS, strict=False)
         for place, ((label, points), (color, line, marker)) in enumerate(looks):
             sizes.update(point.pairs for point in points)
             axes.errorbar(

@@ -34,19 +34,21 @@ def test_a_run_that_uses_its_source_a_little_more_each_time_is_told_to_delay_alp
     (said,) = complaints(rows((300, 0.01, 5.0), (400, 0.02, 4.9)), LONG)
     assert said is not None
     assert said.endswith(
-        "alpha slows its beginning and this grows: delay alpha (alpha_schedule=quadratic) or lower alpha (=2), or "
-        "train longer than 1000 updates"
+        "it is slow to begin and this grows: delay alpha (alpha_schedule=quadratic) or lower alpha (=2), lower "
+        "learning_rate (=0.05), or train longer than 1000 updates"
     )
     (said,) = complaints(rows((300, 0.02, 5.0), (400, 0.01, 4.9)), LONG.replace(alpha_schedule="quadratic"))
     assert said is not None
-    assert said.endswith("alpha slows its beginning: lower alpha (=2), or train longer than 1000 updates")
+    assert said.endswith(
+        "it is slow to begin: lower alpha (=2), lower learning_rate (=0.05), or train longer than 1000 updates"
+    )
 
 
 def test_plain_training_is_not_told_to_change_alpha() -> None:
     (said,) = complaints(rows((300, 0.01, 5.0), (400, 0.02, 4.9)), PLAIN)
     assert said is not None
     assert said.endswith(
-        "it is slow to begin and this grows: train longer than 1000 updates, or change learning_rate (=0.05)"
+        "it is slow to begin and this grows: lower learning_rate (=0.05), or train longer than 1000 updates"
     )
 
 

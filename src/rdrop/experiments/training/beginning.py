@@ -1,8 +1,8 @@
 """Whether a training has begun: one that ignores its inputs looks like any other in its loss.
 
 There are two ways not to begin. A run is delayed if it uses its inputs a little, and a little more each time: too much
-alpha too early does that. It has collapsed if it uses them not at all, though its loss falls: it learns how often each
-token or class comes, and the learning rate was too high for more.
+alpha too early does that, or too high a learning rate. It has collapsed if it uses them not at all, though its loss
+falls: it learns how often each token or class comes, and the learning rate was too high for more.
 """
 
 from __future__ import annotations
@@ -62,11 +62,8 @@ def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recip
         return f"it has collapsed{falls}: lower {rate} or raise {warmup}"
     grows = " and this grows" if last[sign] > before.get(sign, 0.0) else ""
     longer = f"train longer than {recipe.updates} updates"
-    if recipe.method.is_plain:
-        return f"it is slow to begin{grows}: {longer}, or change {rate}"
-    alpha = f"lower alpha (={recipe.method.alpha:g})"
-    if recipe.method.alpha_schedule != "quadratic":
-        alpha = f"delay alpha (alpha_schedule=quadratic) or {alpha}"
-    if sign == SOURCE_USE:
-        return f"alpha slows its beginning{grows}: {alpha}, or {longer}"
-    return f"it is slow to begin{grows}: {longer}, change {rate}, or {alpha}"
+    alpha = [] if recipe.method.is_plain else [f"lower alpha (={recipe.method.alpha:g})"]
+    if alpha and recipe.method.alpha_schedule != "quadratic":
+        alpha = [f"delay alpha (alpha_schedule=quadratic) or {alpha[0]}"]
+    remedies = [*alpha, f"lower {rate}", longer] if sign == SOURCE_USE else [longer, f"change {rate}", *alpha]
+    return f"it is slow to begin{grows}: {', '.join(remedies[:-1])}, or {remedies[-1]}"
