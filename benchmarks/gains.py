@@ -18,8 +18,12 @@ from rdrop.experiments.comparison.comparison import Comparison
 PLOT = Path(__file__).resolve().parents[1] / "docs/plots/pairs.svg"
 PREFIX = "multi30k-en-de-"
 """Of the names of the comparisons that differ in the number of pairs."""
-LOOKS = ((OURS, "solid", "o"), (OTHERS, "dashed", "o"), (INK, "none", "s"), (OURS, "none", "D"))
-"""Color, line and marker for each baseline."""
+LOOKS = {
+    "baseline": (OURS, "solid", "o"),
+    "baseline, twice the batch": (OTHERS, "dashed", "o"),
+    "baseline, twice the updates": (INK, "none", "s"),
+}
+"""Color, line and marker for each baseline that is drawn: those of more cost, not one with another dropout rate."""
 
 
 FRAME = (-3.0, 4.0)
@@ -42,6 +46,8 @@ def gains(found: Mapping[str, Comparison]) -> dict[str, list[Gain]]:
         if not name.startswith(PREFIX):
             continue
         for contest in comparison.contests:
+            if contest.reference.label not in LOOKS:
+                continue
             pairs = contest.arm.runs[0].recipe["data"]["train_pairs"]
             low, high = contest.difference.interval
             over.setdefault(contest.reference.label, []).append(Gain(pairs, contest.difference.mean, low, high))
@@ -56,8 +62,8 @@ def draw(found: Mapping[str, Comparison]) -> str:
         axes = figure.subplots()
         axes.axhline(0, color=INK, linewidth=0.8)
         sizes: set[int] = set()
-        looks = zip(gains(found).items(), LOOKS, strict=False)
-        for place, ((label, points), (color, line, marker)) in enumerate(looks):
+        for place, (label, points) in enumerate(gains(found).items()):
+            color, line, marker = LOOKS[label]
             sizes.update(point.pairs for point in points)
             axes.errorbar(
                 [point.pairs * (1 + 0.03 * place) for point in points],  # beside each other, not one upon another
