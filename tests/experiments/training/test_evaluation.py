@@ -150,7 +150,8 @@ def test_what_was_held_out_of_the_training_file_stays_so_when_a_file_is_scored(
     records = find_runs(runs)
     test = write_split(tmp_path / f"test{ending}", load_recipe(records[0].path / "recipe.json"), "test")
     out, _ = shown([runs, "--test", test, "--json"], capsys)
-    assert [found["scores"] for found in json.loads(out)] == [(run.result or {})["test"] for run in records]
+    scores = {found["run"]: found["scores"] for found in json.loads(out)}
+    assert scores == {str(run.path): (run.result or {})["test"] for run in records}
 
 
 @pytest.mark.parametrize("source", ["tiny", "folder"])
@@ -341,3 +342,31 @@ def test_weights_that_are_not_there_any_more(
         shutil.rmtree(checkpoints)
     _, err = shown([copy], capsys, status=1)
     assert "model.safetensors: No such file" in err.splitlines()[-1]
+
+
+def test_the_runs_of_a_comparison_are_named_by_arm_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "digits", "updates=2", "evaluate_every=2", "warmup_updates=1", "model.hidden_size=8"]
+    assert (
+        cli.run(
+            [
+                *command,
+                "alpha_schedule=constant",
+                "--arm",
+                "alpha=0 batch_size=2x",
+                "--seeds",
+                "2",
+                "--runs",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    _, progress = shown([tmp_path], capsys)
+    assert [line.split(": test")[0] for line in progress.splitlines() if ": test" in line] == [
+        "1/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 0",
+        "2/6  digits, baseline, seed 0",
+        "3/6  digits, baseline, twice the batch, seed 0",
+        "4/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 1",
+        "5/6  digits, baseline, seed 1",
+        "6/6  digits, baseline, twice the batch, seed 1",
+    ]

@@ -147,19 +147,27 @@ class Tuning:
         }
 
 
+def headings(tuning: Tuning) -> tuple[str, ...]:
+    """Returns the headings of a table of what was tried: a column for each key of the grid, then valid and seeds."""
+    return ("", *tuning.keys, f"valid {NumberStyle.of(tuning.metric, []).heading(tuning.metric)}", "seeds")
+
+
+def cells(tuning: Tuning, tried: Tried) -> tuple[str, ...]:
+    """Returns the row of a setting below `headings`."""
+    scores = tuple(tried.scores.values())
+    score = NumberStyle.of(tuning.metric, []).spread(mean(scores), sd(scores)) if tried.problem is None else "failed"
+    values = (spelled(tried.values[key]) if key in tried.values else "" for key in tuning.keys)
+    return ("plain training" if tried.is_plain else "R-Drop", *values, score, str(len(scores)))
+
+
 def terminal_table(tuning: Tuning) -> Table:
-    """Returns a table of what was tried, the best first: a column for each key of the grid, then valid and seeds."""
-    style = NumberStyle.of(tuning.metric, [])
+    """Returns a table of what was tried, the best first; what was chosen is bold."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("", *tuning.keys, f"valid {style.heading(tuning.metric)}", "seeds"):
+    for heading in headings(tuning):
         table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     for tried in tuning.ranked():
         chosen = tried in (tuning.best_rdrop, tuning.best_plain)
-        scores = tuple(tried.scores.values())
-        score = style.spread(mean(scores), sd(scores)) if tried.problem is None else "failed"
-        cells = [spelled(tried.values[key]) if key in tried.values else "" for key in tuning.keys]
-        name = "plain training" if tried.is_plain else "R-Drop"
-        table.add_row(*map(Text, (name, *cells, score, str(len(scores)))), style="bold" if chosen else None)
+        table.add_row(*map(Text, cells(tuning, tried)), style="bold" if chosen else None)
     return table
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.looks import record_looks
-from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
+from rdrop.experiments.comparison.tuning import Tried, Tuning, cells, headings, spelled
 from rdrop.experiments.comparison.wording import NumberStyle, words
 from rdrop.experiments.report.html import Markup, element
 from rdrop.experiments.report.page import document, glossary, section
@@ -149,24 +147,11 @@ def _described(tuning: Tuning) -> str:
 
 
 def _table(tuning: Tuning) -> Markup:
-    style = NumberStyle.of(tuning.metric, [])
-    heads = ("", *tuning.keys, f"valid {style.heading(tuning.metric)}", "seeds")
-    rows = [
-        element(
-            "tr",
-            element("th", "plain training" if tried.is_plain else "R-Drop", scope="row"),
-            *(element("td", _cell(tried.values, key)) for key in tuning.keys),
-            element("td", "failed" if tried.problem is not None else style.score(tried.mean)),
-            element("td", str(len(tried.scores))),
-        )
-        for tried in tuning.ranked()
-    ]
-    head = element(
-        "thead", element("tr", *(element("th", head, scope="col") if head else element("td") for head in heads))
-    )
-    table = element("table", head, element("tbody", *rows))
+    head = (element("th", text, scope="col") if text else element("td") for text in headings(tuning))
+    rows = [_row(*cells(tuning, tried)) for tried in tuning.ranked()]
+    table = element("table", element("thead", element("tr", *head)), element("tbody", *rows))
     return element("div", table, class_="scroll", role="region", aria_label="All settings", tabindex="0")
 
 
-def _cell(values: Mapping[str, Any], key: str) -> str:
-    return spelled(values[key]) if key in values else ""
+def _row(name: str, *values: str) -> Markup:
+    return element("tr", element("th", name, scope="row"), *(element("td", value) for value in values))
