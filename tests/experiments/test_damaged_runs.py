@@ -319,7 +319,7 @@ def test_a_result_by_a_score_that_the_task_has_not_is_named_when_it_is_scored_ag
     result = json.loads(file.read_text())
     file.write_text(json.dumps(result | {"metric": "rouge1", "test": {"rouge1": 1.0}}))
     status, said = said_by("evaluate", runs, capsys)
-    assert (status, "alpha 2, seed 0: test loss" in said) == (2, True)
+    assert (status, "R-Drop (alpha 2), seed 0: test loss" in said) == (2, True)
     assert f"{file}: 'rouge1' is no score of {result['recipe']['task']}." in said
 
 
