@@ -23,9 +23,7 @@ LOOKS = {
     "baseline, twice the batch": (OTHERS, "dashed", "o"),
     "baseline, twice the updates": (INK, "none", "s"),
 }
-"""Color, line and marker for each baseline that is drawn: those of more cost, not one with another dropout rate."""
-
-
+"""Color, line and marker for each baseline that is drawn: none with another dropout rate."""
 FRAME = (-3.0, 4.0)
 """BLEU. The intervals of 2,000 pairs, where two runs hardly began, reach beyond; the page says how far."""
 

@@ -18,10 +18,11 @@ from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.comparison.contest import Outcome, judged
 from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
+from rdrop.experiments.comparison.notes import noted
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.sentences import verdict
 from rdrop.experiments.comparison.statistics import seeds_needed
-from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
+from rdrop.experiments.comparison.terminal_table import terminal_table
 from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, words
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import RecipeError
@@ -876,7 +877,7 @@ def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tm
         write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes=repeated | more | {"started from": f"seed {seed}"})
         write_run(tmp_path, 0.7, batch_size=64, seed=seed, notes=repeated)
     (comparison,) = comparisons(find_runs(tmp_path))
-    assert terminal_notes(comparison) == [
+    assert noted(comparison) == [
         "test texts that are trained on too: 3 of 40",
         f"predictions on test: {constant['predictions on test']} [baseline; R-Drop (alpha 1), seed 1]",
         *(f"started from: seed {seed} [R-Drop (alpha 1), seed {seed}]" for seed in (0, 1, 2)),
@@ -884,4 +885,4 @@ def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tm
     for seed in (3, 4, 5):
         write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": f"seed {seed}"})
     (comparison,) = comparisons(find_runs(tmp_path))
-    assert terminal_notes(comparison)[-1] == "started from: 3 more such notes, on other runs"
+    assert noted(comparison)[-1] == "started from: 3 more such notes, on other runs"

@@ -202,6 +202,17 @@ def test_the_larger_batch_has_as_many_examples_as_rdrop_has_passes(tmp_path: Pat
     assert plan[-1].label == "baseline, three times the batch, seed 0"
 
 
+def test_a_larger_batch_in_epochs_averages_the_weights_of_as_many_updates(tmp_path: Path) -> None:
+    """It has a score after each of its epochs, which have half the updates, and so twice as many scores."""
+    of_epochs = DIGITS_VIT.replace(updates=None, epochs=20.0, evaluate_every=None, average_last=4, patience=3)
+    larger = plan_comparison(of_epochs, [0], tmp_path, larger_batch=True)[-1].recipe
+    assert (larger.epochs, larger.average_last, larger.patience) == (40.0, 8, 6)
+    one = plan_comparison(of_epochs.replace(average_last=1), [0], tmp_path, larger_batch=True)[-1].recipe
+    assert one.average_last == 1  # none are averaged
+    by_updates = of_epochs.replace(evaluate_every=50)
+    assert plan_comparison(by_updates, [0], tmp_path, larger_batch=True)[-1].recipe.average_last == 4
+
+
 def test_rdrop_cutoff_and_simcut_stand_in_one_table_against_one_baseline(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -791,3 +791,34 @@ def test_tiny_data_are_read_through_the_documented_layout(tmp_path: Path) -> Non
     ]
     read = splits(recipe, tiny=False, folder=str(tmp_path))
     assert read.train.first == splits(recipe).train.first
+
+
+def predicted_spread(path: Path, folder: Path) -> tuple[dict[str, str], float]:
+    """Trains on numbers of a file, the bigger the number in the text the bigger the label; the notes, and how far the
+    predictions differ, as a share of what the labels do.
+    """
+    recipe = OWN.replace(
+        updates=60, learning_rate=3e-3, evaluate_every=60,
+        **{"data.train": str(path), "data.regression": True, "model.start_at_mean": True},
+    )  # fmt: skip
+    result = train(recipe, folder)
+    return result["notes"], float(result["prediction_spread"])
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(30_000.0, "10,000"), (0.002, "0.001")])
+def test_numbers_on_a_scale_that_a_network_does_not_have_are_noted_and_the_remedy_works(
+    tmp_path: Path, scale: float, unit: str
+) -> None:
+    words = ("small", "large")
+
+    def written(name: str, divisor: float) -> Path:
+        rows = (
+            f"a {words[row % 2]} {words[row % 2]} one,{(7 + 2 * (row % 2)) * scale / divisor!r}" for row in range(60)
+        )
+        return write(tmp_path / name, "text,label", *rows)
+
+    notes, _ = predicted_spread(written("own.csv", 1.0), tmp_path / "own")
+    assert notes["scale of the labels"].endswith(f"so it may learn nothing: divide the labels by {unit}")
+    notes, spread = predicted_spread(written("divided.csv", float(unit.replace(",", ""))), tmp_path / "divided")
+    assert "scale of the labels" not in notes
+    assert spread > 0.5

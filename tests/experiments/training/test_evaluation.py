@@ -363,10 +363,10 @@ def test_the_runs_of_a_comparison_are_named_by_arm_and_seed(tmp_path: Path, caps
     )
     _, progress = shown([tmp_path], capsys)
     assert [line.split(": test")[0] for line in progress.splitlines() if ": test" in line] == [
-        "1/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 0",
-        "2/6  digits, baseline, seed 0",
+        "1/6  digits, baseline, seed 0",
+        "2/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 0",
         "3/6  digits, baseline, twice the batch, seed 0",
-        "4/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 1",
-        "5/6  digits, baseline, seed 1",
+        "4/6  digits, baseline, seed 1",
+        "5/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 1",
         "6/6  digits, baseline, twice the batch, seed 1",
     ]

@@ -44,6 +44,12 @@ class Contest:
         return self.contests * (1 + len(self.looks))
 
     @property
+    def tests_of_later(self) -> int:
+        """That factor for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
+        is_look = len(self.difference.seeds) >= least_seeds(self.contests)
+        return self.contests * (1 + len(self.looks) + is_look)
+
+    @property
     def least_seeds(self) -> int:
         """The least number of seeds that can show a difference here."""
         return least_seeds(self.tests)
@@ -75,12 +81,6 @@ class Contest:
         if difference.mean is None or difference.spread is None:
             return None
         return seeds_needed(difference.mean, difference.spread, self.tests_of_later)
-
-    @property
-    def tests_of_later(self) -> int:
-        """The same for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
-        is_look = len(self.difference.seeds) >= least_seeds(self.contests)
-        return self.contests * (1 + len(self.looks) + is_look)
 
 
 def judged(pairs: Sequence[tuple[Arm, Arm, PairedDifference, Sequence[int]]]) -> tuple[Contest, ...]:

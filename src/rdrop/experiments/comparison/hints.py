@@ -31,6 +31,7 @@ EARLY = 0.5
 NO_DIVERGENCE = 1e-4
 """A divergence is 0 where it stays below this share of the task loss of the same updates."""
 _LENGTHS = ("updates", "epochs")
+_PLAIN = "alpha=0"
 
 
 def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str, *, pays: bool) -> list[str]:
@@ -144,21 +145,18 @@ def _with_a_shorter(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
     subject = next((arm for arm in reversed(arms) if arm.runs and not arm.method.is_plain), baseline)
     reference = _flat(subject.runs[0])
     first = _settings(_flat(baseline.runs[0]), reference)
-    others = [arm for arm in arms if arm.runs and arm is not subject and (arm.method.is_plain or first != PLAIN)]
+    others = [arm for arm in arms if arm.runs and arm is not subject and (arm.method.is_plain or first != _PLAIN)]
     beside = [_settings(_flat(arm.runs[0]), reference) for arm in others]
     own = _flat(baseline.runs[0])
     halves = {key: _half(own[key]) for key in (*_LENGTHS, "warmup_updates") if own.get(key)}
-    return [*(settings for settings in beside if settings != PLAIN), _settings(own | halves, reference)]
-
-
-PLAIN = "alpha=0"
+    return [*(settings for settings in beside if settings != _PLAIN), _settings(own | halves, reference)]
 
 
 def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """Returns the settings that make an arm of the reference, both given by `_flat`."""
     is_plain = not arm["alpha"]
     skipped = {*Method.model_fields, "data.unlabeled", "data.unlabeled_batch"} if is_plain else set()
-    found = [PLAIN] if is_plain else []
+    found = [_PLAIN] if is_plain else []
     for key in {**arm, **reference}:
         value, other = (side.get(key, _added_default(key)) for side in (arm, reference))
         if value != other and key not in skipped:

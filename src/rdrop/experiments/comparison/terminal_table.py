@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -12,10 +10,7 @@ from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.paired import PairedDifference
 from rdrop.experiments.comparison.sections import Section
-from rdrop.experiments.comparison.wording import CHURN_STYLE, NumberStyle, counted, listed, ratio, wins_ties_losses
-
-SHOWN_TEXTS = 3
-"""Of one note, where it is another in different runs."""
+from rdrop.experiments.comparison.wording import CHURN_STYLE, NumberStyle, counted, ratio, wins_ties_losses
 
 
 def terminal_table(comparison: Comparison) -> Table:
@@ -43,34 +38,6 @@ def terminal_table(comparison: Comparison) -> Table:
         _add_section(table, comparison, section, with_cost=number == 0)
     _add_churn(table, comparison)
     return table
-
-
-def terminal_notes(comparison: Comparison) -> list[str]:
-    """Says once what a reader should know beside the scores, a line a note; of which arms and seeds, unless of all."""
-    found: dict[str, dict[str, dict[str, list[int]]]] = {}
-    for arm in comparison.arms:
-        for run in arm.runs:
-            for name, text in run.notes.items():
-                found.setdefault(name, {}).setdefault(str(text), {}).setdefault(arm.label, []).append(run.seed)
-    lines = []
-    for name, texts in found.items():
-        shown = [f"{name}: {text}{_whose(seeds, comparison)}" for text, seeds in texts.items()]
-        lines += shown[:SHOWN_TEXTS]
-        if len(shown) > SHOWN_TEXTS:
-            lines.append(f"{name}: {len(shown) - SHOWN_TEXTS} more such notes, on other runs")
-    return lines
-
-
-def _whose(noted: Mapping[str, list[int]], comparison: Comparison) -> str:
-    """Returns in brackets of which arms and seeds a note is; empty if it is of all."""
-    whole = {arm.label: list(arm.seeds) for arm in comparison.arms}
-    if noted == whole:
-        return ""
-    parts = [
-        label if seeds == whole[label] else f"{label}, {'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)}"
-        for label, seeds in noted.items()
-    ]
-    return f" [{'; '.join(parts)}]"
 
 
 def _add_section(table: Table, comparison: Comparison, section: Section, *, with_cost: bool) -> None:

@@ -513,8 +513,9 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    arms = {run.path: arm.label for of in comparisons(records) for arm in of.arms for run in arm.runs}
-    finished.sort(key=lambda run: (run.recipe["name"], run.seed, arms.get(run.path, ""), run.path))
+    in_order = [(run.path, arm.label) for of in comparisons(records) for arm in of.arms for run in arm.runs]
+    arms, places = dict(in_order), {path: place for place, (path, _) in enumerate(in_order)}
+    finished.sort(key=lambda run: (run.recipe["name"], run.seed, places.get(run.path, len(places)), run.path))
     console = Terminal(stderr=True, quiet=not _is_first_process())
     _show_unusable(unusable, console)
     quiet_transformers()
@@ -592,7 +593,8 @@ def _show_comparisons(
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.looks import read_looks
-    from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
+    from rdrop.experiments.comparison.notes import noted
+    from rdrop.experiments.comparison.terminal_table import terminal_table
 
     console = Terminal()
     for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
@@ -606,14 +608,15 @@ def _show_comparisons(
             console.print(remark)
         for hint in comparison.hints():
             console.print(f"Hint: {hint}", style="yellow")
-        for note in terminal_notes(comparison):
+        for note in noted(comparison):
             console.print(note)
         console.print()
     _show_unusable([run for run in split_usable(records)[1] if of is None or run.path in of], console)
 
 
 def _show_tuning(tuning: Tuning, runs: Path) -> None:
-    from rdrop.experiments.comparison.terminal_table import terminal_notes, terminal_table
+    from rdrop.experiments.comparison.notes import noted
+    from rdrop.experiments.comparison.terminal_table import terminal_table
     from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
     from rdrop.experiments.report.tuning import write_tuning
 
@@ -626,7 +629,7 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
         console.print(remark)
     for hint in tuning.fresh.hints():
         console.print(f"Hint: {hint}", style="yellow")
-    for note in terminal_notes(tuning.fresh):
+    for note in noted(tuning.fresh):
         console.print(note)
     console.print()
     console.print(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}", soft_wrap=True)

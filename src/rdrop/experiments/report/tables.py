@@ -15,9 +15,9 @@ from rdrop.experiments.comparison.contest import Contest
 from rdrop.experiments.comparison.examples import ChangedExample, changed_examples, example_difference
 from rdrop.experiments.comparison.finished_runs import FinishedRun, UnusableRun
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
+from rdrop.experiments.comparison.notes import noted
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import difference_shown
-from rdrop.experiments.comparison.terminal_table import terminal_notes
 from rdrop.experiments.comparison.wording import (
     CHURN_STYLE,
     NOT_KNOWN,
@@ -126,7 +126,7 @@ def _shown_by(contest: Contest, spread: float, seeds: int) -> float | None:
 
 def notes(comparison: Comparison) -> Markup | None:
     """Lists what a reader should know beside the scores, as the terminal does."""
-    lines = terminal_notes(comparison)
+    lines = noted(comparison)
     if not lines:
         return None
     listed = element("ul", *(element("li", line) for line in lines), class_="note")

@@ -254,7 +254,7 @@ def _label_tensor(labels: NDArray[Any]) -> Tensor:
 
 
 LEAST_SPREAD, LARGEST_SPREAD = 0.03, 30.0
-"""Standard deviations of the numbers to predict within which a network learns them at the usual learning rates."""
+"""Standard deviations of the numbers to predict outside of which a note is made. The thresholds are ours."""
 
 
 def _note_on_scale(labels: NDArray[np.generic]) -> dict[str, str]:
