@@ -25,7 +25,7 @@ LOOKS = {
 }
 """Color, line and marker for each baseline that is drawn: none with another dropout rate."""
 FRAME = (-3.0, 4.0)
-"""BLEU. The intervals of 2,000 pairs, where two runs hardly began, reach beyond; the page says how far."""
+"""BLEU. The intervals of 2,000 pairs, where two runs did not learn in time, reach beyond; the page says how far."""
 
 
 class Gain(NamedTuple):
