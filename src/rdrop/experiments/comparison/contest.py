@@ -45,7 +45,7 @@ class Contest:
 
     @property
     def tests_of_later(self) -> int:
-        """That factor for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
+        """The factor for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
         is_look = len(self.difference.seeds) >= least_seeds(self.contests)
         return self.contests * (1 + len(self.looks) + is_look)
 
