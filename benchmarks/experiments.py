@@ -8,7 +8,8 @@ command that made it; a run of the same recipe that is there already is replaced
 runs alone do not say it, and their churn go into benchmarks/results/arms.jsonl, one comparison a line. `pages` writes
 each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again, and what one arm is above
 another between `<!-- contrast: NAME; ARM; OTHER ARM -->` and `<!-- /contrast -->`, and draws the plot of
-benchmarks/gains.py; a test holds that they are what the records give.
+benchmarks/gains.py; a test holds that they are what the records give. A verdict that a page has had is a look:
+benchmarks/results/looks.jsonl remembers its runs, and the p of a later one on more seeds is corrected for it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from rdrop.experiments.comparison import sentences
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.designs import Design, read_designs
+from rdrop.experiments.comparison.looks import read_looks, record_looks
 from rdrop.experiments.comparison.wording import CHURN_STYLE, p_value, p_words, ratio, wins_ties_losses
 from rdrop.experiments.run_folder import RunRecord, find_runs, saved
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "benchmarks/results/experiments.jsonl"
-ARMS = ROOT / "benchmarks/results/arms.jsonl"
+RESULTS = ROOT / "benchmarks/results"
+RECORDS = RESULTS / "experiments.jsonl"
+ARMS = RESULTS / "arms.jsonl"
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 PART = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results: \2 -->)", re.DOTALL)
 CONTRAST = re.compile(r"(<!-- contrast: ([\w.-]+); ([^;]+?); ([^;]+?) -->).*?(<!-- /contrast -->)", re.DOTALL)
@@ -84,7 +87,7 @@ def recorded_comparisons() -> dict[str, Comparison]:
     """By the name of the recipe, of which the records have one comparison each."""
     runs = [RunRecord(Path(record["digest"]), record["recipe"], record, []) for record in read()]
     designs = [Design(line["arms"], line["subject"]) for line in read_arms().values()]
-    return {comparison.name: comparison for comparison in comparisons(runs, designs=designs)}
+    return {comparison.name: comparison for comparison in comparisons(runs, read_looks(RESULTS), designs)}
 
 
 def rewritten(page: str, found: dict[str, Comparison]) -> str:
@@ -188,6 +191,7 @@ def main() -> None:
     if options.what == "add":
         add(options.runs, options.command)
     found = recorded_comparisons()
+    record_looks(RESULTS, (comparison.look() for comparison in found.values()))
     for page in PAGES:
         page.write_text(rewritten(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     gains.PLOT.write_text(gains.draw(found), encoding="utf-8")

@@ -55,8 +55,9 @@ def contest(*differences, contests=1, looks=(), higher_is_better=True):
 
 
 def judged_by_scores(arm, reference, contests=1, looks=(), higher_is_better=True):
-    pairs = [(*ARMS, paired_difference(arm, reference, higher_is_better), looks)] * contests
-    return judged(pairs)[0]
+    difference = paired_difference(arm, reference, higher_is_better)
+    seen = [[frozenset(difference.seeds[:seeds])] * contests for seeds in looks]
+    return judged([(*ARMS, difference)] * contests, seen)[0]
 
 
 ARMS = (Arm("R-Drop (alpha 1)", Method(alpha=1.0), 32, ()), Arm("baseline", Method(alpha=0.0), 32, ()))
@@ -170,7 +171,7 @@ def test_a_small_p_is_not_enough():
 
 def test_contests_are_corrected_for_one_another_by_holm():
     strong, weak = (paired_difference(by_seed(*own), by_seed(*[0] * 8), HIGHER) for own in (range(1, 9), range(-1, 7)))
-    both = judged([(*ARMS, strong, ()), (*ARMS, weak, ())])
+    both = judged([(*ARMS, strong), (*ARMS, weak)])
     assert [own.p_value for own in both] == [2 * strong.p_value, weak.p_value]
     assert [own.contests for own in both] == [2, 2]
 
@@ -178,8 +179,9 @@ def test_contests_are_corrected_for_one_another_by_holm():
 def test_more_contests_and_looks_need_more_seeds():
     assert contest(*range(1, 7), contests=2).least_seeds == 7
     assert contest(*range(1, 7), contests=2).outcome is Outcome.TOO_FEW
-    assert contest(*range(1, 8), looks=[6]).least_seeds == 7
-    assert contest(*range(1, 8), looks=[6]).p_value == 2 * 2 / 2**7
+    looked = contest(1, 2, 3, 4, 0, 5, 6, 7, looks=[6])  # six with a tie show nothing
+    assert looked.least_seeds == 7
+    assert looked.p_value == 2 * 2 / 2**7
 
 
 def test_the_seeds_that_are_promised_are_corrected_for_the_present_look():
@@ -196,21 +198,15 @@ def test_the_later_of_two_contests_needs_fewer_seeds_than_both_together():
     strong, weak = (
         paired_difference(by_seed(*own), by_seed(*[0] * len(own)), HIGHER) for own in ([*range(1, 9)], [*range(1, 7)])
     )
-    both = judged([(*ARMS, strong, ()), (*ARMS, weak, ())])
+    both = judged([(*ARMS, strong), (*ARMS, weak)])
     assert [own.p_value for own in both] == [2 * 2 / 2**8, 2 / 2**6]
     assert [own.outcome for own in both] == [Outcome.BETTER, Outcome.BETTER]
-
-
-def test_looks_at_too_few_seeds_to_show_anything_do_not_count():
-    assert contest(*range(1, 9), looks=[2, 5]).looks == ()
-    assert contest(*range(1, 9), looks=[5, 6]).looks == (6,)
-    assert contest(*range(1, 9), looks=[6, 7], contests=2).looks == (7,)
 
 
 def test_a_contest_without_common_seeds_takes_no_part_in_the_correction():
     nothing = paired_difference({}, {}, HIGHER)
     strong = paired_difference(by_seed(*range(1, 9)), by_seed(*[0] * 8), HIGHER)
-    found = judged([(*ARMS, nothing, ()), (*ARMS, strong, ())])
+    found = judged([(*ARMS, nothing), (*ARMS, strong)])
     assert (found[0].p_value, found[1].p_value) == (None, strong.p_value)
 
 
@@ -463,11 +459,11 @@ def test_verdict_without_a_common_seed():
     assert said((), (0.8,)).startswith("Nothing to compare")
 
 
-def write_seeds(runs, seeds, gain=0.03):
-    """So many seeds of the baseline and of R-Drop, which is better by about `gain`."""
+def write_seeds(runs, seeds, gain=0.03, tie=None):
+    """So many seeds of the baseline and of R-Drop, which is better by about `gain`, but equal with the seed `tie`."""
     for seed in range(seeds):
         write_run(runs, 0.7 + 0.001 * seed, seed=seed)
-        write_run(runs, 0.7 + gain + 0.003 * (seed % 3), alpha=1.0, seed=seed)
+        write_run(runs, 0.7 + 0.001 * seed if seed == tie else 0.7 + gain + 0.003 * (seed % 3), alpha=1.0, seed=seed)
 
 
 def test_verdict_sets_rdrop_against_the_larger_batch_too(tmp_path):
@@ -545,10 +541,10 @@ def test_a_verdict_without_any_p_says_nothing_of_its_correction(tmp_path):
 
 
 def test_seeds_that_were_added_after_a_look_are_said_and_corrected_for(tmp_path):
-    write_seeds(tmp_path, 6)
+    write_seeds(tmp_path, 6, tie=3)
     first = only(tmp_path).look()
     assert remark(tmp_path, "Seeds were added", [first]) is None  # the same look again
-    write_seeds(tmp_path / "more", 10)
+    write_seeds(tmp_path / "more", 10, tie=3)
     assert remark(tmp_path, "Seeds were added") is None
     assert remark(tmp_path, "Seeds were added", [first]) == (
         "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
@@ -557,6 +553,30 @@ def test_seeds_that_were_added_after_a_look_are_said_and_corrected_for(tmp_path)
     (comparison,) = comparisons(find_runs(tmp_path), [first])
     assert comparison.contests[0].p_value == 2 * only(tmp_path).contests[0].p_value
     assert comparison.sections[0].rows[1].p_value == comparison.contests[0].p_value
+
+
+def test_an_arm_that_is_added_after_a_look_makes_no_p_smaller(tmp_path):
+    write_seeds(tmp_path / "first", 6, tie=3)
+    first = only(tmp_path).look()
+    write_seeds(tmp_path / "more", 9, tie=3)
+    (before,) = comparisons(find_runs(tmp_path), [first])
+    for seed in range(9):
+        write_run(tmp_path / "arm", 0.71 + 0.002 * (seed % 2), batch_size=64, seed=seed)
+    (after,) = comparisons(find_runs(tmp_path), [first])
+    assert after.contests[0].p_value > before.contests[0].p_value == 2 * 2 / 2**8
+    assert remark(tmp_path, "Seeds were added", [first]) == (
+        "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
+        "is multiplied by the number of looks, 2, in the comparisons of which they had shown nothing."
+    )
+
+
+def test_seeds_added_after_a_verdict_that_had_shown_the_same_are_no_further_try(tmp_path):
+    write_seeds(tmp_path, 6)
+    first = only(tmp_path).look()
+    write_seeds(tmp_path / "more", 10)
+    assert remark(tmp_path, "Seeds were added", [first]) is None
+    (comparison,) = comparisons(find_runs(tmp_path), [first])
+    assert comparison.contests[0].p_value == only(tmp_path).contests[0].p_value
 
 
 def test_the_seeds_that_would_show_the_difference_are_said_where_nothing_is_shown_yet(tmp_path):

@@ -1,5 +1,6 @@
 """Which verdicts were shown before: what is remembered, what counts as a look at fewer seeds, what damage says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from rdrop.experiments.comparison.looks import FILE, Look, earlier_looks, read_looks, record_looks
+from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.contest import Contest, Outcome, judged
+from rdrop.experiments.comparison.looks import FILE, Look, read_looks, record_looks, seeds_seen
 from rdrop.experiments.comparison.paired import paired_difference
 from rdrop.experiments.comparison.statistics import is_shown, sign_flip_p
+from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.run_folder import ResultsError
 
 
@@ -34,22 +38,62 @@ def test_without_a_look_there_is_no_file(tmp_path: Path) -> None:
     assert read_looks(tmp_path) == []
 
 
-def test_looks_at_fewer_of_the_seeds_count_and_no_others() -> None:
+ARMS = (Arm("R-Drop (alpha 1)", Method(alpha=1.0), 32, ()), Arm("baseline", Method(alpha=0.0), 32, ()))
+NOTHING = (1.0, -1.1, 1.2, -0.9, 1.3, -1.4, 1.1, -1.0, 0.9)
+"""Differences that show nothing, whoever looks."""
+
+
+def contests(*differences: Sequence[float], looks: Sequence[Sequence[int]]) -> tuple[Contest, ...]:
+    """Contests with these differences over the seeds; `looks` have the first so many seeds of each contest."""
+    scores = [dict(enumerate(map(float, own))) for own in differences]
+    entries = [(*ARMS, paired_difference(own, dict.fromkeys(own, 0.0), higher_is_better=True)) for own in scores]
+    return judged(entries, [[frozenset(range(seeds)) for seeds in look] for look in looks])
+
+
+def test_the_seeds_of_a_contest_were_seen_where_both_of_its_runs_were() -> None:
     looks = [
-        look(0, 1, 2),
+        look(0, 1),
         look(0, 1, 2, 3),
-        look(0, 1, 2, 3, arms="abc"),  # another arm in the comparison, the same seeds
-        look(0, 1, 2, 3, 4),  # the present one
+        look(0, 1, 2, 3, arms="abc"),  # another arm in the comparison
+        look(0, 1, arms="a") | look(0, 1, 2, arms="b"),
         look(7, 8),  # other seeds
         look(0, 1, arms="ac"),  # another arm
     ]
-    assert earlier_looks(looks, pairs(0, 1, 2, 3, 4)) == [3, 4]
-    assert earlier_looks(looks, pairs(0, 1, 2)) == []
+    ours = [seeds for (seeds,) in seeds_seen(looks, [pairs(0, 1, 2)])]
+    assert ours == [{0, 1}, {0, 1, 2}, {0, 1, 2}, {0, 1}, set(), set()]
 
 
-def test_a_seed_was_seen_only_where_both_arms_had_it() -> None:
-    uneven = look(0, 1, arms="a") | look(0, 1, 2, 3, arms="b")
-    assert earlier_looks([uneven], pairs(0, 1, 2, 3)) == [2]
+def test_looks_at_fewer_seeds_count_once_and_the_present_one_does_not() -> None:
+    (found,) = contests(NOTHING, looks=[[6], [7], [7], [9]])
+    assert found.looks == (6, 7)
+    (alone,) = contests(NOTHING, looks=[])
+    assert found.p_value == min(1, 3 * alone.p_value)
+
+
+def test_looks_at_too_few_seeds_to_show_anything_do_not_count() -> None:
+    assert contests(NOTHING, looks=[[2], [5]])[0].looks == ()
+    assert contests(NOTHING, looks=[[5], [6]])[0].looks == (6,)
+
+
+def test_a_look_counts_by_the_contests_it_had_not_by_those_added_since() -> None:
+    first, second = contests(NOTHING, NOTHING, looks=[[6, 0]])  # one contest, which six seeds can decide
+    assert (first.looks, second.looks) == ((6,), ())
+    assert [own.looks for own in contests(NOTHING, NOTHING, looks=[[6, 6]])] == [(), ()]  # two: seven are needed
+    assert [own.looks for own in contests(NOTHING, NOTHING, looks=[[7, 7]])] == [(7,), (7,)]
+
+
+def test_no_look_counts_after_one_that_has_shown_the_same() -> None:
+    shown_at_six = (1.0, 1.1, 1.2, 0.9, 1.3, 1.4, 1.2, 1.1)
+    assert contests(shown_at_six, looks=[[6], [7]])[0].looks == ()
+    shown_at_seven = (1.0, 1.1, 1.2, 0.9, 1.3, 0.0, 1.2, 1.1, 1.0)  # a tie among six: p is 0.06
+    found = contests(shown_at_seven, looks=[[6], [8]])[0]
+    assert (found.looks, found.outcome) == ((6,), Outcome.BETTER)
+
+
+def test_a_look_that_has_shown_the_contrary_counts() -> None:
+    turned = (-0.1, -0.1, -0.11, -0.12, -0.1, -0.1, 9.0, 8.0, 9.0)
+    assert contests(turned[:6], looks=[])[0].outcome is Outcome.WORSE
+    assert contests(turned, looks=[[6]])[0].looks == (6,)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"runs": 3}', '{"runs": null}'])
@@ -69,7 +113,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def told_apart_at_a_look(differences: NDArray[np.float64], *, corrected: bool) -> bool:
-    """Whether one of the looks at 6, 8, ... 20 seeds shows a difference."""
+    """Whether one of the looks at 6, 8, ... 20 seeds shows a difference: before the first that does so, all count."""
     for number, seeds in enumerate(range(6, 21, 2), start=1):
         seen = dict(enumerate(differences[:seeds].tolist()))
         difference = paired_difference(seen, dict.fromkeys(seen, 0.0), higher_is_better=True)

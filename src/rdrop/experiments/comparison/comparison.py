@@ -22,7 +22,7 @@ from rdrop.experiments.comparison.contest import Contest, Outcome, judged
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
-from rdrop.experiments.comparison.looks import Look, earlier_looks
+from rdrop.experiments.comparison.looks import Look, seeds_seen
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import probability_of_improvement
@@ -169,17 +169,13 @@ class Comparison:
 
     def _judged(self, pairs: Iterable[tuple[Arm, Arm, str]]) -> tuple[Contest, ...]:
         """Judges arms together, each against its reference in a metric of test."""
-        return judged(
-            [
-                (arm, reference, self.difference(arm, reference, metric), self._looks(arm, reference))
-                for arm, reference, metric in pairs
-            ]
-        )
+        entries = [(arm, reference, self.difference(arm, reference, metric)) for arm, reference, metric in pairs]
+        return judged(entries, seeds_seen(self.looks, [self._run_names(*entry) for entry in entries]))
 
-    def _looks(self, arm: Arm, reference: Arm) -> list[int]:
-        names = [{run.seed: run.path.name for run in side.runs} for side in (arm, reference)]
-        seeds = self.difference(arm, reference).seeds
-        return earlier_looks(self.looks, {seed: (names[0][seed], names[1][seed]) for seed in seeds})
+    @staticmethod
+    def _run_names(arm: Arm, reference: Arm, difference: PairedDifference) -> dict[int, tuple[str, str]]:
+        names, others = ({run.seed: run.path.name for run in side.runs} for side in (arm, reference))
+        return {seed: (names[seed], others[seed]) for seed in difference.seeds}
 
     def look(self) -> Look:
         """Returns what is remembered when this verdict is shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,7 +36,7 @@ class Contest:
     contests: int = 1
     """How many contests are judged together, this one included."""
     looks: tuple[int, ...] = ()
-    """How many seeds had finished whenever a verdict was shown before that could have told the arms apart."""
+    """How many seeds the earlier looks that count had, ascending."""
 
     @property
     def tests(self) -> int:
@@ -70,7 +70,7 @@ class Contest:
             return Outcome.UNDECIDED
         if not is_shown(difference.interval, self.p_value):  # by Holm's method, others may leave few seeds enough
             return Outcome.TOO_FEW if len(difference.seeds) < self.least_seeds else Outcome.NOT_SHOWN
-        return Outcome.BETTER if (difference.mean > 0) == difference.higher_is_better else Outcome.WORSE
+        return _direction(difference)
 
     @property
     def seeds_needed(self) -> int | None:
@@ -83,18 +83,44 @@ class Contest:
         return seeds_needed(difference.mean, difference.spread, self.tests_of_later)
 
 
-def judged(pairs: Sequence[tuple[Arm, Arm, PairedDifference, Sequence[int]]]) -> tuple[Contest, ...]:
+Entry = tuple[Arm, Arm, PairedDifference]
+"""An arm, its reference, and their scores."""
+
+
+def judged(entries: Sequence[Entry], looks: Iterable[Sequence[frozenset[int]]] = ()) -> tuple[Contest, ...]:
     """Returns the contests of some arms with their references, their p values corrected for one another.
 
     Holm's correction for the number of contests comes first. Then p is multiplied with the number of looks, the present
-    one included. `pairs` has for each contest how many seeds had finished at each earlier look; those that were too few
-    to show anything do not count.
+    one included. `looks` has for each earlier one, oldest first, the seeds of each contest that it was about.
+
+    A look counts if it could have told the arms apart, until one has shown the difference that is there now. For
+    whoever stops at the first verdict that shows something has had the tries up to it and no others; who adds seeds
+    even so gains none. So the chance that any of the looks is wrong is the same.
     """
-    p_values = [difference.p_value for _, _, difference, _ in pairs]
-    corrected = iter(holm([p for p in p_values if p is not None]))
+    counted: list[set[frozenset[int]]] = [set() for _ in entries]
+    settled = [False] * len(entries)
+    for seen in looks:
+        own = [(*arms, difference.of(seeds)) for (*arms, difference), seeds in zip(entries, seen, strict=True)]
+        needed = least_seeds(max(1, sum(map(bool, seen))))
+        for place, contest in enumerate(_corrected(own, counted)):
+            settled[place] |= contest.outcome is _direction(entries[place][-1])
+            if len(seen[place]) >= needed and not settled[place]:
+                counted[place].add(seen[place])
+    return _corrected(entries, counted)
+
+
+def _corrected(entries: Sequence[Entry], looks: Sequence[Iterable[frozenset[int]]]) -> tuple[Contest, ...]:
+    """`looks` are those that count for each contest; the ones at fewer seeds than it has are its earlier ones."""
+    corrected = iter(holm([p for *_, difference in entries if (p := difference.p_value) is not None]))
     contests = []
-    for (arm, reference, difference, looks), p in zip(pairs, p_values, strict=True):
-        counted = tuple(seeds for seeds in looks if seeds >= least_seeds(len(pairs)))
-        p_value = None if p is None else min(1.0, (1 + len(counted)) * next(corrected))
-        contests.append(Contest(arm, reference, difference, p_value, len(pairs), counted))
+    for (arm, reference, difference), own in zip(entries, looks, strict=True):
+        earlier = tuple(sorted(len(seeds) for seeds in own if len(seeds) < len(difference.seeds)))
+        p_value = None if difference.p_value is None else min(1.0, (1 + len(earlier)) * next(corrected))
+        contests.append(Contest(arm, reference, difference, p_value, len(entries), earlier))
     return tuple(contests)
+
+
+def _direction(difference: PairedDifference) -> Outcome:
+    """What a difference is, if it is shown."""
+    is_above = difference.mean is not None and difference.mean > 0
+    return Outcome.BETTER if is_above == difference.higher_is_better else Outcome.WORSE

@@ -4,14 +4,14 @@
 
 Whoever adds seeds because the last verdict was not the hoped-for one gives chance another try. So the folder of the
 runs remembers each verdict by the runs that it was about, in one line, and a later verdict on more seeds is corrected
-for it. A look is recorded when it happens: neither the seeds that were planned nor the times at which runs finished
-tell whether somebody looked in between. The same verdict shown again is the same look.
+for it (`contest.judged`). A look is recorded when it happens: neither the seeds that were planned nor the times at
+which runs finished tell whether somebody looked in between. The same verdict shown again is the same look.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,9 @@ FILE = "looks.jsonl"
 
 Look = frozenset[str]
 """The names of the run folders that a verdict was about."""
+
+Pairs = Mapping[int, tuple[str, str]]
+"""By the seed: the names of the two runs of a contest, one of its arm and one of its reference."""
 
 
 def read_looks(runs: Path) -> list[Look]:
@@ -44,13 +47,12 @@ def record_looks(runs: Path, looks: Iterable[Look]) -> None:
         append_synced(runs / FILE, "".join(lines).encode())
 
 
-def earlier_looks(looks: Iterable[Look], runs: Mapping[int, tuple[str, str]]) -> list[int]:
-    """Returns how many of the seeds had finished at each earlier look, ascending, where it was a part of them.
-
-    `runs` are the names of the two runs of each seed, one of an arm and one of its reference.
-    """
-    seen = (frozenset(seed for seed, pair in runs.items() if look.issuperset(pair)) for look in looks)
-    return sorted(map(len, {seeds for seeds in seen if 0 < len(seeds) < len(runs)}))
+def seeds_seen(looks: Iterable[Look], contests: Sequence[Pairs]) -> list[list[frozenset[int]]]:
+    """Returns by the look, and in it by the contest, the seeds of the contest that the look was about."""
+    return [
+        [frozenset(seed for seed, names in pairs.items() if look.issuperset(names)) for pairs in contests]
+        for look in looks
+    ]
 
 
 def _parsed(line: bytes, where: str) -> Look:

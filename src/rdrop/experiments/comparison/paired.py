@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,12 @@ class PairedDifference:
     arm: tuple[float, ...]
     reference: tuple[float, ...]
     higher_is_better: bool
+
+    def of(self, seeds: Set[int]) -> PairedDifference:
+        """Returns the difference on those of the seeds alone."""
+        kept = [place for place, seed in enumerate(self.seeds) if seed in seeds]
+        parts = (tuple(values[place] for place in kept) for values in (self.seeds, self.arm, self.reference))
+        return PairedDifference(*parts, higher_is_better=self.higher_is_better)
 
     @property
     def per_seed(self) -> tuple[float, ...]:

@@ -59,10 +59,12 @@ def corrections(contests: Sequence[Contest]) -> list[str]:
             f"p is corrected for {len(contests)} comparisons by Holm's method: where none has a difference, the chance "
             "that any of them seems to have one is at most 5 %."
         )
-    for looks in dict.fromkeys(contest.looks for contest in contests if contest.looks):
+    of_contests = dict.fromkeys(contest.looks for contest in contests)
+    where = "" if len(of_contests) == 1 else ", in the comparisons of which they had shown nothing"
+    for looks in filter(None, of_contests):
         sentences.append(
             f"Seeds were added after the verdict on {listed(looks)} seeds had been seen. Each look is a chance for a "
-            f"false verdict, so p is multiplied by the number of looks, {1 + len(looks)}."
+            f"false verdict, so p is multiplied by the number of looks, {1 + len(looks)}{where}."
         )
     return sentences
 
