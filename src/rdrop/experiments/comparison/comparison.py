@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
@@ -275,10 +276,10 @@ def comparisons(
 
 def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Iterator[Comparison]:
     """Yields the comparisons of the designs that have finished runs: plain training first, the subject last."""
-    by_arm: dict[str, list[FinishedRun]] = {}
+    by_content: dict[str, dict[str, list[FinishedRun]]] = {}
     for run in finished:
-        by_arm.setdefault(arm_digest(run.recipe), []).append(run)
-    for design in designs:
+        by_content.setdefault(_content(run), {}).setdefault(arm_digest(run.recipe), []).append(run)
+    for design, by_arm in product(designs, by_content.values()):
         of_arms = {label: by_arm[digest] for label, digest in design.arms.items() if digest in by_arm}
         ordered = sorted(of_arms, key=lambda label: (label == design.subject, not of_arms[label][0].method.is_plain))
         if ordered:
@@ -296,7 +297,13 @@ def _family(run: FinishedRun) -> str:
             shared["patience"] = _a_unit(shared["patience"], run.batch)
         if is_finite_number(shared.get("average_last")) and shared["average_last"] > 1:
             shared["average_last"] = _a_unit(shared["average_last"], run.batch)
-    return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
+    return json.dumps([run.recipe["name"], run.result["metric"], shared, _content(run)], sort_keys=True)
+
+
+def _content(run: FinishedRun) -> str:
+    """Returns what was in the user's own files, less those of which plain arms see nothing."""
+    files = run.result.get("files", {})
+    return " ".join(f"{key}={files[key]}" for key in sorted(files) if key != "unlabeled")
 
 
 def _a_unit(length: float, batch: int) -> float:

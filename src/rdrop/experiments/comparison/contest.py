@@ -100,7 +100,7 @@ def judged(entries: Sequence[Entry], looks: Iterable[Sequence[frozenset[int]]] =
     counted: list[set[frozenset[int]]] = [set() for _ in entries]
     settled = [False] * len(entries)
     for seen in looks:
-        own = [(*arms, difference.of(seeds)) for (*arms, difference), seeds in zip(entries, seen, strict=True)]
+        own = [(arm, other, scores.of(seeds)) for (arm, other, scores), seeds in zip(entries, seen, strict=True)]
         needed = least_seeds(max(1, sum(map(bool, seen))))
         for place, contest in enumerate(_corrected(own, counted)):
             settled[place] |= contest.outcome is _direction(entries[place][-1])

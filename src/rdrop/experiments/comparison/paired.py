@@ -30,9 +30,8 @@ class PairedDifference:
 
     def of(self, seeds: Set[int]) -> PairedDifference:
         """Returns the difference on those of the seeds alone."""
-        kept = [place for place, seed in enumerate(self.seeds) if seed in seeds]
-        parts = (tuple(values[place] for place in kept) for values in (self.seeds, self.arm, self.reference))
-        return PairedDifference(*parts, higher_is_better=self.higher_is_better)
+        own, others = (dict(zip(self.seeds, scores, strict=True)) for scores in (self.arm, self.reference))
+        return paired_difference({seed: own[seed] for seed in seeds & own.keys()}, others, self.higher_is_better)
 
     @property
     def per_seed(self) -> tuple[float, ...]:

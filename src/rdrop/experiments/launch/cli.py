@@ -38,7 +38,7 @@ from rdrop.experiments.launch.jobs import (
     train_all,
     train_supervised,
 )
-from rdrop.experiments.launch.plan import Command, Run, plan_arms
+from rdrop.experiments.launch.plan import Command, Run, plan_arms, require_same_files
 from rdrop.experiments.launch.terminal import Terminal, escaped_warnings
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
@@ -236,6 +236,7 @@ def compare(
         record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))
     if commands:
+        require_same_files(plan)
         damaged = []
         for run in plan:
             try:

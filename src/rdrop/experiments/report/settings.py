@@ -35,7 +35,9 @@ def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
     """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
-    recipes = [flat(comparison.arms[0].runs[0].recipe) for comparison in found]
+    runs = [comparison.arms[0].runs[0] for comparison in found]
+    contents = [flat(run.result.get("files", {}), "content of data.") for run in runs]
+    recipes = [flat(run.recipe) | content for run, content in zip(runs, contents, strict=True)]
     settings: list[dict[str, object]] = []
     for comparison, recipe in zip(found, recipes, strict=True):
         namesakes = [other for c, other in zip(found, recipes, strict=True) if c.name == comparison.name]
@@ -46,7 +48,8 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
             and not key.startswith("method.")
             and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
         ]
-        settings.append({key: recipe.get(key) for key in differing})
+        named = {f"content of {key}" for key in differing}
+        settings.append({key: recipe.get(key) for key in differing if key not in named})
     return settings
 
 

@@ -83,6 +83,7 @@ _IF_PRESENT: dict[str, tuple[_Test, str]] = {
     "constant": (_or_null(_is_scores), "an object of numbers or null"),
     "digest": (_is_text, "a text"),
     "data": (_or_null(_is_text), "a text or null"),
+    "files": (_is_texts, "an object of texts"),
     "vocabulary": (_or_null(_is_text), "a text or null"),
     "resumed": (_is_count, "a whole number"),
 }
@@ -104,6 +105,7 @@ _OF_STATE: dict[str, tuple[_Test, str]] = {
     "seconds": (_is_number, "a number"),
     "resumed": (_is_count, "a whole number"),
     "data": (_is_text, "a text"),
+    "files": (_is_texts, "an object of texts"),
     "start": (_is_texts, "an object of texts"),
     "processes": (_or_null(_is_count), "a whole number or null"),
     "sums": (_is_numbers, "an object of numbers"),

@@ -15,7 +15,7 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import load_recipe
-from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, remedy, what_is_damaged_in_result
+from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, own_files, remedy, what_is_damaged_in_result
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
@@ -54,7 +54,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         raise ResultsError(problem)
     recipe, test = scoring_recipe(load_recipe(run.path / RECIPE), settings)
     task = load_task(recipe, test)
-    if run.result.get("data") not in (None, fingerprint(task)):
+    other = own_files.changed(run.result.get("files", {}), recipe.saved()["data"], ["train"])
+    if other or run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
             "the weights would mean something else. Put them back, or name where they are now by "

@@ -45,6 +45,7 @@ from rdrop.experiments.run_folder import (
     RECIPE,
     ResultsError,
     RunFolder,
+    own_files,
     read_result,
     remedy,
     saved,
@@ -117,6 +118,8 @@ class RunState:
     resumed: int = 0
     data: str = ""
     """The fingerprint of the training data."""
+    files: dict[str, str] = field(default_factory=dict)
+    """What is in the user's own files of data."""
     start: dict[str, str] = field(default_factory=dict)
     """A note on the run whose weights this one started from."""
     processes: int | None = None
@@ -231,7 +234,8 @@ class _Training:
                 self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
             self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
         self.is_sharded = plugin is not None
-        self.state = RunState(data=fingerprint(self.task), processes=self.accelerator.num_processes)
+        files = own_files.digests(self.asked.saved()["data"])
+        self.state = RunState(data=fingerprint(self.task), files=files, processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
         if not (self.state.step or self.state.resumed):
@@ -518,6 +522,7 @@ class _Training:
             | self.note_on_alpha()
             | (self.note_on_divergence(valid, constant) or self.note_on_beginning()),
             "data": state.data,
+            "files": state.files,
             "vocabulary": vocabulary_digest(self.task),
             "cost": self.cost.report(self.model),
             "machine": machine(self.accelerator.device, self.accelerator.num_processes)
@@ -619,7 +624,13 @@ class _Training:
             self.folder.truncate_metrics(self.state.step - self.must_evaluate())
 
     def resumed_state(self, found: RunState) -> RunState:
-        data = self.state.data
+        data, files = self.state.data, self.state.files
+        other = own_files.changed(found.files, self.asked.saved()["data"])
+        if other:
+            raise TrainingError(
+                f"{', '.join(other)}: has changed since {self.folder.path} began with it. Put it back, or delete that "
+                "folder to start the run again."
+            )
         if found.data not in (data, ""):
             raise TrainingError(
                 f"the training data are not those with which {self.folder.path} began: other examples, vocabulary or "
@@ -633,7 +644,7 @@ class _Training:
                 checkpoints.CheckpointWarning,
                 stacklevel=2,
             )
-        return replace(found, data=data, processes=own)
+        return replace(found, data=data, files=files, processes=own)
 
     # ------------------------------------------------------------------------------------------ files and processes
 
@@ -675,6 +686,7 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path)
         require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
+        own_files.require_unchanged([(run.path, result.get("files", {}), recipe.saved()["data"])])
         if is_first_process():
             run.restore_recipe(recipe.saved())
     return result
