@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from rdrop.experiments.launch.plan import plan_arms
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, nearest_name
 from rdrop.experiments.recipes import RECIPES, TASKS, find_recipe, load_recipe
@@ -309,6 +310,15 @@ def test_the_tiny_form_of_a_recipe_with_files_has_none(name: str, source: str) -
 def test_a_file_that_no_task_would_read_is_refused(name: str, key: str) -> None:
     with pytest.raises(RecipeError, match=rf'^data\.{key}="x": needs data\.train$'):
         RECIPES[name].replace(**{f"data.{key}": "x"})
+
+
+def test_a_batch_larger_than_the_labels_is_refused_before_anything_is_trained() -> None:
+    recipe = find_recipe("text-classification").replace(**{"data.train": "a.csv", "data.labels": 12, "batch_size": 8})
+    with pytest.raises(
+        RecipeError, match=r"^batch_size=16: must be at most data\.labels \(=12\); this is the baseline with 2"
+    ):
+        plan_arms(recipe, larger_batch=True)
+    assert len(plan_arms(recipe, larger_batch=False).arms) == 2
 
 
 EPOCHS = BASE.replace(updates=None, epochs=2.5, warmup_updates=0, warmup_share=0.1, evaluate_every=None)

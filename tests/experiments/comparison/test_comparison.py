@@ -625,7 +625,8 @@ def test_p_values_of_the_other_scores_are_corrected_together(tmp_path):
 @pytest.mark.parametrize(
     ("test", "constant", "learned"),
     [
-        ({"accuracy": 0.5, "loss": 0.6}, {"accuracy": 0.5, "loss": 0.69}, False),
+        ({"accuracy": 0.5, "loss": 0.69}, {"accuracy": 0.5, "loss": 0.69}, False),
+        ({"accuracy": 0.89, "loss": 0.28}, {"accuracy": 0.9, "loss": 0.33}, True),  # one class in ten
         ({"accuracy": 0.51, "loss": 0.9}, {"accuracy": 0.5, "loss": 0.69}, True),
         ({"accuracy": 0.0, "loss": 1.0}, {"loss": 1.0}, False),  # a constant has no such score, so the loss decides
         ({"accuracy": 0.0, "loss": 0.9}, {"loss": 1.0}, True),

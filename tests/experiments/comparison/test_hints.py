@@ -238,7 +238,17 @@ def test_folds_are_said_with_what_they_mean() -> None:
     said = cross_validation([arm(0.0, run(0.0, data={"folds": 5}), run(0.0, 1, data={"folds": 5}))])
     assert said is not None
     assert said.startswith("Cross-validation: each seed is scored on a part of its own, of 5 (data.folds), and 2 seeds")
+    assert "2 seeds are compared. Scores of different parts are of different examples. 3 of the parts are not" in said
     assert cross_validation([arm(0.0, run(0.0, data={"folds": None}), run(0.0, 1))]) is None
+
+
+def test_seeds_beyond_the_folds_are_said_to_share_parts() -> None:
+    said = cross_validation([arm(0.0, *(run(0.0, seed, data={"folds": 4}) for seed in (0, 1, 4)))])
+    assert said is not None
+    assert said.startswith("Cross-validation: each seed is scored on one part of 4 (data.folds), and 3 seeds are comp")
+    assert (
+        "The seeds that differ by a multiple of 4 are scored on the same part. 2 of the parts are not scored." in said
+    )
 
 
 def test_a_note_of_the_runs_is_not_said_a_second_time_as_a_hint() -> None:

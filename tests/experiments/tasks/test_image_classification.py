@@ -698,7 +698,7 @@ def test_a_batch_is_the_same_however_many_threads_decode_it(tmp_path: Path, monk
 
 FEW = SMALL.replace(
     **{"data.crop": "padded", "data.valid_size": 5, "data.test_size": 5, "data.labels": 6, "data.unlabeled": "all"},
-    **{"data.unlabeled_batch": 4},
+    **{"data.unlabeled_batch": 4, "batch_size": 4},
 )
 
 

@@ -466,6 +466,15 @@ def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Pat
     assert len(splits(OWN, **changes).train) == 16
 
 
+@pytest.mark.parametrize("split", ["valid", "test", "unlabeled"])
+def test_a_column_that_has_another_name_in_one_file_is_to_be_renamed_there(tmp_path: Path, split: str) -> None:
+    """The keys name the columns of all files: setting them would only move the error to the training file."""
+    train = write(tmp_path / "a.csv", "text,label", *(f"text {row},{row % 2}" for row in range(20)))
+    other = write(tmp_path / "b.csv", "body,label", *(f"body {row},{row % 2}" for row in range(20)))
+    with pytest.raises(DataError, match=r"b\.csv:1: has no column 'text', only 'body', 'label'; rename it$"):
+        splits(OWN, train=train, **{split: other})
+
+
 def test_rows_of_json_must_have_the_same_columns(tmp_path: Path) -> None:
     rows = ['{"text": "x", "label": "a"}', '{"text": "x", "text2": "y", "label": "b"}'] * 10
     with pytest.raises(DataError, match=r"a\.jsonl:2: has other columns than the first row"):

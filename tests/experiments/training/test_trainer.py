@@ -551,7 +551,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert set(result) == {
         *("format", "recipe", "digest", "finished", "metric", "metrics", "best_step", "valid", "test"),
         *("cost", "machine", "versions", "resumed", "updates", "averaged_steps", "constant", "notes", "data"),
-        "vocabulary",
+        *("vocabulary", "files"),
     }
     assert set(result["machine"]) == {"device", "threads", "processes", "kernel"}
     assert set(result["cost"]) == {
@@ -725,6 +725,15 @@ def test_a_run_in_epochs_is_named_and_saved_by_them_and_resumed_to_the_same_bits
     assert result["digest"] == EPOCHS.digest()
     assert result["recipe"] == RunFolder(tmp_path / "whole").recipe() == EPOCHS.saved()
     assert result["recipe"]["epochs"] == 2.5
+
+
+def test_a_training_in_epochs_that_ends_early_says_how_many_updates_were_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", ConstantAccuracy)
+    result = train(EPOCHS.replace(evaluate_every=1, patience=2), tmp_path)
+    assert result["updates"] < 9
+    assert result["notes"]["epochs"] == f"2.5 of 28 examples: 9 updates, of which {result['updates']} were done"
 
 
 def test_twice_the_batch_with_twice_the_epochs_has_as_many_updates() -> None:

@@ -212,6 +212,8 @@ def test_few_labels_of_a_file_and_all_its_texts_without_them(tmp_path: Path) -> 
     assert rows[0].shape != rows[1].shape or not torch.equal(*rows)
     with pytest.raises(DataError, match=r"has 32 examples to train on, and data\.labels=33"):
         load_task(semi_supervised(tmp_path, ["text"], **given | {"data.labels": 33}))
+    with pytest.raises(DataError, match=r"has 2 classes, and data\.labels=1 leaves some without an example; raise it"):
+        load_task(semi_supervised(tmp_path, ["text"], **given | {"data.labels": 1, "batch_size": 1}))
 
 
 def test_from_the_command_line(

@@ -121,6 +121,6 @@ def _corrected(entries: Sequence[Entry], looks: Sequence[Iterable[frozenset[int]
 
 
 def _direction(difference: PairedDifference) -> Outcome:
-    """What a difference is, if it is shown."""
+    """Returns what a difference is, if it is shown."""
     is_above = difference.mean is not None and difference.mean > 0
     return Outcome.BETTER if is_above == difference.higher_is_better else Outcome.WORSE

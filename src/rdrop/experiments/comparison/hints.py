@@ -203,12 +203,18 @@ def cross_validation(arms: Sequence[Arm]) -> str | None:
     folds = [count for run in runs if (count := folds_of(run)) is not None]
     if not folds:
         return None
-    seeds = len({run.seed for run in runs})
-    return (
-        f"Cross-validation: each seed is scored on a part of its own, of {max(folds)} (data.folds), and "
-        f"{counted(seeds, 'seed')} are compared. Scores of different seeds are of different examples. Trainings "
-        "share most of theirs, so the intervals are somewhat too narrow."
-    )
+    seeds, number = {run.seed for run in runs}, max(folds)
+    parts = len({seed % number for seed in seeds})
+    own = "a part of its own, of" if parts == len(seeds) else "one part of"
+    found = [
+        f"Cross-validation: each seed is scored on {own} {number} (data.folds), and {counted(len(seeds), 'seed')} are "
+        "compared. Scores of different parts are of different examples."
+    ]
+    if parts < len(seeds):
+        found.append(f"The seeds that differ by a multiple of {number} are scored on the same part.")
+    if parts < number:
+        found.append(f"{number - parts} of the parts are not scored.")
+    return " ".join([*found, "Trainings share most of theirs, so the intervals are somewhat too narrow."])
 
 
 def folds_of(run: FinishedRun) -> int | None:

@@ -20,10 +20,10 @@ Overfitting alone hardly does that: of two classes, half of the answers would ha
 
 
 def has_learned(run: FinishedRun) -> bool | None:
-    """Whether the run's test score is better than that of the best constant prediction; None where that is not known.
+    """Whether the run's test score or loss is better than the best constant prediction's; None where that is not known.
 
-    The compared score decides, or the loss where a constant has no such score (a correlation, for instance). A run that
-    has measured how much it uses its source is judged by that instead.
+    One of the two is enough: where nine of ten examples are of one class, a model that tells them apart may well be no
+    more often right than a constant. A run that has measured how much it uses its source is judged by that instead.
     """
     use = source_use(run)
     if use is not None:
@@ -32,11 +32,12 @@ def has_learned(run: FinishedRun) -> bool | None:
     constant = run.result.get("constant")
     if not isinstance(constant, dict):
         return None
-    metric = next((name for name in (run.result["metric"], "loss") if is_finite_number(constant.get(name))), None)
-    if metric is None or not is_finite_number(test.get(metric)):
-        return None
-    gain = test[metric] - constant[metric]
-    return bool(gain > 0 if metrics.find(metric).higher_is_better else gain < 0)
+    known = [
+        metrics.find(name).higher_is_better == (test[name] > constant[name]) and test[name] != constant[name]
+        for name in (run.result["metric"], "loss")
+        if is_finite_number(constant.get(name)) and is_finite_number(test.get(name))
+    ]
+    return any(known) if known else None
 
 
 def source_use(run: FinishedRun) -> float | None:

@@ -13,14 +13,14 @@ from rdrop.experiments.comparison.sections import Section
 from rdrop.experiments.comparison.wording import CHURN_STYLE, NumberStyle, counted, ratio, wins_ties_losses
 
 
-def terminal_table(comparison: Comparison) -> Table:
+def terminal_table(comparison: Comparison, title: str | None = None) -> Table:
     """Per metric and arm: mean ± sd over the seeds, difference from the baseline with its 95 % interval, wins, ties
     and losses over the paired seeds, and the cost of a step in time and memory against the baseline.
 
     With a subject, the differences are the subject's from each other arm, as in the verdict.
     """
     table = Table(
-        title=Text(f"{comparison.name}: {counted(len(comparison.seeds), 'seed')}", style="bold"),
+        title=Text(f"{title or comparison.name}: {counted(len(comparison.seeds), 'seed')}", style="bold"),
         title_justify="left",
         caption=Text(_caption(comparison)),
         caption_justify="left",

@@ -596,14 +596,16 @@ def _show_comparisons(
     from rdrop.experiments.comparison.looks import read_looks
     from rdrop.experiments.comparison.notes import noted
     from rdrop.experiments.comparison.terminal_table import terminal_table
+    from rdrop.experiments.report.settings import distinguishing_settings, titled
 
     console = Terminal()
-    for comparison in comparisons(records, () if are_new_scores else read_looks(root), read_designs(root)):
+    found = comparisons(records, () if are_new_scores else read_looks(root), read_designs(root))
+    for comparison, setting in zip(found, distinguishing_settings(found), strict=True):
         if of is not None and of.isdisjoint(run.path for run in comparison.runs):
             continue
         if are_new_scores:
             comparison = replace(comparison, are_new_scores=True)
-        console.print(terminal_table(comparison))
+        console.print(terminal_table(comparison, titled(comparison.name, setting)))
         console.print(comparison.verdict(), style="bold")
         for remark in comparison.remarks(contests=2):  # of more, a screen would not do; the page has all
             console.print(remark)

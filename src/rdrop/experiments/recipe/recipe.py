@@ -240,6 +240,9 @@ class Recipe(Section):
                 f"must be divisible by accumulation (={self.accumulation})",
                 value=self.batch_size,
             )
+        labels = getattr(self.data, "labels", None)
+        if self.batch_size is not None and labels is not None and self.batch_size > labels:
+            raise RecipeError("batch_size", f"must be at most data.labels (={labels})", value=self.batch_size)
         if self.schedule == "inverse-sqrt" and not (self.warmup_updates or self.warmup_share):
             raise RecipeError("warmup_updates", "must be at least 1 for the schedule inverse-sqrt", value=0)
         if self.optimizer == "nag" and self.beta1 == 0:

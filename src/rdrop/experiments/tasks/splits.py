@@ -144,7 +144,7 @@ def stratified_draw(pool: Rows, labels: NDArray[np.int64], size: int, seed: int)
 def few_labels(pool: Rows, labels: NDArray[Any], size: int | None, seed: int, where: str) -> Rows:
     """Returns the rows of `data.labels` examples of the pool, sorted: drawn by class, or of numbers at random.
 
-    All of them where that is null. Raises `DataError` where there are not as many.
+    All of them where that is null. Raises `DataError` where there are not as many, or more classes than that.
     """
     if size is None:
         return pool
@@ -152,6 +152,11 @@ def few_labels(pool: Rows, labels: NDArray[Any], size: int | None, seed: int, wh
         raise DataError(f"{where}: has {len(pool)} examples to train on, and data.labels={size}; lower it, or set null")
     if labels.dtype.kind == "f":
         return np.sort(np.random.default_rng(seed).permutation(pool)[:size])
+    classes = len(np.unique(labels[pool]))
+    if size < classes:
+        raise DataError(
+            f"{where}: has {classes} classes, and data.labels={size} leaves some without an example; raise it"
+        )
     return np.sort(stratified_draw(pool, labels, size, seed))
 
 

@@ -544,7 +544,10 @@ class _Training:
         """Returns how long a training in epochs is in updates."""
         if self.asked.epochs is None:
             return {}
-        return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {self.recipe.updates} updates"}
+        updates = f"{self.recipe.updates} updates"
+        if self.state.step < self.recipe.total_updates:
+            updates += f", of which {self.state.step} were done"
+        return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {updates}"}
 
     def note_on_alpha(self) -> dict[str, str]:
         """Returns a word for the reader where the weights that are scored were not trained with much of alpha."""

@@ -107,11 +107,11 @@ def load_labeled_texts(data: TextClassificationData, test: str | None = None, se
     if test is not None:
         if data.train is not None:
             require_different_files({"train": [data.train], "test": [test]})
-        tables["test"] = _read_file(Path(test), _columns(data))
+        tables["test"] = _read_file(Path(test), _columns(data, "test"))
         tables.pop("mismatched", None)
     train = tables["train"]
     has_file = data.unlabeled not in (None, ALL)
-    unlabeled = _read_file(Path(str(data.unlabeled)), _without_label(_columns(data))) if has_file else None
+    unlabeled = _read_file(Path(str(data.unlabeled)), _without_label(_columns(data, "unlabeled"))) if has_file else None
     classes = _class_spellings(train, data)
     for table in [*tables.values(), *([] if unlabeled is None else [unlabeled])]:
         if (table.second is None) != (train.second is None):
@@ -208,10 +208,11 @@ def _hub_splits(data: TextClassificationData) -> list[tuple[str, str]]:
 
 
 def _read_all(files: Iterable[tuple[str, Path]], data: TextClassificationData) -> dict[str, _Table]:
-    return {name: _read_file(path, _columns(data)) for name, path in files}
+    return {name: _read_file(path, _columns(data, name)) for name, path in files}
 
 
-def _columns(data: TextClassificationData) -> _Columns:
+def _columns(data: TextClassificationData, split: str = "train") -> _Columns:
+    """The keys of the recipe name the columns of all files: those of train, so others are to have the same."""
     if data.glue is not None:
         glue = GLUE[data.glue]
         return _Columns(glue.text, glue.text2, glue.label, text2_may_lack=False, may_be_empty=glue.may_be_empty)
@@ -221,7 +222,7 @@ def _columns(data: TextClassificationData) -> _Columns:
     keys = {data.text_column: "data.text_column", data.label_column: "data.label_column"}
     keys |= dict.fromkeys(text2, "data.text2_column")
     may_lack = data.text2_column in (None, SECOND_TEXT)
-    return _Columns((data.text_column,), text2, (data.label_column,), may_lack, False, keys)
+    return _Columns((data.text_column,), text2, (data.label_column,), may_lack, False, keys if split == "train" else {})
 
 
 def _without_label(columns: _Columns) -> _Columns:

@@ -15,7 +15,7 @@ def score_texts(names: Iterable[str], outputs: NDArray[Any], labels: NDArray[Any
     """Scores logits `(N, V)` or predicted numbers `(N, 1)` against `labels` `(N,)`; all scores are at most 1.
 
     accuracy    share of right classes
-    f1          F1 of class 1 of two; f1_macro: the mean of the F1 of all classes
+    f1          F1 of class 1 of two; f1_macro: the mean of those of the classes that occur or are predicted
     mcc         Matthews correlation coefficient
     ece         expected calibration error
     pearson     correlation of the numbers; spearman: of their ranks
