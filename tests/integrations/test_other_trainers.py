@@ -158,6 +158,17 @@ def test_an_epoch_of_another_trainer_ends_in_the_weights_of_a_loop_of_ones_own(l
         assert (with_rdrop - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "of_loss",
+    [{"weight": torch.arange(1.0, 11)}, {"label_smoothing": 0.5}, {"ignore_index": int(LABELS[0])}],
+    ids=lambda of_loss: next(iter(of_loss)),
+)
+@pytest.mark.parametrize("library", ["skorch", "fastai"])
+def test_the_loss_given_to_another_trainer_is_the_task_loss(library: str, of_loss: dict[str, Any]) -> None:
+    found, _ = TRAINERS[library](ALPHA, **of_loss)
+    assert_same_weights(found, trained_by_hand(ALPHA, **of_loss))
+
+
 @libraries
 def test_at_alpha_zero_another_trainer_ends_in_the_weights_of_plain_training_to_the_bit(library: str) -> None:
     found, _ = TRAINERS[library](0.0)
