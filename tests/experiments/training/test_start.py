@@ -13,6 +13,7 @@ from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.language_modeling.recipes import FROM_SCRATCH, WIKITEXT_103_ADAPTIVE
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
 from rdrop.experiments.training import checkpoints, trainer
@@ -60,6 +61,18 @@ def test_one_run_named_itself_starts_any_seed_and_the_result_says_so(started: Pa
     assert all(
         torch.allclose(a, b, atol=1e-9) for a, b in zip(weights_of(tmp_path), weights_of(started / "1"), strict=True)
     )
+
+
+@pytest.mark.parametrize("of", [WIKITEXT_103_ADAPTIVE, FROM_SCRATCH], ids=["words", "pieces"])
+def test_a_language_model_starts_from_one_with_its_vocabulary_alone(of: Recipe, tmp_path: Path) -> None:
+    recipe = of.tiny().replace(updates=2, warmup_updates=1, evaluate_every=2)
+    trainer.train(recipe, tmp_path / "start")
+    onward = recipe.replace(init_from=str(tmp_path / "start"), learning_rate=1e-9, updates=1)
+    notes = trainer.train(onward, tmp_path / "onward")["notes"]
+    assert notes["started from"].startswith(f"{recipe.name}, seed 0, update 2")
+    other = {"data.train_lines": 20} if of.data.tokens == "words" else {"data.vocabulary": 280}
+    with pytest.raises(ResultsError, match="has another vocabulary or other classes"):
+        trainer.train(onward.replace(**other), tmp_path / "other")
 
 
 def test_a_resumed_run_needs_its_start_no_more_and_ends_in_the_same_bits(started: Path, tmp_path: Path) -> None:
