@@ -11,6 +11,7 @@ import torch
 from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
 from rdrop.experiments.tasks.language_modeling.recipes import FROM_SCRATCH, WIKITEXT_103_ADAPTIVE
@@ -160,6 +161,7 @@ def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     quick: Sequence[str] = ("tiny=true", "updates=4", "warmup_updates=1", "evaluate_every=2")
     assert cli.run(["train", "iwslt14-de-en-both", *quick]) == 0
+    assert RECIPES["iwslt14-de-en-bi-simcut"].tiny().init_from is None  # as docs/tasks/translation.md says
     folder = "runs/iwslt14-de-en-both-tiny"
     assert cli.run(["train", "iwslt14-de-en-bi-simcut", *quick, f"init_from={folder}"]) == 0
     notes = [run.result["notes"] for run in find_runs("runs/iwslt14-de-en-bi-simcut-tiny") if run.result]

@@ -85,7 +85,7 @@ class TranslationRecipe(Recipe):
             learning_rate=1e-2,
             batch_size=16,
             batch_tokens=None,
-            init_from=None,
+            init_from=None,  # the tiny run of the first stage need not be there; docs/tasks/translation.md says so
             **SYNTHETIC,
             **{
                 "data.vocabulary": 60,
