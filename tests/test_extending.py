@@ -55,7 +55,7 @@ def test_modules_of_a_reader_run_as_the_page_says(readers_folder, capsys):
     for command in commands("run"):
         assert cli.run(shlex.split(command)[1:]) == 0, command
     shown = capsys.readouterr().out
-    assert "R-Drop can act on" in shown
+    assert "R-Drop can act on Tagger:" in shown
     assert "tagging: 2 seeds" in shown
     assert "sentences all right" in shown
 
