@@ -1,4 +1,4 @@
-"""R-Drop in fastai, on scikit-learn's digits: a callback repeats the batch, the loss of the training is ours.
+"""R-Drop in fastai, on scikit-learn's digits: a callback repeats the batch and adds the divergence.
 
     python examples/fastai_learner.py
 
@@ -22,7 +22,10 @@ def build_model() -> nn.Module:
 
 
 class RDrop(Callback):
-    """Repeats the training batches and computes their loss with R-Drop; validation is fastai's own. alpha 0: plain."""
+    """Repeats the training batches and adds the divergence to their loss; validation is fastai's own. alpha 0: plain.
+
+    The task loss is the learner's, which gets logits and is a mean over the batch; its class weights act on it alone.
+    """
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
@@ -42,9 +45,11 @@ class RDrop(Callback):
             self.learn.xb = repeat_batch(self.xb)  # one forward of [x; x]: two dropout masks
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.learn.training and self.alpha > 0:
-            return rdrop_loss(logits, labels, alpha=self.alpha).loss
-        return self.plain_loss(logits, labels)
+        if not self.learn.training or self.alpha == 0:
+            return self.plain_loss(logits, labels)
+        ignore_index = getattr(self.plain_loss, "ignore_index", -100)
+        divergence = rdrop_loss(logits, labels, alpha=self.alpha, ignore_index=ignore_index, task_passes=())
+        return self.plain_loss(logits, repeat_batch(labels)) + divergence.loss
 
 
 def train(alpha: float, epochs: int = 20) -> float:

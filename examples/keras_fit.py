@@ -1,4 +1,4 @@
-"""R-Drop in Keras 3 on its torch backend, on scikit-learn's digits: a training step of its own, the rest is Keras'.
+"""R-Drop in Keras 3 on its torch backend, on scikit-learn's digits: a repeated batch, a divergence; the rest is Keras'.
 
     python examples/keras_fit.py
 
@@ -12,7 +12,6 @@ os.environ["KERAS_BACKEND"] = "torch"
 from typing import Any
 
 import keras
-import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -26,24 +25,27 @@ def as_tensor(array: Any) -> Any:
 class RDropModel(keras.Model):
     """A Keras model whose `fit` has R-Drop; its last layer gives logits. alpha 0 is plain training.
 
-    `evaluate` and `predict` are Keras' own: one pass, no dropout.
+    The task loss is the compiled one, a mean over the batch, with the weights of classes and examples and with what the
+    layers add; the divergence is of all examples alike. Metrics of the training are of both passes. `evaluate` and
+    `predict` are Keras' own: one pass, no dropout.
     """
 
     alpha = 1.0
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Called by Keras for every batch."""
-        if self.alpha == 0:
-            return super().train_step(data)
-        images, labels, _ = map(as_tensor, keras.utils.unpack_x_y_sample_weight(data))
-        logits: Tensor = self(repeat_batch(images), training=True)  # one forward of [x; x]: two dropout masks
-        loss = rdrop_loss(logits, labels, alpha=self.alpha).loss
-        self.zero_grad()
-        self._loss_tracker.update_state(loss.detach(), sample_weight=len(labels))
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([weight.value.grad for weight in self.trainable_weights], self.trainable_weights)
-        return self.compute_metrics(images, labels, split_passes(logits.detach())[0])
+        if self.alpha > 0:  # one forward of [x; x]: two dropout masks
+            data = repeat_batch(keras.tree.map_structure(as_tensor, data))
+        return super().train_step(data)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
+        """Called by Keras for every batch, also while it evaluates."""
+        loss: Tensor = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if training and self.alpha > 0:
+            loss = loss + rdrop_loss(y_pred, split_passes(y)[0], alpha=self.alpha, task_passes=()).loss
+        return loss
 
 
 def build_model(alpha: float) -> RDropModel:

@@ -23,7 +23,8 @@ def build_model() -> nn.Module:
 class RDrop:
     """Written before a class of skorch, gives its training steps R-Drop. alpha 0 is plain training.
 
-    `predict`, `predict_proba` and the validation loss are skorch's own: one pass, no dropout.
+    The task loss is the criterion of the net, which gets logits and is a mean over the batch; its class weights act on
+    it alone. `predict`, `predict_proba` and the validation loss are skorch's own: one pass, no dropout.
     """
 
     def __init__(self, module: Any, alpha: float = 1.0, criterion: Any = nn.CrossEntropyLoss, **options: Any) -> None:
@@ -35,9 +36,12 @@ class RDrop:
         return super().infer(repeat_batch(x) if repeats else x, **fit_params)
 
     def get_loss(self, y_pred: Tensor, y_true: Tensor, *args: Any, training: bool = False, **options: Any) -> Tensor:
-        if training and self.alpha > 0:
-            return rdrop_loss(y_pred, y_true.to(y_pred.device), alpha=self.alpha).loss
-        return super().get_loss(y_pred, y_true, *args, training=training, **options)
+        if not training or self.alpha == 0:
+            return super().get_loss(y_pred, y_true, *args, training=training, **options)
+        task_loss = super().get_loss(y_pred, repeat_batch(y_true), *args, training=training, **options)
+        ignore_index = getattr(self.criterion_, "ignore_index", -100)
+        labels = y_true.to(y_pred.device)
+        return task_loss + rdrop_loss(y_pred, labels, alpha=self.alpha, ignore_index=ignore_index, task_passes=()).loss
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         step = super().train_step_single(batch, **fit_params)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -545,9 +546,15 @@ class Disturbing(nn.Module):
         self.seen: list[int] = []
         self.plain = torch.zeros(2)
         self.calls = 0
+        self.held = {"means": [torch.zeros(2)], "pair": (torch.zeros(2), [0]), "by_layer": defaultdict(list)}
+        self.held["itself"] = self.held
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps += 1
+        self.held["means"][0].add_(1)
+        self.held["pair"][0].add_(1)
+        self.held["pair"][1].append(1)
+        self.held["by_layer"]["inner"].append(x)
         self.plain += 1
         self.calls += 1
         self.seen.append(len(x))
@@ -603,6 +610,12 @@ def test_the_model_and_all_random_states_are_left_as_they_were(fail: bool, train
     assert model.seen == []
     assert model.calls == 0
     assert model.plain.eq(0).all()
+    means, (other, counts), by_layer, itself = model.held.values()
+    assert means[0].eq(0).all()
+    assert other.eq(0).all()
+    assert counts == [0]
+    assert by_layer == {}
+    assert itself is model.held
 
 
 def test_nothing_reaches_gradients_gradient_hooks_or_the_batch() -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 MODULES = re.findall(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 PATCHES = re.findall(r"<!-- patch -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
+TASK_PLACE = re.search(r"<!-- in place of TASK -->\n```python\n(.*?\n)```", PAGE, re.DOTALL)[1]
 TASK_LINES = re.search(r"<!-- append to the task -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
 COMMANDS_OF_A_COPY = """
 import sys
@@ -54,7 +55,7 @@ def test_modules_of_a_reader_run_as_the_page_says(readers_folder, capsys):
     for command in commands("run"):
         assert cli.run(shlex.split(command)[1:]) == 0, command
     shown = capsys.readouterr().out
-    assert "R-Drop can act on" in shown
+    assert "R-Drop can act on Tagger:" in shown
     assert "tagging: 2 seeds" in shown
     assert "sentences all right" in shown
 
@@ -68,13 +69,12 @@ def test_each_addition_to_the_project_touches_the_files_that_the_page_says(tmp_p
     assert metric == ["metrics.py", "tasks/digits/task.py"]
     assert key_of_the_method == "recipe/method.py"
     for patch in PATCHES:
-        apply = ["git", "apply", "--recount", "-C1", "-"]
-        subprocess.run(apply, cwd=tmp_path, input=patch, text=True, check=True)
+        subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, text=True, check=True)
 
     folder = tmp_path / "src/rdrop/experiments/tasks/tagging"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    text = dict(MODULES)["tagging.py"].replace('"tagging:Tagging"', '"rdrop.experiments.tasks.tagging.recipes:Tagging"')
+    text = re.sub(r"^    TASK = .*\n", TASK_PLACE, dict(MODULES)["tagging.py"], flags=re.MULTILINE)
     (folder / "recipes.py").write_text(f"{text}\n{TASK_LINES}", encoding="utf-8")
     write_sentences(tmp_path)
 

@@ -113,7 +113,9 @@ def test_an_own_recipe_is_listed_compared_checked_and_reported(name: str, capsys
     assert "wrong signs" in capsys.readouterr().out
     assert {run.recipe["task"] for run in find_runs("runs") if run.recipe} == {"signs"}
     assert cli.run(["check", name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kernels"] is not None
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] is not None
+    assert found["model"] == "Sequential"  # that of the task, not what the check wraps around it
 
 
 def test_a_report_needs_the_runs_of_an_own_task_and_not_its_code(

@@ -40,20 +40,20 @@ def is_installed(library: str) -> bool:
 # -------------------------------------------------------------------------------------------- a loop of one's own
 
 
-def loss_by_hand(model: nn.Module, images: Tensor, labels: Tensor, alpha: float) -> Tensor:
+def loss_by_hand(model: nn.Module, images: Tensor, labels: Tensor, alpha: float, **of_loss: Any) -> Tensor:
     if alpha == 0:
-        return nn.functional.cross_entropy(model(images), labels)
-    return rdrop_loss(model(repeat_batch(images)), labels, alpha=alpha).loss
+        return nn.functional.cross_entropy(model(images), labels, **of_loss)
+    return rdrop_loss(model(repeat_batch(images)), labels, alpha=alpha, **of_loss).loss
 
 
-def trained_by_hand(alpha: float, updates: Any = None) -> nn.Module:
+def trained_by_hand(alpha: float, updates: Any = None, **of_loss: Any) -> nn.Module:
     """After updates of weighted batches, `(weight, batch)`; unless given, one for every batch."""
     model = Model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for update in [[(1.0, batch)] for batch in BATCHES] if updates is None else updates:
         optimizer.zero_grad()
         for weight, batch in update:
-            (weight * loss_by_hand(model, *batch, alpha)).backward()
+            (weight * loss_by_hand(model, *batch, alpha, **of_loss)).backward()
         optimizer.step()
     return model
 
@@ -86,8 +86,9 @@ def trained_by_ignite(alpha: float) -> tuple[nn.Module, float]:
 OF_SKORCH = {"max_epochs": 1, "lr": RATE, "batch_size": 16, "verbose": 0, "train_split": None}
 
 
-def trained_by_skorch(alpha: float) -> tuple[nn.Module, float]:
-    net = example_of("skorch")["RDropClassifier"](Model, alpha=alpha, **OF_SKORCH)
+def trained_by_skorch(alpha: float, **of_loss: Any) -> tuple[nn.Module, float]:
+    criterion = {f"criterion__{name}": setting for name, setting in of_loss.items()}
+    net = example_of("skorch")["RDropClassifier"](Model, alpha=alpha, **OF_SKORCH, **criterion)
     net.fit(IMAGES.numpy(), LABELS.numpy())
     return net.module_, net.score(IMAGES.numpy(), LABELS.numpy())
 
@@ -119,7 +120,8 @@ def fastai_learner(alpha: float, images: int = 40, **options: Any) -> Any:
 
     loader = DataLoader(TensorDataset(IMAGES[:images], LABELS[:images]), 16)
     options = {"opt_func": SGD, "metrics": accuracy, "cbs": example_of("fastai")["RDrop"](alpha)} | options
-    return Learner(DataLoaders(loader, loader, device="cpu"), Model(), nn.CrossEntropyLoss(), **options)
+    options = {"loss_func": nn.CrossEntropyLoss()} | options
+    return Learner(DataLoaders(loader, loader, device="cpu"), Model(), **options)
 
 
 def fitted(learner: Any) -> Any:
@@ -128,8 +130,8 @@ def fitted(learner: Any) -> Any:
     return learner
 
 
-def trained_by_fastai(alpha: float) -> tuple[nn.Module, float]:
-    learner = fitted(fastai_learner(alpha))
+def trained_by_fastai(alpha: float, **of_loss: Any) -> tuple[nn.Module, float]:
+    learner = fitted(fastai_learner(alpha, loss_func=nn.CrossEntropyLoss(**of_loss)))
     return learner.model, learner.validate()[1]
 
 

@@ -158,6 +158,17 @@ def test_an_epoch_of_another_trainer_ends_in_the_weights_of_a_loop_of_ones_own(l
         assert (with_rdrop - without).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "of_loss",
+    [{"weight": torch.arange(1.0, 11)}, {"label_smoothing": 0.5}, {"ignore_index": int(LABELS[0])}],
+    ids=lambda of_loss: next(iter(of_loss)),
+)
+@pytest.mark.parametrize("library", ["skorch", "fastai"])
+def test_the_loss_given_to_another_trainer_is_the_task_loss(library: str, of_loss: dict[str, Any]) -> None:
+    found, _ = TRAINERS[library](ALPHA, **of_loss)
+    assert_same_weights(found, trained_by_hand(ALPHA, **of_loss))
+
+
 @libraries
 def test_at_alpha_zero_another_trainer_ends_in_the_weights_of_plain_training_to_the_bit(library: str) -> None:
     found, _ = TRAINERS[library](0.0)
@@ -198,6 +209,53 @@ def test_an_update_of_keras_is_that_of_the_gradient_written_out() -> None:
         expected = before.value - 0.5 * before.value.grad
         torch.testing.assert_close(found.value, expected)
         assert before.value.grad.abs().max() > 1e-4
+
+
+def test_an_update_of_keras_in_mixed_precision_is_that_of_the_gradient_written_out() -> None:
+    """Keras' optimizer then divides the gradient by the scale of the loss."""
+    keras_model(ALPHA)
+    import keras
+
+    images, labels = BATCHES[0]
+    keras.mixed_precision.set_dtype_policy("mixed_float16")
+    try:
+        model, other = keras_model(ALPHA), keras_model(ALPHA)
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+    torch.manual_seed(1)
+    model.train_on_batch(images.numpy(), labels.numpy())
+    torch.manual_seed(1)
+    rdrop_loss(other(repeat_batch(images), training=True), labels, alpha=ALPHA).loss.backward()
+    for found, before in zip(model.trainable_weights, other.trainable_weights, strict=True):
+        change = 0.5 * before.value.grad
+        torch.testing.assert_close(before.value - found.value, change, rtol=0.01, atol=0.01 * change.abs().max().item())
+
+
+@pytest.mark.parametrize("added", ["class_weight", "sample_weight", "regularizer"])
+def test_keras_keeps_what_is_said_of_the_loss_beside_the_divergence(added: str) -> None:
+    images, labels = BATCHES[0]
+    model, other = keras_model(ALPHA), keras_model(ALPHA)
+    import keras
+
+    of_class, of_example, options = torch.arange(1.0, 11), torch.ones(16), {}
+    if added == "class_weight":
+        of_example, options = of_class[labels], {added: dict(enumerate(of_class.tolist()))}
+    elif added == "sample_weight":
+        of_example = torch.arange(16.0)
+        options = {added: of_example.numpy()}
+    else:
+        model.trainable_weights[0].regularizer = keras.regularizers.L2(0.01)
+    torch.manual_seed(1)
+    model.train_on_batch(images.numpy(), labels.numpy(), **options)
+    torch.manual_seed(1)
+    logits = other(repeat_batch(images), training=True)
+    losses = nn.functional.cross_entropy(logits, labels.repeat(2), reduction="none") * of_example.repeat(2)
+    loss = losses.mean() + rdrop_loss(logits, labels, alpha=ALPHA, task_passes=()).loss
+    if added == "regularizer":
+        loss = loss + 0.01 * other.trainable_weights[0].value.square().sum()
+    loss.backward()
+    for found, before in zip(model.trainable_weights, other.trainable_weights, strict=True):
+        torch.testing.assert_close(found.value, before.value - 0.5 * before.value.grad)
 
 
 def test_at_alpha_zero_keras_trains_as_without_rdrop_to_the_bit() -> None:

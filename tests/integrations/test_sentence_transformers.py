@@ -16,6 +16,7 @@ from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, CrossEntropyLoss
 
+from rdrop import rdrop_loss
 from rdrop.integrations.sentence_transformers import RDropBinaryCrossEntropyLoss, RDropCrossEntropyLoss
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cross_encoder.py"
@@ -135,6 +136,17 @@ def test_the_options_of_the_libraries_losses_act_on_the_task_loss(make_model: An
         value = rdrop_class(model, alpha=1e-9, **options)(PAIRS, labels)
         torch.manual_seed(1)
         torch.testing.assert_close(value, plain_class(model, **options)(twice, labels.repeat(2)))
+
+
+def test_class_weights_of_a_loss_go_where_it_goes_and_are_loaded_with_it(make_model: Any) -> None:
+    weight = torch.tensor([100.0, 1.0, 1.0])
+    loss = RDropCrossEntropyLoss(make_model(3).train(), alpha=1.0, weight=torch.ones(3)).double()
+    criterion = loss.ce_loss
+    criterion.load_state_dict({"plain.weight": weight})
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 0, 2])
+    expected = rdrop_loss(logits, labels[:2], alpha=1.0, weight=weight).loss
+    assert criterion(logits, labels).item() == pytest.approx(expected.item())
+    assert criterion.to("meta")(logits.to("meta"), labels.to("meta")).device.type == "meta"
 
 
 def test_what_cannot_be_regularized_is_refused(make_model: Any) -> None:

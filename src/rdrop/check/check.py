@@ -24,8 +24,9 @@ def check_rdrop(model: nn.Module, batch: Any = None) -> CheckReport:
     are the logits finite? The batch is called as in `sequential_passes`; the output is a tensor, or a tuple, mapping or
     object with `logits`. A forward that raises is a finding, not an exception.
 
-    The model is never changed: parameters, buffers, gradients, flags, hooks and all random states are put back.
-    With a batch that takes the memory of one copy of the parameters, besides that of one training step.
+    The model is left as it was: parameters, buffers, gradients, flags, hooks, tensors and containers in attributes, and
+    all random states are put back; what the forward changes inside objects of other classes is not. With a batch that
+    takes the memory of one copy of the parameters, besides that of one training step.
 
     Cannot be detected: faults in compiled code other than its memory budget, since the forwards here run eagerly; and
     gradient checkpointing that loses the random state when nothing after the dropout inside it is a module, unless the

@@ -2,15 +2,17 @@
 
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 SAMPLE_SIZE = 4096
+CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set)
 
 
 @contextmanager
@@ -18,12 +20,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Leaves the model and the random numbers as they were before, whatever happens in the block.
 
     Put back: parameters, buffers, `.grad`, `requires_grad`, training flags, hooks and every other attribute of every
-    submodule; the random state of torch on every device, of `random`, and of numpy where it is loaded. Holds one copy
-    of the parameters and buffers meanwhile. Not seen: what the forward changes inside objects that are no tensors,
-    lists, sets or dicts.
+    submodule, the tensors, lists, tuples, sets and dicts in it included, at any depth; the random state of torch on
+    every device, of `random`, and of numpy where it is loaded. Holds one copy of all these tensors meanwhile. Not seen:
+    what the forward changes inside other objects.
     """
     with ExitStack() as stack:
-        for restore in (*random_states(), *_attributes(model), *_tensors(model)):
+        for restore in (*random_states(), *_contents(model)):
             stack.callback(restore)
         yield
 
@@ -151,25 +153,24 @@ def random_states() -> Iterator[Callable[[], object]]:
         yield lambda: torch.mps.set_rng_state(mps_state)
 
 
-def _attributes(model: nn.Module) -> Iterator[Callable[[], object]]:
-    for module in model.modules():
-        yield _attributes_of(module)
+def _contents(model: nn.Module) -> Iterator[Callable[[], object]]:
+    """Yields what puts back each tensor and container that an attribute of a submodule is or holds, at any depth.
 
-
-def _attributes_of(module: nn.Module) -> Callable[[], object]:
-    """Puts back hooks, submodules, parameters and the training flag, which are attributes too, most inside dicts."""
-    before = dict(vars(module))
-    contents = {name: value.copy() for name, value in before.items() if type(value) in (dict, OrderedDict, list, set)}
-
-    def restore() -> None:
-        now = vars(module)
-        for name in now.keys() - before.keys():
-            del now[name]
-        now.update(before)
-        for name, content in contents.items():
-            _refill(before[name], content)
-
-    return restore
+    Attributes too are hooks, submodules, parameters, buffers and the training flag.
+    """
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(module) for module in model.modules()]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield _content_of(value)
+        elif type(value) in CONTAINERS:
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+            if not isinstance(value, tuple):
+                yield partial(_refill, value, value.copy())
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -178,13 +179,6 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
     else:
         container.update(content)
-
-
-def _tensors(model: nn.Module) -> Iterator[Callable[[], object]]:
-    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers(), *plain]}
-    for tensor in tensors.values():
-        yield _content_of(tensor)
 
 
 def _content_of(tensor: Tensor) -> Callable[[], object]:

@@ -87,8 +87,11 @@ class RDropCrossEntropyLoss(_OfPairs, CrossEntropyLoss):  # type: ignore[misc, u
     _criterion = "ce_loss"
 
     def _terms_of(self, plain: Any) -> Callable[..., LossTerms]:
-        settings = {name: getattr(plain, name) for name in ("weight", "ignore_index", "label_smoothing")}
-        return partial(rdrop_loss, **settings)
+        def terms(logits: Tensor, labels: Tensor, *, alpha: float) -> LossTerms:
+            settings = {name: getattr(plain, name) for name in ("weight", "ignore_index", "label_smoothing")}
+            return rdrop_loss(logits, labels, alpha=alpha, **settings)
+
+        return terms
 
 
 class RDropBinaryCrossEntropyLoss(_OfPairs, BinaryCrossEntropyLoss):  # type: ignore[misc, unused-ignore]

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable
+from logging import StreamHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from transformers import (
     RobertaForSequenceClassification,
     RobertaModel,
 )
+from transformers.utils import logging
 
 from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import Recipe
@@ -336,6 +339,25 @@ def test_the_commands_end_with_2_and_name_the_key(
     own = ["--train", train, "--model", name, *(["--runs", str(tmp_path / "runs")] if command == "train" else [])]
     assert cli.run([command, "text-classification", *own]) == 2
     assert "rdrop: model.name=" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_check_prints_its_report_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of("text-classification", tmp_path, saved(tmp_path / "model", bert(), tokenizer()))
+    own = ["--train", recipe.value("data.train"), "--model", recipe.value("model.name")]
+    said: list[str] = []
+    handler = StreamHandler(SimpleNamespace(write=said.append, flush=lambda: None))
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    logging.add_handler(handler)
+    capsys.readouterr()
+    try:
+        assert cli.run(["check", "text-classification", *own, "--json"]) == 0
+    finally:
+        logging.remove_handler(handler)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["model"] == "BertForSequenceClassification"
+    assert said == []
+    assert shown.err == ""
 
 
 def test_the_most_tokens_that_are_read_are_found_by_bisecting() -> None:

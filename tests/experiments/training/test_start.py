@@ -11,8 +11,10 @@ import torch
 from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.plan import Run
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
+from rdrop.experiments.tasks.language_modeling.recipes import FROM_SCRATCH, WIKITEXT_103_ADAPTIVE
 from rdrop.experiments.tasks.task import load_task
 from rdrop.experiments.tasks.translation.recipes import TRANSLATION
 from rdrop.experiments.training import checkpoints, trainer
@@ -60,6 +62,18 @@ def test_one_run_named_itself_starts_any_seed_and_the_result_says_so(started: Pa
     assert all(
         torch.allclose(a, b, atol=1e-9) for a, b in zip(weights_of(tmp_path), weights_of(started / "1"), strict=True)
     )
+
+
+@pytest.mark.parametrize("of", [WIKITEXT_103_ADAPTIVE, FROM_SCRATCH], ids=["words", "pieces"])
+def test_a_language_model_starts_from_one_with_its_vocabulary_alone(of: Recipe, tmp_path: Path) -> None:
+    recipe = of.tiny().replace(updates=2, warmup_updates=1, evaluate_every=2)
+    trainer.train(recipe, tmp_path / "start")
+    onward = recipe.replace(init_from=str(tmp_path / "start"), learning_rate=1e-9, updates=1)
+    notes = trainer.train(onward, tmp_path / "onward")["notes"]
+    assert notes["started from"].startswith(f"{recipe.name}, seed 0, update 2")
+    other = {"data.train_lines": 20} if of.data.tokens == "words" else {"data.vocabulary": 280}
+    with pytest.raises(ResultsError, match="has another vocabulary or other classes"):
+        trainer.train(onward.replace(**other), tmp_path / "other")
 
 
 def test_a_resumed_run_needs_its_start_no_more_and_ends_in_the_same_bits(started: Path, tmp_path: Path) -> None:
@@ -147,6 +161,7 @@ def test_bi_simcut_in_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     quick: Sequence[str] = ("tiny=true", "updates=4", "warmup_updates=1", "evaluate_every=2")
     assert cli.run(["train", "iwslt14-de-en-both", *quick]) == 0
+    assert RECIPES["iwslt14-de-en-bi-simcut"].tiny().init_from is None  # as docs/tasks/translation.md says
     folder = "runs/iwslt14-de-en-both-tiny"
     assert cli.run(["train", "iwslt14-de-en-bi-simcut", *quick, f"init_from={folder}"]) == 0
     notes = [run.result["notes"] for run in find_runs("runs/iwslt14-de-en-bi-simcut-tiny") if run.result]

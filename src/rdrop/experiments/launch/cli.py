@@ -486,9 +486,13 @@ def _table(*headings: str) -> Table:
 
 def _check_model(recipe: Recipe) -> CheckReport:
     from rdrop.check import check_rdrop
-    from rdrop.experiments.tasks.task import model_and_batch
+    from rdrop.experiments.launch.jobs import quiet_transformers
+    from rdrop.experiments.tasks.task import AsTrained, model_and_batch
 
-    return check_rdrop(*model_and_batch(recipe, CHECKED_EXAMPLES))
+    quiet_transformers()
+    model, batch = model_and_batch(recipe, CHECKED_EXAMPLES)
+    of_reader = model.model if isinstance(model, AsTrained) else model
+    return replace(check_rdrop(model, batch), model=type(of_reader).__name__)
 
 
 def _kernel_line(missing: dict[str, str | None]) -> str:

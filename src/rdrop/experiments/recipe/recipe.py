@@ -208,7 +208,7 @@ class Recipe(Section):
     init_from: str | None = added(
         None,
         "Folder of a finished run whose scored weights training starts from; or of several, of which the one with this "
-        "seed is taken. null: new or pre-trained weights, as `model` says.",
+        "seed is taken. null: new or pre-trained weights, as `model` says. Not for images.",
     )
     seed: Seed = Field(
         0, description="Decides initial weights, order of the data, dropout masks, and what the task draws."

@@ -172,10 +172,12 @@ def model_and_batch(recipe: Recipe, examples: int) -> tuple[nn.Module, Batch]:
     seed_all(recipe.seed, "model")
     model = task.build_model().train()
     batch = task.train_batch(list(range(min(examples, task.train_size()))), epoch=0)
-    return model if hasattr(model, "config") else _AsTrained(task, model), batch
+    return model if hasattr(model, "config") else AsTrained(task, model), batch
 
 
-class _AsTrained(nn.Module):
+class AsTrained(nn.Module):
+    """A task's model that is called as the task calls it."""
+
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
         self.task, self.model = task, model

@@ -132,6 +132,9 @@ class LanguageModeling:
     def special_ids(self) -> frozenset[int]:
         return self._vocabulary.special_ids
 
+    def names_of_ids(self) -> list[str]:
+        return self._vocabulary.symbols
+
     def unknown_id(self) -> int | None:
         return self._vocabulary.unknown_id
 

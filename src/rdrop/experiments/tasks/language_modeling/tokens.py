@@ -41,6 +41,8 @@ class Tokens:
 
 class Vocabulary(Protocol):
     size: int
+    symbols: list[str]
+    """What each id stands for."""
     start_id: int
     """The token before the first one of a text."""
     special_ids: frozenset[int]
@@ -132,6 +134,7 @@ class PieceVocabulary:
         self,
         encode: Callable[[list[str]], list[list[int]]],
         *,
+        ids: dict[str, int],
         size: int,
         start_id: int,
         special_ids: Iterable[int],
@@ -142,6 +145,7 @@ class PieceVocabulary:
         self._encode, self.units = encode, units
         self.content = None if content is None else content | {"units": units.__name__}
         self.size, self.start_id = size, start_id
+        self.symbols = sorted(ids, key=ids.__getitem__)
         self.special_ids, self.unknown_id = frozenset(special_ids), unknown_id
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
@@ -164,6 +168,7 @@ def learned_pieces(train: Sequence[str], size: int) -> PieceVocabulary:
     end: Any = tokenizer.token_to_id(END)
     return PieceVocabulary(
         lambda lines: [encoding.ids for encoding in tokenizer.encode_batch(lines)],
+        ids=tokenizer.get_vocab(),
         size=tokenizer.get_vocab_size(),
         start_id=end,
         special_ids=[end],
@@ -180,6 +185,7 @@ def pretrained_pieces(tokenizer: Any, size: int, train: Sequence[str]) -> PieceV
         raise ValueError("the tokenizer must have a token for the beginning or the end of a text")
     return PieceVocabulary(
         lambda lines: tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"],
+        ids=tokenizer.get_vocab(),
         size=size,
         start_id=start,
         special_ids=tokenizer.all_special_ids,
