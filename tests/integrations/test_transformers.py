@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from gradient_agreement import (
 )
 from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
@@ -91,6 +93,38 @@ def test_a_micro_batch_without_labels_adds_nothing(folder: str) -> None:
         loss, *_ = loss_by_hand(TAG, model, [TAG.batches[0]], alpha=alpha, passes=2 if alpha else 1)
         loss.backward()
         assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-12
+
+
+class Stream(IterableDataset):
+    """Has no length, so the Trainer does not see an epoch's last micro-batch coming."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+def test_what_an_epoch_of_a_stream_leaves_over_is_part_of_the_next_update(alpha: float, folder: str) -> None:
+    a, b, c, d = TAG.batches
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 3, "learning_rate": 0.0}
+    trained = train(RDropTrainer, build(TAG), Stream(TAG.batches), folder, settings, alpha=alpha)
+    losses = []
+    for found, update in zip(trained.gradients, ([a, b, c], [d, a, b], [c, d, a]), strict=True):
+        model = build(TAG)
+        loss, *_ = loss_by_hand(TAG, model, update, alpha=alpha, passes=2 if alpha else 1)
+        loss.backward()
+        losses.append(loss.item())
+        assert worst_difference(found, gradients_of(model)) < 1e-12
+    assert logged(trained, "loss") == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_stream_too_short_for_an_update_is_refused(alpha: float, folder: str) -> None:
+    with pytest.raises(ValueError, match=r"has 2 micro-batches, fewer than gradient_accumulation_steps \(=3\)"):
+        settings = {"gradient_accumulation_steps": 3}
+        train(RDropTrainer, build(TAG), Stream(TAG.batches[:2]), folder, settings, alpha=alpha)
 
 
 def test_gradient_checkpointing_keeps_the_dropout_masks(folder: str) -> None:

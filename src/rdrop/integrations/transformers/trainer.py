@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -211,6 +212,8 @@ class RDropMixin(FiniteUpdates):
         self._checks_left = CHECKED_MICRO_BATCHES
         self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
+        self._left_over: list[Batch] = []
+        self._is_epoch_over = True
         self._forwards = 0  # of the update; 0 until a training step
         self._regularized = set[int]()  # the updates, while no divergence was seen
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
@@ -225,7 +228,8 @@ class RDropMixin(FiniteUpdates):
 
         The Trainer hands the counts on, as `num_items_in_batch`, to `training_step` and `compute_loss`.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        update = self._next_update(epoch_iterator, num_batches)
+        batches, _ = super().get_batch_samples(iter(update), len(update), device)
         if not batches:
             return batches, None
         self._accumulation = len(batches)
@@ -248,6 +252,25 @@ class RDropMixin(FiniteUpdates):
                 self._labels_seen += total[:, 0].sum()
         self._updates_without_labels += total[:, 0].sum() == 0  # read where something is logged
         return batches, total
+
+    def _next_update(self, epoch_iterator: Any, num_batches: int) -> list[Batch]:
+        """Returns the micro-batches up to the Trainer's next step; none where the epoch ends before it.
+
+        After what a stream without a length leaves over, the Trainer takes no step, and adds the gradient to that of
+        the next update, whose labels are counted alone. Here it is the first part of that update.
+        """
+        found = list(islice(epoch_iterator, max(0, num_batches - len(self._left_over))))
+        update = [*self._left_over, *found]
+        if len(update) >= num_batches:
+            self._left_over, self._is_epoch_over = update[num_batches:], False
+            return update[:num_batches]
+        if found and self._is_epoch_over:
+            raise ValueError(
+                f"an epoch of train_dataset has {len(found)} micro-batches, fewer than gradient_accumulation_steps "
+                f"(={num_batches}), so the Trainer would never step: lower it, or let the dataset repeat its examples"
+            )
+        self._left_over, self._is_epoch_over = update, True
+        return []
 
     def _counts_of(self, batch: Batch) -> Tensor:
         return torch.stack([target.count() for target in self.rdrop_targets(batch)])
