@@ -122,8 +122,8 @@ def test_what_an_epoch_of_a_stream_leaves_over_is_part_of_the_next_update(alpha:
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_stream_too_short_for_an_update_is_refused(alpha: float, folder: str) -> None:
+    settings = {"gradient_accumulation_steps": 3}
     with pytest.raises(ValueError, match=r"has 2 micro-batches, fewer than gradient_accumulation_steps \(=3\)"):
-        settings = {"gradient_accumulation_steps": 3}
         train(RDropTrainer, build(TAG), Stream(TAG.batches[:2]), folder, settings, alpha=alpha)
 
 

@@ -49,6 +49,7 @@ from rdrop.integrations.transformers.forward import (
     fullest_example,
     same_randomness,
     whole,
+    why_labels_stay,
     without_labels,
 )
 from rdrop.integrations.transformers.nonfinite import FiniteUpdates, OnNonfinite
@@ -539,6 +540,7 @@ class RDropMixin(FiniteUpdates):
             reason: str | None = "it is no language model of transformers (causal, masked or encoder-decoder)"
         else:
             reason = why_not_fused(self, model, targets, outputs_wanted) or fused.reason()
+            reason = reason or why_labels_stay(fused.inner, inputs)
         if reason is None and self.fused is None and not self._logits_are_large(fused.layer.weight, targets[0]):
             return False
         return self._granted("fused", fused, reason or self._inspect_head(fused, inputs, targets[0]))
