@@ -392,6 +392,36 @@ def test_class_weights_are_those_of_cross_entropy_over_the_whole_update(alpha: f
     assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-6
 
 
+class WeightedTagger(RDropTrainer):
+    def rdrop_targets(self, inputs: dict[str, Any]) -> list[Target]:
+        return [Target(inputs["labels"], class_weight=torch.tensor([1.0, 5.0, 0.0]))]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_an_update_without_labels_adds_nothing_with_class_weights_either(alpha: float, folder: str) -> None:
+    nothing = {**TAG.batches[1], "labels": torch.full_like(TAG.batches[1]["labels"], -100)}
+    settings = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    with pytest.warns(UserWarning, match="1 of 2 updates had no label that counts"):
+        trained = train(WeightedTagger, build(TAG), [TAG.batches[0], nothing], folder, settings, alpha=alpha)
+    assert logged(trained, "loss")[1] == 0
+    assert not any(gradient.any() for gradient in trained.gradients[1].values())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_of_weight_zero_leave_the_divergence_and_what_smoothing_gives_to_the_others(
+    label_smoothing: float, folder: str
+) -> None:
+    batch = {**TAG.batches[0], "labels": torch.full_like(TAG.batches[0]["labels"], 2)}
+    settings = {"label_smoothing_factor": label_smoothing}
+    of_alpha = {
+        alpha: train(WeightedTagger, build(TAG), [batch], folder, settings, alpha=alpha) for alpha in (0.0, 1.0)
+    }
+    plain, divergence = (logged(of_alpha[1.0], name)[0] for name in ("task_loss", "divergence"))
+    assert divergence > 0
+    assert (plain > 0) == (logged(of_alpha[0.0], "loss")[0] > 0) == (label_smoothing > 0)
+    assert logged(of_alpha[1.0], "loss")[0] == pytest.approx(plain + divergence / 2)
+
+
 class Perceptron(nn.Module):
     """Not a transformers model; no loss of its own."""
 

@@ -82,15 +82,16 @@ class Target:
         """Returns the target for losses that divide both terms by the positions `count[0]` of a whole update.
 
         A weighted mean is divided by the sum of the weights, `count[1]`, instead: the class weights make up for it; and
-        for a `task_divisor`, the task loss.
+        for a `task_divisor`, the task loss. Where `count[1]` is 0 the sum stays as it is, as in `rdrop_loss`.
         """
         positions, weights = count
+        divisor = torch.where(weights == 0, 1.0, weights)
         if self.task_divisor is not None:
             task_loss = self.task_loss
-            return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / weights)
+            return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / divisor)
         if self.class_weight is None:
             return self
-        return replace(self, class_weight=at_least_float32(self.class_weight.to(count.device)) * positions / weights)
+        return replace(self, class_weight=at_least_float32(self.class_weight.to(count.device)) * positions / divisor)
 
     def logits(self, outputs: Any) -> Tensor:
         """Returns this target's logits of a model's output; `ValueError` where R-Drop could not act on them."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
 from rdrop.alpha import AlphaSchedule, alpha_at, course_of
-from rdrop.arguments import NonfiniteLossError
+from rdrop.arguments import NonfiniteLossError, divide
 from rdrop.integrations.requirements import (
     ENOUGH_UPDATES,
     own_loss_is_known,
@@ -598,7 +598,7 @@ class RDropMixin(FiniteUpdates):
             self._check_model(outputs, targets)
         if not stock or len(targets) > 1:
             means = [
-                target.share * target.plain_loss(target.logits(outputs), label_smoothing) / weight.clamp(min=1e-12)
+                target.share * divide(target.plain_loss(target.logits(outputs), label_smoothing), weight)
                 for target, (_, weight) in zip(targets, counts, strict=True)
             ]
             mean = torch.stack(means).sum() * self._processes()
