@@ -12,6 +12,7 @@ from gradient_agreement import (
     ALPHA,
     CASES,
     ENCODER_DECODERS,
+    VOCABULARY,
     agreement,
     arguments,
     batches_of,
@@ -33,14 +34,20 @@ from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, g
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
+    BertForPreTraining,
     BertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     Seq2SeqTrainer,
     Trainer,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
+from rdrop.integrations.targets import UnknownTargetError
 from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, Target
 
 CLASSIFY = CASES["sequence classification"]
@@ -221,6 +228,64 @@ def test_a_model_that_takes_no_count_of_labels_trains_plainly_too(folder: str) -
     loss, *_ = loss_by_hand(CLASSIFY, by_hand := model(), CLASSIFY.batches, alpha=0.0, passes=1)
     loss.backward()
     assert worst_difference(found.gradients[0], gradients_of(by_hand)) < 1e-12
+
+
+def pretraining_bert() -> tuple[nn.Module, list[Any]]:
+    """Has two losses of its own, of which no list of transformers says more."""
+    batch = TAG.batches[0] | {"next_sentence_label": torch.tensor([0, 1])}
+    return BertForPreTraining(bert_config()), [batch | {"labels": batch["input_ids"]}] * 4
+
+
+def detector() -> tuple[nn.Module, list[Any]]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = YolosForObjectDetection(YolosConfig(image_size=[8, 8], patch_size=4, num_detection_tokens=3, **sizes))
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.5)}]
+    return model, [{"pixel_values": torch.ones(1, 3, 8, 8), "labels": labels}] * 4
+
+
+def summed_speech() -> tuple[nn.Module, list[Any]]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    features = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4, "apply_spec_augment": False}
+    config = Wav2Vec2Config(**sizes, **features, **positions, layerdrop=0.0, vocab_size=VOCABULARY)
+    assert config.ctc_loss_reduction == "sum"
+    return Wav2Vec2ForCTC(config), [
+        {"input_values": torch.arange(200.0)[None].sin(), "labels": torch.ones(1, 3).long()}
+    ] * 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("made", [pretraining_bert, detector, summed_speech])
+def test_alpha_zero_is_the_stock_trainer_for_models_whose_targets_are_not_known(
+    made: Any, accumulation: int, folder: str
+) -> None:
+    def model_and_batches() -> tuple[nn.Module, list[Any]]:
+        torch.manual_seed(0)
+        return made()
+
+    settings = {"max_steps": 2, "gradient_accumulation_steps": accumulation}
+    model, batches = model_and_batches()
+    expected = train_stock(Trainer, model, batches, folder, settings)
+    found = train(RDropTrainer, *model_and_batches(), folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    assert logged(found, "loss") == logged(expected, "loss")
+    evaluated = [trainer.evaluate(batches[:1])["eval_loss"] for trainer in (found, expected)]
+    assert evaluated[0] == evaluated[1]
+    with pytest.raises(UnknownTargetError):
+        train(RDropTrainer, *model_and_batches(), folder, settings, alpha=1.0)
+
+
+def test_a_model_that_returns_tuples_trains_plainly_by_the_mean_over_the_update(folder: str) -> None:
+    def tuples() -> nn.Module:
+        model: Any = build(CLASSIFY)
+        model.config.return_dict = False
+        return model
+
+    settings = {"gradient_accumulation_steps": 4}
+    found = train(RDropTrainer, tuples(), CLASSIFY.batches, folder, settings, alpha=0.0)
+    expected = train(RDropTrainer, build(CLASSIFY), CLASSIFY.batches, folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    refuses("hides the logits: .*return_dict=False", tuples(), folder)
 
 
 def test_the_stock_trainer_multiplies_the_accumulated_loss_of_bert_by_the_accumulation(folder: str) -> None:
