@@ -15,6 +15,7 @@ from gradient_agreement import (
     VOCABULARY,
     agreement,
     arguments,
+    bart_config,
     batches_of,
     bert_classifier,
     bert_config,
@@ -34,6 +35,7 @@ from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, g
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
+    BartForSequenceClassification,
     BertForPreTraining,
     BertForSequenceClassification,
     GPT2LMHeadModel,
@@ -779,6 +781,21 @@ def test_label_smoothing_without_decoder_inputs_is_refused(alpha: float, folder:
     batches = [{k: v for k, v in batch.items() if k != "decoder_input_ids"} for batch in case.batches]
     settings = {"label_smoothing_factor": 0.1}
     refuses("decoder_input_ids", build(case), folder, batches=batches, settings=settings, alpha=alpha)
+
+
+def test_label_smoothing_of_an_encoder_decoder_that_classifies_needs_no_decoder_inputs(folder: str) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        config = bart_config()
+        config.num_labels, config.eos_token_id, config.dropout = 3, 2, 0.1
+        return BartForSequenceClassification(config)
+
+    batches = [{"input_ids": torch.tensor([[4, 5, 2], [6, 7, 2]]), "labels": torch.tensor([0, 2])}]
+    settings = {"label_smoothing_factor": 0.1}
+    expected = train_stock(Trainer, model(), batches, folder, settings)
+    found = train(RDropTrainer, model(), batches, folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    assert logged(train(RDropTrainer, model(), batches, folder, settings, alpha=1.0), "divergence")[0] > 0
 
 
 def test_a_batch_without_labels_is_refused(folder: str) -> None:
