@@ -23,6 +23,7 @@ from rdrop import (
     squared_error,
     symmetric_kl,
 )
+from rdrop.kernels import cpu
 
 IGNORED = -100
 
@@ -853,6 +854,19 @@ def test_a_position_that_is_finite_does_not_become_an_error_by_the_sum_over_all(
         ValueError, match=r"the sum over the positions overflows torch.float32: task losses of up to 3e"
     ):
         rdrop_loss(logits, labels, alpha=1.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.skipif(cpu.why_not() is not None, reason="the reference raises an error")
+@pytest.mark.parametrize("label", [-1, -2, 5])
+def test_a_label_that_no_check_has_seen_makes_the_loss_nan_unless_it_is_ignored(label):
+    @torch.compile(backend="eager")
+    def loss(labels: Tensor, ignore_index: int) -> Tensor:
+        return rdrop_loss(logits, labels, alpha=1.0, ignore_index=ignore_index).loss
+
+    logits, labels = random_logits(4, 5, dtype=torch.float32), torch.tensor([0, label])
+    assert loss(labels, IGNORED).isnan()
+    assert loss(labels, label).isfinite()
 
 
 def test_check_logits_names_labels_too():

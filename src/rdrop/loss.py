@@ -173,7 +173,7 @@ def rdrop_loss(
 
         name = kernels.DIVERGENCES[OF_SOFTMAXES.index(divergence)]
         options = {**of_labels.keywords, "divergence": name, "implementation": kernel}
-        targets = labels.masked_fill(~valid, kernels.IGNORED) if indices else labels
+        targets = kernels.marked(labels, valid) if indices else labels
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
         elif overwrite_logits and _gradient_wanted(logits):
