@@ -882,6 +882,21 @@ def test_check_logits_is_silent_on_good_logits():
     check_logits(logits, torch.tensor([0, IGNORED]))
 
 
+def test_check_logits_names_the_class_that_soft_labels_or_smoothing_make_infinite():
+    logits = random_logits(4, 5)
+    check_logits(logits, several := torch.tensor([[1.0, 1, 0, 0, 0]] * 2), task_loss=binary_cross_entropy)
+    with pytest.raises(ValueError, match=r"labels at example 0 add up to 2, and probabilities to 1"):
+        check_logits(logits, several)
+    logits[:, 4] = float("-inf")
+    message = "logit at example 0, class 4 is -inf, and soft labels or label smoothing give its class probability"
+    with pytest.raises(ValueError, match=message):
+        check_logits(logits, torch.full((2, 5), 0.2))
+    with pytest.raises(ValueError, match=message):
+        check_logits(logits, torch.tensor([0, 1]), label_smoothing=0.1)
+    check_logits(logits, torch.tensor([IGNORED, IGNORED]), label_smoothing=0.1)
+    check_logits(logits, torch.tensor([[0.5, 0.5, 0, 0, 0]] * 2))
+
+
 def test_symmetric_kl_of_one_pass_is_an_error():
     with pytest.raises(ValueError, match=r"passes \(1, 4\) must be \(m, ..., V\) with m >= 2"):
         symmetric_kl(torch.zeros(1, 4))

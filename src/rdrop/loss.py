@@ -201,20 +201,32 @@ def rdrop_loss(
     return LossTerms(loss, tasks.detach(), divergences.detach())
 
 
-def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> None:
+def check_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    task_loss: TaskLoss = cross_entropy,
+) -> None:
     """Raises a ValueError that names the first label or logit that makes the R-Drop loss non-finite, if there is one.
 
     On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device.
-    `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
+    `logits` `(m*N, ..., V)` and the others as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
     """
     if logits.dim() == labels.dim() == 1:
         logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
+    if task_loss is cross_entropy and logits.shape[-1] == 1:
+        task_loss = squared_error
     indices = labels.dim() == logits.dim() - 1
     is_class = indices and not labels.is_floating_point() and logits.shape[-1] > 1
     valid = labels != ignore_index if is_class else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    check_labels(cross_entropy if is_class else squared_error, labels.cpu(), valid.cpu(), logits.shape[-1])
-    check_rows(passes, valid, labels.long() if is_class else None)
+    check_labels(task_loss, labels.cpu(), valid.cpu(), logits.shape[-1])
+    probable = None
+    if task_loss is cross_entropy:
+        probable = valid[..., None] & (label_smoothing > 0) if indices else (labels > 0) | (label_smoothing > 0)
+    check_rows(passes, valid, labels.long() if is_class else None, probable=probable)
 
 
 # ---------------------------------------------------------------------------------------------- the terms
