@@ -428,6 +428,14 @@ def test_a_label_that_no_check_has_seen_makes_loss_and_gradient_nan(label):
     assert p.weight.grad.isnan().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_that_is_scaled_in_place_leaves_the_task_loss_as_it_is(reduction):
+    loss, task_loss, _ = fused(problem(), alpha=0.0, reduction=reduction)
+    before = task_loss.clone()
+    loss /= 4
+    assert torch.equal(task_loss, before)
+
+
 def test_compiles_under_autocast():
     def loss(p: Problem) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -869,6 +869,16 @@ def test_a_label_that_no_check_has_seen_makes_the_loss_nan_unless_it_is_ignored(
     assert loss(labels, label).isfinite()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_loss_that_is_scaled_in_place_leaves_the_terms_as_they_are(alpha, reduction):
+    loss, task_loss, divergence = rdrop_loss(random_logits(4, 5), torch.arange(2), alpha=alpha, reduction=reduction)
+    before = task_loss.clone(), divergence.clone()
+    loss /= 4
+    assert torch.equal(task_loss, before[0])
+    assert torch.equal(divergence, before[1])
+
+
 def test_check_logits_names_labels_too():
     with pytest.raises(ValueError, match="label nan at example 1 must be a finite number"):
         check_logits(random_logits(4, 1), torch.tensor([0.0, NAN]))

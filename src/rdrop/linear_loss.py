@@ -171,7 +171,7 @@ def linear_rdrop_loss(
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if loss is None:
-        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks
+        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks.clone()
     return LossTerms(loss, tasks.detach(), divergences.detach())
 
 

@@ -197,7 +197,7 @@ def rdrop_loss(
     if losses is not None:
         loss = losses if reduction == "none" else losses.sum()
     else:
-        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks
+        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks.clone()
     return LossTerms(loss, tasks.detach(), divergences.detach())
 
 
