@@ -869,6 +869,22 @@ def test_a_label_that_no_check_has_seen_makes_the_loss_nan_unless_it_is_ignored(
     assert loss(labels, label).isfinite()
 
 
+def test_what_a_callable_makes_of_an_ignored_position_never_matters():
+    def log_of_logit(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.gather(-1, labels[:, None])[:, 0].abs().log()  # of the zeros there: -inf
+
+    logits = random_logits(6, 5).requires_grad_()
+    loss = rdrop_loss(logits, torch.tensor([0, IGNORED, 2]), alpha=1.0, task_loss=log_of_logit).loss
+    loss.backward()
+    rows = [0, 2, 3, 5]
+    kept = logits.detach()[rows].requires_grad_()
+    expected = rdrop_loss(kept, torch.tensor([0, 2]), alpha=1.0, task_loss=log_of_logit).loss
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(logits.grad[rows], kept.grad)
+    assert not logits.grad[[1, 4]].any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_loss_that_is_scaled_in_place_leaves_the_terms_as_they_are(alpha, reduction):

@@ -185,13 +185,13 @@ def rdrop_loss(
         else:
             tasks, divergences = kernels.row_terms(logits, targets, passes=len(passes), **options)
             divergences = divergences if alpha > 0 else divergences.detach()
+    tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if values_may_be_read(logits) and not are_finite(tasks, divergences, reduction):
         if task_passes:
             check_labels(task_loss, labels, valid, logits.shape[-1])
         check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
         raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row], labels))
 
-    tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if losses is not None:
