@@ -363,6 +363,17 @@ def test_task_passes_are_the_passes_of_the_task_loss(m, task_passes, alpha, impl
     assert not gradient.unflatten(0, (m, 4))[:, 1, 1:].any()
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("task_passes", [(0,), (2,), (0, 2), (1, 2), ()])
+def test_an_empty_batch_is_one_of_as_many_passes_as_are_asked_for(task_passes, implementation):
+    logits = torch.zeros(0, 4, 5, requires_grad=True)
+    labels = torch.zeros(0, 4, dtype=torch.long)
+    terms = rdrop_loss(logits, labels, alpha=1.0, task_passes=task_passes, implementation=implementation)
+    terms.loss.backward()
+    assert [term.item() for term in terms] == [0, 0, 0]
+    assert logits.grad.shape == logits.shape
+
+
 @pytest.mark.parametrize("task_passes", [(0,), (), [2, 0]])
 def test_gradcheck_of_some_passes_learning(task_passes):
     labels = torch.tensor([0, IGNORED, 4])

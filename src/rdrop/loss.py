@@ -137,7 +137,10 @@ def rdrop_loss(
     if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
         logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
-    task_passes = _chosen_task_passes(task_passes, len(passes), alpha)
+    is_empty = len(labels) == 0
+    task_passes = _chosen_task_passes(task_passes, len(passes), alpha, is_empty=is_empty)
+    if is_empty:  # which does not tell m
+        passes = logits.reshape(max(2, 1 + max(task_passes, default=0)), *labels.shape[:1], *logits.shape[1:])
     indices = labels.dim() == logits.dim() - 1
     if indices and not labels.is_floating_point():
         labels = labels.long()
@@ -340,7 +343,9 @@ def _split(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.reshape(passes, labels.shape[0], *logits.shape[1:])
 
 
-def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: float) -> tuple[int, ...]:
+def _chosen_task_passes(
+    task_passes: Sequence[int] | None, passes: int, alpha: float, *, is_empty: bool
+) -> tuple[int, ...]:
     """Returns the passes that carry the task loss, ascending."""
     if task_passes is None:
         return tuple(range(passes))
@@ -348,7 +353,7 @@ def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: f
         chosen = tuple(sorted(operator.index(index) for index in task_passes))
     except TypeError:
         raise ValueError(f"task_passes (={task_passes!r}) must be a sequence of pass numbers, such as (0,)") from None
-    if len(set(chosen)) < len(chosen) or any(not 0 <= index < passes for index in chosen):
+    if len(set(chosen)) < len(chosen) or any(index < 0 or (index >= passes and not is_empty) for index in chosen):
         raise ValueError(
             f"task_passes (={task_passes!r}) must be different pass numbers from 0 to {passes - 1}: these logits have "
             f"{passes} passes"
