@@ -415,6 +415,27 @@ def test_compiles_without_a_graph_break(implementation, reduction):
         torch.testing.assert_close(torch.autograd.grad(found, p.parameters(), retain_graph=True), expected)
 
 
+@pytest.mark.skipif(cpu.why_not() is not None, reason="the reference raises an error")
+@pytest.mark.parametrize("label", [-1, -2, 37])
+def test_a_label_that_no_check_has_seen_makes_loss_and_gradient_nan(label):
+    p = problem().leaves()
+    labels = p.labels.index_fill(0, torch.tensor([0]), label)
+    compiled = torch.compile(lambda: fused(replace(p, labels=labels)).loss, backend="eager")
+    loss = compiled()
+    loss.backward()
+    assert loss.isnan()
+    assert p.hidden.grad.isnan().any()
+    assert p.weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_that_is_scaled_in_place_leaves_the_task_loss_as_it_is(reduction):
+    loss, task_loss, _ = fused(problem(), alpha=0.0, reduction=reduction)
+    before = task_loss.clone()
+    loss /= 4
+    assert torch.equal(task_loss, before)
+
+
 def test_compiles_under_autocast():
     def loss(p: Problem) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -23,6 +23,7 @@ from rdrop import (
     squared_error,
     symmetric_kl,
 )
+from rdrop.kernels import cpu
 
 IGNORED = -100
 
@@ -360,6 +361,17 @@ def test_task_passes_are_the_passes_of_the_task_loss(m, task_passes, alpha, impl
     gradient = gradient_of(lambda z: ours(z).loss, logits)
     torch.testing.assert_close(gradient, gradient_of(lambda z: expected(z)[0], logits), rtol=1e-4, atol=1e-6)
     assert not gradient.unflatten(0, (m, 4))[:, 1, 1:].any()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("task_passes", [(0,), (2,), (0, 2), (1, 2), ()])
+def test_an_empty_batch_is_one_of_as_many_passes_as_are_asked_for(task_passes, implementation):
+    logits = torch.zeros(0, 4, 5, requires_grad=True)
+    labels = torch.zeros(0, 4, dtype=torch.long)
+    terms = rdrop_loss(logits, labels, alpha=1.0, task_passes=task_passes, implementation=implementation)
+    terms.loss.backward()
+    assert [term.item() for term in terms] == [0, 0, 0]
+    assert logits.grad.shape == logits.shape
 
 
 @pytest.mark.parametrize("task_passes", [(0,), (), [2, 0]])
@@ -855,6 +867,45 @@ def test_a_position_that_is_finite_does_not_become_an_error_by_the_sum_over_all(
         rdrop_loss(logits, labels, alpha=1.0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.skipif(cpu.why_not() is not None, reason="the reference raises an error")
+@pytest.mark.parametrize("label", [-1, -2, 5])
+def test_a_label_that_no_check_has_seen_makes_the_loss_nan_unless_it_is_ignored(label):
+    @torch.compile(backend="eager")
+    def loss(labels: Tensor, ignore_index: int) -> Tensor:
+        return rdrop_loss(logits, labels, alpha=1.0, ignore_index=ignore_index).loss
+
+    logits, labels = random_logits(4, 5, dtype=torch.float32), torch.tensor([0, label])
+    assert loss(labels, IGNORED).isnan()
+    assert loss(labels, label).isfinite()
+
+
+def test_what_a_callable_makes_of_an_ignored_position_never_matters():
+    def log_of_logit(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.gather(-1, labels[:, None])[:, 0].abs().log()  # of the zeros there: -inf
+
+    logits = random_logits(6, 5).requires_grad_()
+    loss = rdrop_loss(logits, torch.tensor([0, IGNORED, 2]), alpha=1.0, task_loss=log_of_logit).loss
+    loss.backward()
+    rows = [0, 2, 3, 5]
+    kept = logits.detach()[rows].requires_grad_()
+    expected = rdrop_loss(kept, torch.tensor([0, 2]), alpha=1.0, task_loss=log_of_logit).loss
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(logits.grad[rows], kept.grad)
+    assert not logits.grad[[1, 4]].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_loss_that_is_scaled_in_place_leaves_the_terms_as_they_are(alpha, reduction):
+    loss, task_loss, divergence = rdrop_loss(random_logits(4, 5), torch.arange(2), alpha=alpha, reduction=reduction)
+    before = task_loss.clone(), divergence.clone()
+    loss /= 4
+    assert torch.equal(task_loss, before[0])
+    assert torch.equal(divergence, before[1])
+
+
 def test_check_logits_names_labels_too():
     with pytest.raises(ValueError, match="label nan at example 1 must be a finite number"):
         check_logits(random_logits(4, 1), torch.tensor([0.0, NAN]))
@@ -866,6 +917,21 @@ def test_check_logits_is_silent_on_good_logits():
     logits = random_logits(4, 5)
     logits[:, 3] = float("-inf")
     check_logits(logits, torch.tensor([0, IGNORED]))
+
+
+def test_check_logits_names_the_class_that_soft_labels_or_smoothing_make_infinite():
+    logits = random_logits(4, 5)
+    check_logits(logits, several := torch.tensor([[1.0, 1, 0, 0, 0]] * 2), task_loss=binary_cross_entropy)
+    with pytest.raises(ValueError, match=r"labels at example 0 add up to 2, and probabilities to 1"):
+        check_logits(logits, several)
+    logits[:, 4] = float("-inf")
+    message = "logit at example 0, class 4 is -inf, and soft labels or label smoothing give its class probability"
+    with pytest.raises(ValueError, match=message):
+        check_logits(logits, torch.full((2, 5), 0.2))
+    with pytest.raises(ValueError, match=message):
+        check_logits(logits, torch.tensor([0, 1]), label_smoothing=0.1)
+    check_logits(logits, torch.tensor([IGNORED, IGNORED]), label_smoothing=0.1)
+    check_logits(logits, torch.tensor([[0.5, 0.5, 0, 0, 0]] * 2))
 
 
 def test_symmetric_kl_of_one_pass_is_an_error():

@@ -276,12 +276,14 @@ def check_rows(
     *,
     name: str = "logit",
     row: Sequence[int] = (),
+    probable: Tensor | None = None,
     nan: str = "the model or its input already is",
     infinite: str = "the model overflowed",
 ) -> None:
     """Raises an error about the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`.
 
-    `row` stands before the places in `...`; `nan` and `infinite` are what the caller knows of the cause.
+    `row` stands before the places in `...`; `probable` `(..., V)` are the classes with some probability beside the
+    labels, by smoothing or by soft labels; `nan` and `infinite` are what the caller knows of the cause.
     """
     masked = passes == -torch.inf
     bad_label = torch.zeros_like(masked[0])
@@ -296,6 +298,10 @@ def check_rows(
             "is -inf in some passes only, where the KL divergence is infinite: mask the same classes in every pass",
         ),
         (bad_label, "is -inf and the label: its cross-entropy is infinite"),
+        (
+            masked.any(0) & (False if probable is None else probable),
+            "is -inf, and soft labels or label smoothing give its class probability: its cross-entropy is infinite",
+        ),
     ):
         places = (found & valid[..., None]).nonzero()
         if len(places):

@@ -145,7 +145,7 @@ def linear_rdrop_loss(
     kernel = kernel_for(implementation, weight.detach().new_empty((passes, 1, 0), dtype=dtype), passes) or "reference"
 
     rows = hidden.reshape(passes, valid.numel(), hidden.shape[-1])
-    targets = labels.long().masked_fill(~valid, IGNORED).flatten() if indices else labels.flatten(0, -2)
+    targets = operators.marked(labels.long(), valid).flatten() if indices else labels.flatten(0, -2)
     chunk = chunk_positions or _default_chunk(passes * weight.shape[0], dtype, hidden.device.type)
     problem = (rows, weight, bias, targets, class_weight, label_smoothing, kernel, dtype, chunk)
     task_divisor, divisor = divisors(reduction, num_items, labels, valid, class_weight if indices else None)
@@ -171,7 +171,7 @@ def linear_rdrop_loss(
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if loss is None:
-        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks
+        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks.clone()
     return LossTerms(loss, tasks.detach(), divergences.detach())
 
 

@@ -137,7 +137,10 @@ def rdrop_loss(
     if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
         logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
-    task_passes = _chosen_task_passes(task_passes, len(passes), alpha)
+    is_empty = len(labels) == 0
+    task_passes = _chosen_task_passes(task_passes, len(passes), alpha, is_empty=is_empty)
+    if is_empty:  # which does not tell m
+        passes = logits.reshape(max(2, 1 + max(task_passes, default=0)), *labels.shape[:1], *logits.shape[1:])
     indices = labels.dim() == logits.dim() - 1
     if indices and not labels.is_floating_point():
         labels = labels.long()
@@ -173,7 +176,7 @@ def rdrop_loss(
 
         name = kernels.DIVERGENCES[OF_SOFTMAXES.index(divergence)]
         options = {**of_labels.keywords, "divergence": name, "implementation": kernel}
-        targets = labels.masked_fill(~valid, kernels.IGNORED) if indices else labels
+        targets = kernels.marked(labels, valid) if indices else labels
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
         elif overwrite_logits and _gradient_wanted(logits):
@@ -185,36 +188,48 @@ def rdrop_loss(
         else:
             tasks, divergences = kernels.row_terms(logits, targets, passes=len(passes), **options)
             divergences = divergences if alpha > 0 else divergences.detach()
+    tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if values_may_be_read(logits) and not are_finite(tasks, divergences, reduction):
         if task_passes:
             check_labels(task_loss, labels, valid, logits.shape[-1])
         check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
         raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row], labels))
 
-    tasks, divergences = tasks.masked_fill(~valid, 0.0), divergences.masked_fill(~valid, 0.0)
     if reduction != "none":
         tasks, divergences = divide(tasks.sum(), task_divisor), divide(divergences.sum(), divisor)
     if losses is not None:
         loss = losses if reduction == "none" else losses.sum()
     else:
-        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks
+        loss = tasks + alpha / 2 * divergences if alpha > 0 else tasks.clone()
     return LossTerms(loss, tasks.detach(), divergences.detach())
 
 
-def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> None:
+def check_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    task_loss: TaskLoss = cross_entropy,
+) -> None:
     """Raises a ValueError that names the first label or logit that makes the R-Drop loss non-finite, if there is one.
 
     On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device.
-    `logits` `(m*N, ..., V)` and `labels` as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
+    `logits` `(m*N, ..., V)` and the others as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
     """
     if logits.dim() == labels.dim() == 1:
         logits, labels = logits[:, None], labels[:, None]
     passes = _split(logits, labels)
+    if task_loss is cross_entropy and logits.shape[-1] == 1:
+        task_loss = squared_error
     indices = labels.dim() == logits.dim() - 1
     is_class = indices and not labels.is_floating_point() and logits.shape[-1] > 1
     valid = labels != ignore_index if is_class else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    check_labels(cross_entropy if is_class else squared_error, labels.cpu(), valid.cpu(), logits.shape[-1])
-    check_rows(passes, valid, labels.long() if is_class else None)
+    check_labels(task_loss, labels.cpu(), valid.cpu(), logits.shape[-1])
+    probable = None
+    if task_loss is cross_entropy:
+        probable = valid[..., None] & (label_smoothing > 0) if indices else (labels > 0) | (label_smoothing > 0)
+    check_rows(passes, valid, labels.long() if is_class else None, probable=probable)
 
 
 # ---------------------------------------------------------------------------------------------- the terms
@@ -328,7 +343,9 @@ def _split(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.reshape(passes, labels.shape[0], *logits.shape[1:])
 
 
-def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: float) -> tuple[int, ...]:
+def _chosen_task_passes(
+    task_passes: Sequence[int] | None, passes: int, alpha: float, *, is_empty: bool
+) -> tuple[int, ...]:
     """Returns the passes that carry the task loss, ascending."""
     if task_passes is None:
         return tuple(range(passes))
@@ -336,7 +353,7 @@ def _chosen_task_passes(task_passes: Sequence[int] | None, passes: int, alpha: f
         chosen = tuple(sorted(operator.index(index) for index in task_passes))
     except TypeError:
         raise ValueError(f"task_passes (={task_passes!r}) must be a sequence of pass numbers, such as (0,)") from None
-    if len(set(chosen)) < len(chosen) or any(not 0 <= index < passes for index in chosen):
+    if len(set(chosen)) < len(chosen) or any(index < 0 or (index >= passes and not is_empty) for index in chosen):
         raise ValueError(
             f"task_passes (={task_passes!r}) must be different pass numbers from 0 to {passes - 1}: these logits have "
             f"{passes} passes"

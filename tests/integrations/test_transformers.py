@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from gradient_agreement import (
     ALPHA,
     CASES,
     ENCODER_DECODERS,
+    VOCABULARY,
     agreement,
     arguments,
+    bart_config,
     batches_of,
     bert_classifier,
     bert_config,
@@ -30,15 +33,23 @@ from gradient_agreement import (
 )
 from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import (
+    BartForSequenceClassification,
+    BertForPreTraining,
     BertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     Seq2SeqTrainer,
     Trainer,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
+from rdrop.integrations.targets import UnknownTargetError
 from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, Target
 
 CLASSIFY = CASES["sequence classification"]
@@ -91,6 +102,38 @@ def test_a_micro_batch_without_labels_adds_nothing(folder: str) -> None:
         loss, *_ = loss_by_hand(TAG, model, [TAG.batches[0]], alpha=alpha, passes=2 if alpha else 1)
         loss.backward()
         assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-12
+
+
+class Stream(IterableDataset):
+    """Has no length, so the Trainer does not see an epoch's last micro-batch coming."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+def test_what_an_epoch_of_a_stream_leaves_over_is_part_of_the_next_update(alpha: float, folder: str) -> None:
+    a, b, c, d = TAG.batches
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 3, "learning_rate": 0.0}
+    trained = train(RDropTrainer, build(TAG), Stream(TAG.batches), folder, settings, alpha=alpha)
+    losses = []
+    for found, update in zip(trained.gradients, ([a, b, c], [d, a, b], [c, d, a]), strict=True):
+        model = build(TAG)
+        loss, *_ = loss_by_hand(TAG, model, update, alpha=alpha, passes=2 if alpha else 1)
+        loss.backward()
+        losses.append(loss.item())
+        assert worst_difference(found, gradients_of(model)) < 1e-12
+    assert logged(trained, "loss") == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_stream_too_short_for_an_update_is_refused(alpha: float, folder: str) -> None:
+    settings = {"gradient_accumulation_steps": 3}
+    with pytest.raises(ValueError, match=r"has 2 micro-batches, fewer than gradient_accumulation_steps \(=3\)"):
+        train(RDropTrainer, build(TAG), Stream(TAG.batches[:2]), folder, settings, alpha=alpha)
 
 
 def test_gradient_checkpointing_keeps_the_dropout_masks(folder: str) -> None:
@@ -187,6 +230,64 @@ def test_a_model_that_takes_no_count_of_labels_trains_plainly_too(folder: str) -
     loss, *_ = loss_by_hand(CLASSIFY, by_hand := model(), CLASSIFY.batches, alpha=0.0, passes=1)
     loss.backward()
     assert worst_difference(found.gradients[0], gradients_of(by_hand)) < 1e-12
+
+
+def pretraining_bert() -> tuple[nn.Module, list[Any]]:
+    """Has two losses of its own, of which no list of transformers says more."""
+    batch = TAG.batches[0] | {"next_sentence_label": torch.tensor([0, 1])}
+    return BertForPreTraining(bert_config()), [batch | {"labels": batch["input_ids"]}] * 4
+
+
+def detector() -> tuple[nn.Module, list[Any]]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = YolosForObjectDetection(YolosConfig(image_size=[8, 8], patch_size=4, num_detection_tokens=3, **sizes))
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.5)}]
+    return model, [{"pixel_values": torch.ones(1, 3, 8, 8), "labels": labels}] * 4
+
+
+def summed_speech() -> tuple[nn.Module, list[Any]]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    features = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4, "apply_spec_augment": False}
+    config = Wav2Vec2Config(**sizes, **features, **positions, layerdrop=0.0, vocab_size=VOCABULARY)
+    assert config.ctc_loss_reduction == "sum"
+    return Wav2Vec2ForCTC(config), [
+        {"input_values": torch.arange(200.0)[None].sin(), "labels": torch.ones(1, 3).long()}
+    ] * 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("made", [pretraining_bert, detector, summed_speech])
+def test_alpha_zero_is_the_stock_trainer_for_models_whose_targets_are_not_known(
+    made: Any, accumulation: int, folder: str
+) -> None:
+    def model_and_batches() -> tuple[nn.Module, list[Any]]:
+        torch.manual_seed(0)
+        return made()
+
+    settings = {"max_steps": 2, "gradient_accumulation_steps": accumulation}
+    model, batches = model_and_batches()
+    expected = train_stock(Trainer, model, batches, folder, settings)
+    found = train(RDropTrainer, *model_and_batches(), folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    assert logged(found, "loss") == logged(expected, "loss")
+    evaluated = [trainer.evaluate(batches[:1])["eval_loss"] for trainer in (found, expected)]
+    assert evaluated[0] == evaluated[1]
+    with pytest.raises(UnknownTargetError):
+        train(RDropTrainer, *model_and_batches(), folder, settings, alpha=1.0)
+
+
+def test_a_model_that_returns_tuples_trains_plainly_by_the_mean_over_the_update(folder: str) -> None:
+    def tuples() -> nn.Module:
+        model: Any = build(CLASSIFY)
+        model.config.return_dict = False
+        return model
+
+    settings = {"gradient_accumulation_steps": 4}
+    found = train(RDropTrainer, tuples(), CLASSIFY.batches, folder, settings, alpha=0.0)
+    expected = train(RDropTrainer, build(CLASSIFY), CLASSIFY.batches, folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    refuses("hides the logits: .*return_dict=False", tuples(), folder)
 
 
 def test_the_stock_trainer_multiplies_the_accumulated_loss_of_bert_by_the_accumulation(folder: str) -> None:
@@ -356,6 +457,36 @@ def test_class_weights_are_those_of_cross_entropy_over_the_whole_update(alpha: f
         )
     loss.backward()
     assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-6
+
+
+class WeightedTagger(RDropTrainer):
+    def rdrop_targets(self, inputs: dict[str, Any]) -> list[Target]:
+        return [Target(inputs["labels"], class_weight=torch.tensor([1.0, 5.0, 0.0]))]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_an_update_without_labels_adds_nothing_with_class_weights_either(alpha: float, folder: str) -> None:
+    nothing = {**TAG.batches[1], "labels": torch.full_like(TAG.batches[1]["labels"], -100)}
+    settings = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    with pytest.warns(UserWarning, match="1 of 2 updates had no label that counts"):
+        trained = train(WeightedTagger, build(TAG), [TAG.batches[0], nothing], folder, settings, alpha=alpha)
+    assert logged(trained, "loss")[1] == 0
+    assert not any(gradient.any() for gradient in trained.gradients[1].values())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_of_weight_zero_leave_the_divergence_and_what_smoothing_gives_to_the_others(
+    label_smoothing: float, folder: str
+) -> None:
+    batch = {**TAG.batches[0], "labels": torch.full_like(TAG.batches[0]["labels"], 2)}
+    settings = {"label_smoothing_factor": label_smoothing}
+    of_alpha = {
+        alpha: train(WeightedTagger, build(TAG), [batch], folder, settings, alpha=alpha) for alpha in (0.0, 1.0)
+    }
+    plain, divergence = (logged(of_alpha[1.0], name)[0] for name in ("task_loss", "divergence"))
+    assert divergence > 0
+    assert (plain > 0) == (logged(of_alpha[0.0], "loss")[0] > 0) == (label_smoothing > 0)
+    assert logged(of_alpha[1.0], "loss")[0] == pytest.approx(plain + divergence / 2)
 
 
 class Perceptron(nn.Module):
@@ -650,6 +781,21 @@ def test_label_smoothing_without_decoder_inputs_is_refused(alpha: float, folder:
     batches = [{k: v for k, v in batch.items() if k != "decoder_input_ids"} for batch in case.batches]
     settings = {"label_smoothing_factor": 0.1}
     refuses("decoder_input_ids", build(case), folder, batches=batches, settings=settings, alpha=alpha)
+
+
+def test_label_smoothing_of_an_encoder_decoder_that_classifies_needs_no_decoder_inputs(folder: str) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        config = bart_config()
+        config.num_labels, config.eos_token_id, config.dropout = 3, 2, 0.1
+        return BartForSequenceClassification(config)
+
+    batches = [{"input_ids": torch.tensor([[4, 5, 2], [6, 7, 2]]), "labels": torch.tensor([0, 2])}]
+    settings = {"label_smoothing_factor": 0.1}
+    expected = train_stock(Trainer, model(), batches, folder, settings)
+    found = train(RDropTrainer, model(), batches, folder, settings, alpha=0.0)
+    assert same_bits(weights_of(found.model), weights_of(expected.model))
+    assert logged(train(RDropTrainer, model(), batches, folder, settings, alpha=1.0), "divergence")[0] > 0
 
 
 def test_a_batch_without_labels_is_refused(folder: str) -> None:

@@ -22,6 +22,7 @@ from gradient_agreement import (
     marian_config,
     only_item,
     train,
+    with_pass_scale,
     worst_difference,
 )
 from torch import Tensor, nn
@@ -365,6 +366,24 @@ def test_automatic_training_goes_on_from_logits_where_fused_cannot(
     model.lm_head.__class__ = LinearWithLora
     found = trained(LLAMA, folder, model=model)
     assert worst_difference(found.gradients[0], gradients_by_hand(LLAMA, build(LLAMA))) < 1e-12
+
+
+def test_a_model_that_alone_knows_its_decoder_inputs_is_trained_from_logits(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
+    case = CASES["sequence to sequence"]
+    off = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"), 0.0)
+    settings = marian_config(decoder_layerdrop=0.0, **off).to_dict()
+    config = transformers.M2M100Config(**settings)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return with_pass_scale(transformers.M2M100ForConditionalGeneration(config).double())
+
+    found, expected = (trained(case, folder, model=model(), fused=fused) for fused in (None, False))
+    assert worst_difference(found.gradients[0], expected.gradients[0]) < 1e-12
+    why_not_fused(model(), case, folder, "has no decoder_input_ids, and the model has no method")
 
 
 def test_evaluation_and_plain_steps_keep_the_logits(folder: str) -> None:

@@ -35,6 +35,10 @@ from rdrop.terms import (
 Batch = dict[str, Any]
 
 
+class UnknownTargetError(ValueError):
+    """The targets of a model are not known, or none that R-Drop can act on. Plain training needs none."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One output of a model and what it is trained with: what `rdrop_loss` needs besides the logits themselves.
@@ -82,15 +86,16 @@ class Target:
         """Returns the target for losses that divide both terms by the positions `count[0]` of a whole update.
 
         A weighted mean is divided by the sum of the weights, `count[1]`, instead: the class weights make up for it; and
-        for a `task_divisor`, the task loss.
+        for a `task_divisor`, the task loss. Where `count[1]` is 0 the sum stays as it is, as in `rdrop_loss`.
         """
         positions, weights = count
+        divisor = torch.where(weights == 0, 1.0, weights)
         if self.task_divisor is not None:
             task_loss = self.task_loss
-            return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / weights)
+            return replace(self, task_loss=lambda logits, labels: task_loss(logits, labels) * positions / divisor)
         if self.class_weight is None:
             return self
-        return replace(self, class_weight=at_least_float32(self.class_weight.to(count.device)) * positions / weights)
+        return replace(self, class_weight=at_least_float32(self.class_weight.to(count.device)) * positions / divisor)
 
     def logits(self, outputs: Any) -> Tensor:
         """Returns this target's logits of a model's output; `ValueError` where R-Drop could not act on them."""
@@ -342,7 +347,7 @@ def semantic_segmentation(config: Any, inputs: Batch) -> list[Target]:
     if config.num_labels < 2:
         raise ValueError(f"num_labels (={config.num_labels}) is a softmax over one class: set num_labels=2")
     if getattr(config, "use_auxiliary_head", False):
-        raise ValueError(
+        raise UnknownTargetError(
             "config.use_auxiliary_head (=True) adds the loss of a second head, whose logits the model does not return: "
             "set it to False"
         )
@@ -370,14 +375,14 @@ def connectionist(model: Any, inputs: Batch) -> list[Target]:
     """Returns the `ctc_target` of a speech model, whose frames are fewer than its inputs."""
     config = model.config
     if config.ctc_loss_reduction != "mean":
-        raise ValueError(
+        raise UnknownTargetError(
             f"ctc_loss_reduction (={config.ctc_loss_reduction!r}) adds up over the examples of a batch, and R-Drop's "
             "terms are means over an update: set model.config.ctc_loss_reduction = 'mean'"
         )
     names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
     frames_of = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if frames_of is None:
-        raise ValueError(f"{type(model).__name__} does not say how many frames its logits have. {SAY_WHAT}")
+        raise UnknownTargetError(f"{type(model).__name__} does not say how many frames its logits have. {SAY_WHAT}")
     given = _required(inputs, "input_features" if "input_features" in inputs else "input_values")
     mask = inputs.get("attention_mask")
     inside = torch.full((len(given),), given.shape[1], device=given.device) if mask is None else mask.sum(-1)
@@ -438,15 +443,15 @@ SAY_WHAT = (
 
 
 def targets_of(model: nn.Module, inputs: Batch) -> list[Target]:
-    """Returns the targets of a model of a class in `HEADS`; `ValueError` for any other."""
+    """Returns the targets of a model of a class in `HEADS`; `UnknownTargetError` for any other."""
     head = head_of(model)
     if head is not None and head in OF_THE_MODEL:
         return OF_THE_MODEL[head](model, inputs)
     refused = _head_among(REFUSED, model)
     if refused is not None:
-        raise ValueError(f"{type(model).__name__} {REFUSED[refused]}. Train it without R-Drop, alpha=0")
+        raise UnknownTargetError(f"{type(model).__name__} {REFUSED[refused]}. Train it without R-Drop, alpha=0")
     if head is None:
-        raise ValueError(
+        raise UnknownTargetError(
             f"{type(model).__name__} is none of the model classes whose loss R-Drop knows. Say what it is trained "
             f"with: {SAY_WHAT}"
         )

@@ -42,6 +42,7 @@ from .operators import IGNORED as IGNORED
 from .operators import KERNEL_OF_DEVICE as KERNEL_OF_DEVICE
 from .operators import Implementation as Implementation
 from .operators import available as available
+from .operators import marked as marked
 from .operators import overwriting_loss as overwriting_loss
 from .operators import row_terms as row_terms
 from .operators import warn_if_missing as warn_if_missing

@@ -201,6 +201,11 @@ def row_terms(
     return tasks.view(places), divergences.view(places)
 
 
+def marked(labels: Tensor, valid: Tensor) -> Tensor:
+    """Returns class labels with IGNORED where they are not valid; a label that happens to be that stays an error."""
+    return labels.masked_fill(labels == IGNORED, IGNORED - 1).masked_fill(~valid, IGNORED)
+
+
 def _as_rows(tensor: Tensor) -> Tensor:
     """Returns `(n, ..., V)` as `(n, T, V)`: a view, where strides allow."""
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)

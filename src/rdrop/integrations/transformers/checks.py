@@ -9,7 +9,7 @@ from torch import nn
 
 from rdrop.alpha import alpha_at
 from rdrop.arguments import checked_alpha
-from rdrop.integrations.targets import Batch, Target
+from rdrop.integrations.targets import CLASSIFIERS, Batch, Target, head_of
 from rdrop.terms import cross_entropy
 
 
@@ -89,7 +89,8 @@ def check_label_smoothing(epsilon: float, model: Any, inputs: Batch, targets: Se
             f"label_smoothing_factor (={epsilon}) is for class labels named 'labels'; "
             f"{type(model).__name__} is trained with something else here: set it to 0"
         )
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+    of_inputs = head_of(model) in (*CLASSIFIERS, "TOKEN_CLASSIFICATION")  # they make the decoder's inputs of their own
+    if model.config.is_encoder_decoder and not of_inputs and "decoder_input_ids" not in inputs:
         raise ValueError(
             "with label_smoothing_factor the Trainer keeps the labels from the model, which then cannot derive its "
             "decoder_input_ids: put them into the batch, as DataCollatorForSeq2Seq(tokenizer, model=model) does"

@@ -212,11 +212,23 @@ class EncoderOnce:
 def without_labels(inner: Any, inputs: Batch) -> Batch:
     """Returns the inputs by which a model computes the same hidden states, and no loss."""
     kept = {name: value for name, value in inputs.items() if name not in LABELS}
-    if inner.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & kept.keys():
+    if _derives_decoder_inputs(inner, inputs):
         kept["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
     if "use_cache" in inspect.signature(inner.forward).parameters:
         kept.setdefault("use_cache", False)  # as the models decide for themselves when they get labels
     return kept
+
+
+def why_labels_stay(inner: Any, inputs: Batch) -> str | None:
+    """Returns why `without_labels` would leave out what the hidden states come from; None if it would not."""
+    if not _derives_decoder_inputs(inner, inputs) or hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        return None
+    return "the batch has no decoder_input_ids, and the model has no method that makes them of the labels"
+
+
+def _derives_decoder_inputs(inner: Any, inputs: Batch) -> bool:
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    return bool(inner.config.is_encoder_decoder) and not given
 
 
 def fullest_example(inputs: Batch, target: Target) -> tuple[Batch, Target]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
 from rdrop.alpha import AlphaSchedule, alpha_at, course_of
-from rdrop.arguments import NonfiniteLossError
+from rdrop.arguments import NonfiniteLossError, divide
 from rdrop.integrations.requirements import (
     ENOUGH_UPDATES,
     own_loss_is_known,
@@ -33,7 +34,15 @@ from rdrop.integrations.requirements import (
     warn_where_alpha_stopped,
     why_gradient_is_wrong,
 )
-from rdrop.integrations.targets import LANGUAGE_MODELS, Batch, Target, head_of, router_loss, targets_of
+from rdrop.integrations.targets import (
+    LANGUAGE_MODELS,
+    Batch,
+    Target,
+    UnknownTargetError,
+    head_of,
+    router_loss,
+    targets_of,
+)
 from rdrop.integrations.transformers.card import add_section
 from rdrop.integrations.transformers.checks import (
     check_compute_loss,
@@ -48,6 +57,7 @@ from rdrop.integrations.transformers.forward import (
     fullest_example,
     same_randomness,
     whole,
+    why_labels_stay,
     without_labels,
 )
 from rdrop.integrations.transformers.nonfinite import FiniteUpdates, OnNonfinite
@@ -85,8 +95,8 @@ class RDropMixin(FiniteUpdates):
 
     Args:
         alpha: the paper's weight of the divergence; 0 is plain training, by the stock Trainer's own loss wherever that
-            is the mean over the whole update. "auto" stands for 4 with the schedule "quadratic": a schedule, not an
-            adaptation.
+            is the mean over the whole update, or what the model is trained with is not known. "auto" stands for 4 with
+            the schedule "quadratic": a schedule, not an adaptation.
         alpha_schedule: the course of alpha (`alpha_at`): "constant"; or rising from 0 to alpha at the last update,
             "linear" or "quadratic". The last update is the one planned, also where training stops earlier.
         passes: m >= 2, dropout masks per example.
@@ -114,7 +124,7 @@ class RDropMixin(FiniteUpdates):
     """
 
     # Our loss is a mean over the whole update already; releases before 5.20 need `training_step` below for that.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True
 
     _plain_trainer: ClassVar[type[Trainer]] = Trainer
     """The class behind this one whose `compute_loss` is that of plain training; any other would be replaced."""
@@ -211,6 +221,9 @@ class RDropMixin(FiniteUpdates):
         self._checks_left = CHECKED_MICRO_BATCHES
         self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
+        self._left_over: list[Batch] = []
+        self._is_epoch_over = True
+        self._is_stock, self.loss_is_scaled_for_ga = False, True
         self._forwards = 0  # of the update; 0 until a training step
         self._regularized = set[int]()  # the updates, while no divergence was seen
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
@@ -223,13 +236,21 @@ class RDropMixin(FiniteUpdates):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Returns the micro-batches of one update, and their `Target.count` summed over all processes: `(targets, 2)`.
 
-        The Trainer hands the counts on, as `num_items_in_batch`, to `training_step` and `compute_loss`.
+        In plain training of a model whose targets are not known the stock Trainer's count stands instead. The Trainer
+        hands it on, as `num_items_in_batch`, to `training_step` and `compute_loss`.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        update = self._next_update(epoch_iterator, num_batches)
+        batches, stock_count = super().get_batch_samples(iter(update), len(update), device)
         if not batches:
             return batches, None
         self._accumulation = len(batches)
-        counts = [self._counts_of(batch) for batch in batches]
+        try:
+            counts = [self._counts_of(batch) for batch in batches]
+        except UnknownTargetError:
+            if self.alpha > 0:
+                raise
+            self._is_stock, self.loss_is_scaled_for_ga = True, None
+            return batches, stock_count
         total = torch.stack([count.to(device) for count in counts]).sum(0)
         self._unlabeled_parts = self._unlabeled_of_update(batches)
         unlabeled = [self._counts_of(batch) for part in self._unlabeled_parts for batch in part]
@@ -248,6 +269,25 @@ class RDropMixin(FiniteUpdates):
                 self._labels_seen += total[:, 0].sum()
         self._updates_without_labels += total[:, 0].sum() == 0  # read where something is logged
         return batches, total
+
+    def _next_update(self, epoch_iterator: Any, num_batches: int) -> list[Batch]:
+        """Returns the micro-batches up to the Trainer's next step; none where the epoch ends before it.
+
+        After what a stream without a length leaves over, the Trainer takes no step, and adds the gradient to that of
+        the next update, whose labels are counted alone. Here it is the first part of that update.
+        """
+        found = list(islice(epoch_iterator, max(0, num_batches - len(self._left_over))))
+        update = [*self._left_over, *found]
+        if len(update) >= num_batches:
+            self._left_over, self._is_epoch_over = update[num_batches:], False
+            return update[:num_batches]
+        if found and self._is_epoch_over:
+            raise ValueError(
+                f"an epoch of train_dataset has {len(found)} micro-batches, fewer than gradient_accumulation_steps "
+                f"(={num_batches}), so the Trainer would never step: lower it, or let the dataset repeat its examples"
+            )
+        self._left_over, self._is_epoch_over = update, True
+        return []
 
     def _counts_of(self, batch: Batch) -> Tensor:
         return torch.stack([target.count() for target in self.rdrop_targets(batch)])
@@ -291,6 +331,9 @@ class RDropMixin(FiniteUpdates):
             )
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        if self._is_stock:
+            self._weight, self._forwards = 1.0, self._accumulation
+            return super().training_step(model, inputs, num_items_in_batch)
         parts = self._micro_batches_of(inputs)
         # Where the parameters are sharded every forward is joint: a process with fewer rows runs some of them twice.
         is_joint = self._is_cut() and self.accelerator.num_processes > 1
@@ -339,8 +382,9 @@ class RDropMixin(FiniteUpdates):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the R-Drop loss in training, or the plain one in updates without it; else the stock Trainer's."""
-        if not model.training:
-            self._check_evaluated(inputs)
+        if not model.training or self._is_stock:
+            if not model.training:
+                self._check_evaluated(inputs)
             with _labels_named(inputs):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
@@ -366,7 +410,11 @@ class RDropMixin(FiniteUpdates):
         """Refuses labels of an evaluation that do not fit, as in training; warns where a batch has none."""
         if self._loss_is_overridden() or any(inputs.get(name) is None for name in self.label_names):
             return
-        if all(target.count()[0] == 0 for target in self._targets_of_model(inputs)):
+        try:
+            targets = self._targets_of_model(inputs)
+        except UnknownTargetError:
+            return
+        if all(target.count()[0] == 0 for target in targets):
             warnings.warn(
                 "a batch of the evaluation has no label that counts: all are -100. Its loss is 0 / 0, so that of the "
                 "evaluation is NaN: leave such examples out",
@@ -516,6 +564,7 @@ class RDropMixin(FiniteUpdates):
             reason: str | None = "it is no language model of transformers (causal, masked or encoder-decoder)"
         else:
             reason = why_not_fused(self, model, targets, outputs_wanted) or fused.reason()
+            reason = reason or why_labels_stay(fused.inner, inputs)
         if reason is None and self.fused is None and not self._logits_are_large(fused.layer.weight, targets[0]):
             return False
         return self._granted("fused", fused, reason or self._inspect_head(fused, inputs, targets[0]))
@@ -561,6 +610,8 @@ class RDropMixin(FiniteUpdates):
     ) -> tuple[Tensor, Any]:
         """Runs one pass: the stock Trainer's loss where that is the mean over the whole update, else that mean."""
         label_smoothing = self._label_smoothing(inputs, targets)
+        if getattr(getattr(self._inner_model(), "config", None), "return_dict", True) is False:
+            inputs = {**inputs, "return_dict": True}
         alone = self._accumulation == 1 and self._processes() == 1
         if not self._loss_is_overridden() and (alone or self._divides_by_count is not False):
             loss, outputs = self._stock_loss(model, inputs, counts[0, 0] if len(targets) == 1 else None)
@@ -573,7 +624,7 @@ class RDropMixin(FiniteUpdates):
             self._check_model(outputs, targets)
         if not stock or len(targets) > 1:
             means = [
-                target.share * target.plain_loss(target.logits(outputs), label_smoothing) / weight.clamp(min=1e-12)
+                target.share * divide(target.plain_loss(target.logits(outputs), label_smoothing), weight)
                 for target, (_, weight) in zip(targets, counts, strict=True)
             ]
             mean = torch.stack(means).sum() * self._processes()
