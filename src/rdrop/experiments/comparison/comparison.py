@@ -28,7 +28,7 @@ from rdrop.experiments.comparison.paired import PairedDifference, paired_differe
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import probability_of_improvement
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RunRecord
+from rdrop.experiments.run_folder import RunRecord, data_files
 
 BATCH_KEYS = ("batch_size", "batch_tokens")
 
@@ -300,10 +300,12 @@ def _family(run: FinishedRun) -> str:
     return json.dumps([run.recipe["name"], run.result["metric"], shared, _content(run)], sort_keys=True)
 
 
-def _content(run: FinishedRun) -> str:
-    """Returns what was in the user's own files, less those of which plain arms see nothing."""
-    files = run.result.get("files", {})
-    return " ".join(f"{key}={files[key]}" for key in sorted(files) if key != "unlabeled")
+def _content(run: FinishedRun, *, unlabeled: bool = False) -> str:
+    """Returns what the files of the data held; either without those of unlabeled examples, or of these alone."""
+    name = run.recipe.get("data", {}).get("unlabeled")
+    of_unlabeled = data_files.of_moved(run.result.get("files", {}), name, name)
+    files = {path: content for path, content in run.result.get("files", {}).items() if path not in of_unlabeled}
+    return json.dumps(of_unlabeled if unlabeled else files, sort_keys=True)
 
 
 def _a_unit(length: float, batch: int) -> float:
@@ -314,7 +316,8 @@ def _a_unit(length: float, batch: int) -> float:
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
     runs: dict[_Key, list[FinishedRun]] = {}
     for run in family:
-        runs.setdefault(_Key(run.method.arm(), run.batch), []).append(run)
+        unlabeled = "" if run.method.is_plain else _content(run, unlabeled=True)
+        runs.setdefault(_Key(run.method.arm(), run.batch, unlabeled), []).append(run)
 
     shown: set[_Key] = set()
     for batch in sorted({key.batch for key in runs}):
@@ -326,7 +329,11 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
         larger = [key for key in runs if key.method.is_plain and key.batch in {k * batch for k in multiples}]
         keys = [*sorted(own, key=_Key.order), *sorted(larger, key=_Key.order)]
         shown.update(keys)
-        yield _comparison({key.label(batch, runs[key][0].recipe): runs[key] for key in keys})
+        arms: dict[str, list[FinishedRun]] = {}
+        for key in keys:
+            label = key.label(batch, runs[key][0].recipe)
+            arms[f"{label}, of other content" if label in arms else label] = runs[key]
+        yield _comparison(arms)
 
 
 class _Key(NamedTuple):
@@ -334,6 +341,8 @@ class _Key(NamedTuple):
 
     method: Method
     batch: int
+    unlabeled: str
+    """What the files of unlabeled examples held, if it learns from any."""
 
     def label(self, batch: int, recipe: dict[str, Any]) -> str:
         """Returns what a reader calls the arm in the comparison of this size of the batch."""
@@ -341,7 +350,7 @@ class _Key(NamedTuple):
         return label if self.method.is_plain else ", ".join([label, *unlabeled_words(recipe)])
 
     def order(self) -> tuple[object, ...]:
-        return (*self.method.order(), self.batch)
+        return (*self.method.order(), self.batch, self.unlabeled)
 
 
 def _comparison(runs: Mapping[str, list[FinishedRun]]) -> Comparison:

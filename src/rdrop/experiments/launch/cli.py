@@ -38,12 +38,13 @@ from rdrop.experiments.launch.jobs import (
     train_all,
     train_supervised,
 )
-from rdrop.experiments.launch.plan import Command, Run, plan_arms, require_same_files
+from rdrop.experiments.launch.plan import Command, Run, plan_arms
 from rdrop.experiments.launch.terminal import Terminal, escaped_warnings
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, RunRecord, find_runs
+from rdrop.experiments.run_folder.data_files import require_unchanged
 from rdrop.experiments.shown import escaped, shell_line
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
@@ -236,7 +237,7 @@ def compare(
         record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))
     if commands:
-        require_same_files(plan)
+        require_unchanged(run.folder for run in plan)
         damaged = []
         for run in plan:
             try:
@@ -309,6 +310,8 @@ def tune(
         command = Command(recipe, root, tuple(tracker or ()))
         return lambda plan: train_all(plan, console, trackers=tracker or (), places=places, command=command)
 
+    begun = [run for root in (runs, runs / TUNING) if root.is_dir() for run in find_runs(root)]
+    require_unchanged(dict.fromkeys(run.path for run in begun if (run.recipe or {}).get("name") == chosen.name))
     found = tuning.search(candidates, tune_seeds, runs, train_in(runs / TUNING))
     arms = tuning.plan_fresh(found.rdrop, found.plain, fresh, runs, larger_batch=not no_double_batch)
     if designs := tuning.designs(arms):

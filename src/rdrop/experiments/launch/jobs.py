@@ -31,11 +31,12 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
 
-from rdrop.experiments.launch.plan import Command, Run, require_same_files
+from rdrop.experiments.launch.plan import Command, Run
 from rdrop.experiments.launch.progress import Display, show_progress, summary
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import NO_ROOM, TUNING, ResultsError, RunFolder
+from rdrop.experiments.run_folder.data_files import require_unchanged
 from rdrop.experiments.run_folder.lock import LockLostError, RunLockedError, holder_of
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.progress import Progress
@@ -136,13 +137,13 @@ def train_all(
 
     Raises:
         TrackerError: before anything is loaded.
-        ResultsError: the user's own data have changed since some of the runs were trained.
+        ResultsError: files of the data have changed since some of the runs began.
         RunLockedError: the only run is being trained elsewhere.
         StoppedError: what is finished stays finished, and what was on goes on from its checkpoint next time.
         RecipeError, DataError, OSError, MistakeError: what the other runs would meet too.
     """
     require_trackers(trackers)
-    require_same_files(runs)
+    require_unchanged(run.folder for run in runs)
     session = _Session(runs)
     if session.finished:
         console.print(f"{session.finished} of {len(runs)} runs finished already", highlight=False)

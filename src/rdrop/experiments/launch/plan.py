@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rdrop.experiments.comparison.finished_runs import unknown_metric
 from rdrop.experiments.recipe import Method, Recipe, override, with_excluded
 from rdrop.experiments.recipe.settings import RecipeError, read_settings, typed
 from rdrop.experiments.recipes import ARMS, find_recipe
-from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, own_files, read_result, remedy, saved
+from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
 from rdrop.experiments.run_folder.source import require_same_source
 
 
@@ -56,17 +55,6 @@ class Run:
     def failure(self) -> str | None:
         """Why the run cannot go on, or None if nothing is known against it."""
         return RunFolder(self.folder).failure()
-
-
-def require_same_files(runs: Iterable[Run]) -> None:
-    """Raises `ResultsError` if the user's own files have changed since finished ones of the runs were trained."""
-    finished = []
-    for run in runs:
-        with suppress(ResultsError):  # which its own row will say
-            finished.append((run, read_result(RunFolder(run.folder)) or {}))
-    own_files.require_unchanged(
-        (run.folder, result.get("files", {}), run.recipe.saved()["data"]) for run, result in finished
-    )
 
 
 @dataclass(frozen=True)

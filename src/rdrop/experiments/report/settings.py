@@ -36,11 +36,11 @@ def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
     """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
     runs = [comparison.arms[0].runs[0] for comparison in found]
-    contents = [flat(run.result.get("files", {}), "content of data.") for run in runs]
-    recipes = [flat(run.recipe) | content for run, content in zip(runs, contents, strict=True)]
+    recipes = [flat(run.recipe) for run in runs]
     settings: list[dict[str, object]] = []
-    for comparison, recipe in zip(found, recipes, strict=True):
-        namesakes = [other for c, other in zip(found, recipes, strict=True) if c.name == comparison.name]
+    for comparison, run, recipe in zip(found, runs, recipes, strict=True):
+        of_name = [place for place, other in enumerate(found) if other.name == comparison.name]
+        namesakes = [recipes[place] for place in of_name]
         differing = [
             key
             for key in _keys(namesakes)
@@ -48,8 +48,12 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
             and not key.startswith("method.")
             and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
         ]
-        named = {f"content of {key}" for key in differing}
-        settings.append({key: recipe.get(key) for key in differing if key not in named})
+        contents = {
+            f"content of {path}": content
+            for path, content in run.result.get("files", {}).items()
+            if any(runs[place].result.get("files", {}).get(path, content) != content for place in of_name)
+        }
+        settings.append({key: recipe.get(key) for key in differing} | contents)
     return settings
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from rdrop.experiments.recipe.settings import nearest_name
+from rdrop.experiments.run_folder.data_files import note_read
 from rdrop.experiments.shown import shell_word
 from rdrop.experiments.tasks.not_text import (
     HEAD_BYTES,
@@ -302,6 +303,7 @@ def require_regular_file(path: AnyPath) -> None:
 def opened(path: AnyPath) -> Iterator[io.BufferedReader]:
     """Opens a file for reading its bytes, decompressed if the name ends in `.gz` or `.xz`."""
     require_regular_file(path)
+    note_read(path)
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         stream = openers.get(Path(path).suffix, open)(path, "rb")

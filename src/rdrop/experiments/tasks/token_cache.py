@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from rdrop.experiments.run_folder.data_files import note_read
 from rdrop.experiments.tasks.files import AnyPath, DataError, require_regular_file
 from rdrop.experiments.tasks.token_sequences import Columns, TokenSequences, TokenWriter, in_parts
 
@@ -132,6 +133,7 @@ def tokenizer_content(tokenizer: Any) -> dict[str, object] | None:
 def file_digest(path: AnyPath) -> str:
     """Returns the SHA-256 of a file as it lies on disk."""
     require_regular_file(path)
+    note_read(path)
     try:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

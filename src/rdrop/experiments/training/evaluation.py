@@ -15,7 +15,8 @@ from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import load_recipe
-from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, own_files, remedy, what_is_damaged_in_result
+from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, data_files, remedy, what_is_damaged_in_result
+from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
@@ -52,14 +53,24 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     problem = what_is_damaged_in_result(run.path, run.result, for_weights=True)
     if problem is not None:
         raise ResultsError(problem)
-    recipe, test = scoring_recipe(load_recipe(run.path / RECIPE), settings)
-    task = load_task(recipe, test)
-    other = own_files.changed(run.result.get("files", {}), recipe.saved()["data"], ["train"])
-    if other or run.result.get("data") not in (None, fingerprint(task)):
+    own = load_recipe(run.path / RECIPE)
+    recipe, test = scoring_recipe(own, settings)
+    train, was = (getattr(found.data, "train", None) for found in (recipe, own))
+    where = "data.folder" if train is None else "data.train=FILE"
+    if getattr(recipe.data, "unlabeled", None) not in (None, "all"):
+        where += " and data.unlabeled=FILE"
+    now: dict[str, str] = {}
+    try:
+        with data_files.noting(now, recipe.saved()["data"]):
+            task = load_task(recipe, test)
+    except DataError as error:
+        raise DataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
+    then = data_files.of_moved(run.result.get("files", {}), was, train)
+    is_other = any(now.get(path, content) != content for path, content in then.items())
+    if is_other or run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
-            "the weights would mean something else. Put them back, or name where they are now by "
-            f"{'data.folder' if getattr(recipe.data, 'train', None) is None else 'data.train=FILE'}."
+            f"the weights would mean something else. Put them back, or name where they are now by {where}."
         )
     seed_all(recipe.seed, "evaluate", run.result["updates"])
     state = PartialState(cpu=not torch.accelerator.is_available())

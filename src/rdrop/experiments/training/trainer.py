@@ -45,7 +45,7 @@ from rdrop.experiments.run_folder import (
     RECIPE,
     ResultsError,
     RunFolder,
-    own_files,
+    data_files,
     read_result,
     remedy,
     saved,
@@ -119,7 +119,7 @@ class RunState:
     data: str = ""
     """The fingerprint of the training data."""
     files: dict[str, str] = field(default_factory=dict)
-    """What is in the user's own files of data."""
+    """The content of the files that the data were read from."""
     start: dict[str, str] = field(default_factory=dict)
     """A note on the run whose weights this one started from."""
     processes: int | None = None
@@ -213,7 +213,9 @@ class _Training:
         self.stop = StopSignals(self.any_process, self.accelerator.num_processes)
 
         self.require_same_recipe()
-        self.task = load_task(recipe)
+        files: dict[str, str] = {}
+        with data_files.noting(files, recipe.saved()["data"]):
+            self.task = load_task(recipe)
         self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
         self.model = self.task.build_model()  # what is evaluated and saved
@@ -234,7 +236,6 @@ class _Training:
                 self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
             self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
         self.is_sharded = plugin is not None
-        files = own_files.digests(self.asked.saved()["data"])
         self.state = RunState(data=fingerprint(self.task), files=files, processes=self.accelerator.num_processes)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.resume()
@@ -628,11 +629,11 @@ class _Training:
 
     def resumed_state(self, found: RunState) -> RunState:
         data, files = self.state.data, self.state.files
-        other = own_files.changed(found.files, self.asked.saved()["data"])
+        other = [path for path, digest in files.items() if found.files.get(path, digest) != digest]
         if other:
             raise TrainingError(
-                f"{', '.join(other)}: has changed since {self.folder.path} began with it. Put it back, or delete that "
-                "folder to start the run again."
+                f"{', '.join(other)}: changed after {self.folder.path} had begun with it. Put back what it held, or "
+                "delete that folder to start the run again."
             )
         if found.data not in (data, ""):
             raise TrainingError(
@@ -689,7 +690,7 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path)
         require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
-        own_files.require_unchanged([(run.path, result.get("files", {}), recipe.saved()["data"])])
+        data_files.require_unchanged([run.path])
         if is_first_process():
             run.restore_recipe(recipe.saved())
     return result

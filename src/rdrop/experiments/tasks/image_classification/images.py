@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rdrop.experiments.run_folder.data_files import note_read
 from rdrop.experiments.tasks.files import DataError, load_hub, require_regular_file
 from rdrop.experiments.tasks.image_classification.labels import (
     require_labels,
@@ -131,6 +132,7 @@ def read_npz(path: Path) -> ImageSet:
 def read_cifar_100(path: Path) -> ImageSet:
     """Reads `train.bin` or `test.bin` of CIFAR-100's binary version; the labels are the fine ones."""
     require_regular_file(path)
+    note_read(path)
     try:
         size = path.stat().st_size
         if not size or size % CIFAR_100_RECORD:
@@ -176,6 +178,7 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
     """Returns what is in the folder, by name, without hidden files."""
+    note_read(folder)
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

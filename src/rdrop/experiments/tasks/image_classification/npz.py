@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from rdrop.experiments.run_folder.data_files import note_read
 from rdrop.experiments.tasks.files import DataError, require_regular_file
 from rdrop.experiments.tasks.image_classification.labels import require_label_for_each, require_labels
 
@@ -69,6 +70,7 @@ class _Header(NamedTuple):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    note_read(path)
     try:
         with path.open("rb") as file:
             is_npy = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX

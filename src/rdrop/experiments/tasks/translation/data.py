@@ -235,7 +235,14 @@ def _own_files(data: TranslationData, path: str) -> list[Path]:
     if any(path.endswith((kind, f"{kind}.gz", f"{kind}.xz")) for kind in TABLES):
         return [Path(path)]
     folder, name = Path(path).parent, Path(path).name
-    return [find_file(folder, f"{name}.{language}") for language in (data.source, data.target)]
+    try:
+        return [find_file(folder, f"{name}.{language}") for language in (data.source, data.target)]
+    except DataError:
+        kinds, both = ", ".join(TABLES), f"{path}.{data.source} and {path}.{data.target}"
+        raise DataError(
+            f"{path}: is no table by its name ({kinds}), and {both} are not both there, nor with .gz or .xz; name a table, "
+            "or what the names of the two files have in common, and their ends by data.source and data.target"
+        ) from None
 
 
 def _own_split(data: TranslationData, path: str) -> Pairs:

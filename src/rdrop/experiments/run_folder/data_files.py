@@ -1,0 +1,106 @@
+"""The local files that the data of a run were read from: whether they still hold what they held.
+
+This module needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+from rdrop.experiments.run_folder.folder import RESULT, ResultsError
+from rdrop.experiments.shown import shell_word
+
+Contents = Mapping[str, str]
+"""By the path, as it was given: 16 hexadecimal digits of what a file holds; of a folder, of the names in it."""
+
+_noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
+
+
+def note_read(path: str | os.PathLike[str]) -> None:
+    """Notes a file whose content, or a folder whose list of names, becomes a part of the data."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.add(os.fspath(path))
+
+
+@contextmanager
+def noting(contents: dict[str, str], data: Mapping[str, object]) -> Iterator[None]:
+    """Puts into `contents`, when the block ends, what was noted in it of the files that the section `data` names."""
+    named = tuple(os.path.normpath(value) for value in data.values() if isinstance(value, str) and value)
+    token = _noted.set(set())
+    try:
+        yield
+        paths = [path for path in sorted(_noted.get() or ()) if os.path.normpath(path).startswith(named)]
+        contents.update({path: digest for path in paths if (digest := _content(path)) is not None})
+    finally:
+        _noted.reset(token)
+
+
+def changed(recorded: Contents) -> list[str]:
+    """Returns the paths that hold something else now; what is gone is not one of them."""
+    return [path for path, digest in recorded.items() if _content(path) not in (digest, None)]
+
+
+def of_moved(recorded: Contents, was: str | None, now: str | None) -> Contents:
+    """Returns what was recorded of the files whose paths begin with `was`, by the paths that begin with `now`."""
+    if was is None or now is None:
+        return {}
+    before, after = os.path.normpath(was), os.path.normpath(now)
+    paths = {path: os.path.normpath(path) for path in recorded}
+    return {
+        after + normal.removeprefix(before): recorded[path]
+        for path, normal in paths.items()
+        if normal.startswith(before)
+    }
+
+
+def contents_of(folder: Path) -> Contents:
+    """Returns what was recorded for the run in the folder, finished or begun; nothing where that cannot be read."""
+    states = sorted(folder.glob("checkpoints/*/state.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (folder / RESULT, *states):
+        with suppress(OSError, ValueError, AttributeError):
+            found = json.loads(path.read_bytes())
+            files = found.get("state", found).get("files")
+            if isinstance(files, dict):
+                return files
+    return {}
+
+
+def require_unchanged(runs: Iterable[Path]) -> None:
+    """Raises `ResultsError` if files have changed since runs began with them. A file that is gone is no error."""
+    found = [(run, what) for run in runs if (what := changed(contents_of(run)))]
+    if found:
+        files = ", ".join(dict.fromkeys(path for _, what in found for path in what))
+        number = "a run" if len(found) == 1 else f"{len(found)} runs"
+        folders = " ".join(shell_word(run) for run, _ in found)
+        raise ResultsError(
+            f"{files}: changed after {number} had been trained with it, fully or in part, and results of both contents "
+            "would be compared as if of one. Put back what it held, give the new one another name, or choose another "
+            f"--runs; or delete what was trained to train it anew: rm -r {folders}"
+        )
+
+
+def _content(path: str) -> str | None:
+    try:
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                names = sorted(entry.name for entry in entries if entry.name[0] != ".")
+            return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+        stat = os.stat(path)
+        return _digest(path, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return None
+
+
+@cache
+def _digest(path: str, size: int, changed_at: int) -> str:
+    """A file is read once as long as its size and its time stay."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

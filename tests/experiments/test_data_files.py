@@ -1,0 +1,197 @@
+"""A data file that is edited: no result of the earlier content is taken for one of the new."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.experiments.run_folders import write_run
+
+from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.launch import cli
+from rdrop.experiments.recipe import override
+from rdrop.experiments.recipes import RECIPES
+from rdrop.experiments.report.settings import distinguishing_settings, titled
+from rdrop.experiments.run_folder import find_runs
+from rdrop.experiments.run_folder.data_files import changed, noting
+from rdrop.experiments.tasks.task import load_task
+
+SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2", "checkpoint_every=1"]
+
+
+def write_rows(path: Path, factor: int = 1) -> Path:
+    """Texts with a number each."""
+    path.write_text("text,label\n" + "".join(f"{'long ' * (row % 7)}text,{factor * row}\n" for row in range(40)))
+    return path
+
+
+def run(what: str, file: Path, *more: str) -> int:
+    given = ["data.regression=true", "--train", str(file), "--runs", str(file.parent / "runs")]
+    return cli.run([what, "text-classification", *SHORT, *given, *more])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def read(task: str, **data: object) -> dict[str, str]:
+    """The content of what is read for a task with this data."""
+    recipe = override(RECIPES[task], ["tiny=true", "data.tiny=false"])
+    recipe = recipe.replace(**{f"data.{key}": value for key, value in data.items()})
+    found: dict[str, str] = {}
+    with noting(found, recipe.saved()["data"]):
+        load_task(recipe)
+    return found
+
+
+def test_the_content_of_a_file_counts_and_not_its_time(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    found = read("text-classification", train=str(file), regression=True)
+    assert [*found] == [str(file)]
+    write_rows(file)
+    assert changed(found) == []
+    write_rows(file, factor=-1)
+    assert changed(found) == [str(file)]
+    file.unlink()
+    assert changed(found) == []  # gone: the result stands for itself
+
+
+def test_of_files_with_a_common_beginning_those_that_are_read_count(tmp_path: Path) -> None:
+    for language in ("en", "de"):
+        (tmp_path / f"my [corpus].{language}").write_text("".join(f"this is word number {row}\n" for row in range(40)))
+    (tmp_path / "my [corpus]").mkdir()  # is not read, and neither is the next
+    found = read("translation", train=str(tmp_path / "my [corpus]"), source="en", target="de")
+    assert sorted(found) == [str(tmp_path / f"my [corpus].{language}") for language in ("de", "en")]
+    (tmp_path / "my [corpus].fr").write_text("autre")
+    assert changed(found) == []
+    (tmp_path / "my [corpus].de").write_text("other\n" * 40)
+    assert changed(found) == [str(tmp_path / "my [corpus].de")]
+
+
+def test_of_images_the_names_in_each_folder_count_also_behind_a_link(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = noise.integers(256, size=(8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "own" / name / f"{number}.png")
+    (tmp_path / "photos").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "own" / name)
+    photos = str(tmp_path / "photos")
+    found = read("image-classification", train=photos, valid_size=6, test_size=6)
+    assert sorted(found) == [photos, f"{photos}/cat", f"{photos}/dog"]
+    (tmp_path / "own/cat/.DS_Store").touch()
+    (tmp_path / "own/dog/.#1.png").symlink_to("nobody")
+    assert changed(found) == []
+    (tmp_path / "own/dog/1.png").unlink()
+    assert changed(found) == [f"{photos}/dog"]
+
+
+def test_a_run_is_not_taken_for_one_of_the_edited_file_and_the_remedy_trains_it_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("train", file, "alpha=0") == 0
+    (before,) = find_runs(tmp_path / "runs")
+    write_rows(file, factor=100)
+    capsys.readouterr()
+    for command in ("train", "compare"):
+        more = ["alpha=0"] if command == "train" else ["--seeds", "1", "--no-double-batch"]
+        assert run(command, file, *more) == 2
+        text = said(capsys)
+        assert f"{file}: changed after a run had been trained with it" in text
+    remedy = shlex.split(text.partition("train it anew: ")[2])
+    assert remedy == ["rm", "-r", str(before.path)]
+    shutil.rmtree(remedy[2])
+    assert run("train", file, "alpha=0") == 0
+    (after,) = find_runs(tmp_path / "runs")
+    assert before.result is not None
+    assert after.result is not None
+    assert after.result["test"]["loss"] > 100 * before.result["test"]["loss"]
+
+
+def test_an_unfinished_run_does_not_go_on_with_an_edited_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("train", file, "alpha=0") == 0
+    (only,) = find_runs(tmp_path / "runs")
+    (only.path / "result.json").unlink()
+    write_rows(file, factor=2)
+    for command in (["train", "alpha=0"], ["compare", "--seeds", "1", "--no-double-batch"], ["compare", "--commands"]):
+        assert run(command[0], file, *command[1:]) == 2
+        assert f"{file}: changed after a run had been trained with it, fully or in part" in said(capsys)
+    write_rows(file)
+    assert run("train", file, "alpha=0") == 0
+
+
+def test_a_run_is_not_scored_again_on_other_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("train", file, "alpha=0") == 0
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 0
+    write_rows(file, factor=2)
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+    assert "the training data are not those of the run" in said(capsys)
+
+
+def test_runs_of_two_contents_of_a_file_are_two_comparisons_whose_titles_differ(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("train", file, "alpha=0") == 0
+    write_rows(file, factor=2)
+    assert run("train", file, "alpha=1") == 0
+    found = comparisons(find_runs(tmp_path / "runs"))
+    assert [len(comparison.arms) for comparison in found] == [1, 1]
+    titles = [titled(c.name, setting) for c, setting in zip(found, distinguishing_settings(found), strict=True)]
+    assert all(f" (content of {file} = " in title for title in titles), titles
+    assert titles[0] != titles[1]
+
+
+def test_an_edited_file_of_a_folder_of_data_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mails"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        rows = (
+            json.dumps({"document": f"{split} {row} says a lot.", "summary": f"{split} {row}"}) for row in range(20)
+        )
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    command = ["train", "summarization", *SHORT, "alpha=0", "--data", str(folder), "--runs", str(tmp_path / "runs")]
+    assert cli.run(command) == 0
+    test = folder / "test.jsonl"
+    test.write_text(test.read_text().replace("a lot", "little"))
+    assert cli.run(command) == 2
+    assert f"{test}: changed after a run" in said(capsys)
+
+
+def test_runs_of_other_unlabeled_examples_are_no_seeds_of_one_arm(tmp_path: Path) -> None:
+    for seed, content in ((0, "a"), (1, "b")):
+        for alpha in (0.0, 1.0):
+            files, data = {"a.csv": "t", "b.csv": content}, {"train": "a.csv", "unlabeled": "b.csv"}
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, files=files, data=data)
+    (found,) = comparisons(find_runs(tmp_path))
+    assert found.arms[0].seeds == (0, 1)
+    assert sorted(arm.seeds for arm in found.arms[1:]) == [(0,), (1,)]
+
+
+def test_a_search_checks_all_of_its_runs_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("tune", file, "alpha=1,5", "--tune-seeds", "1", "--seeds", "1", "--no-double-batch") == 0
+    write_rows(file, factor=2)
+    assert run("tune", file, "alpha=1,5", "--tune-seeds", "1", "--seeds", "1", "--no-double-batch") == 2
+    assert "changed after 5 runs had been trained with it" in said(capsys)
+
+
+def test_moved_data_are_those_of_the_run_if_they_hold_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    assert run("train", file, "alpha=0") == 0
+    moved = file.rename(tmp_path / "moved.csv")
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+    assert "Where files of the run have moved, say where they are by data.train=FILE" in said(capsys)
+    assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.train={moved}"]) == 0
+    write_rows(moved, factor=2)
+    assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.train={moved}"]) == 2
