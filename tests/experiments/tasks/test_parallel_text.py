@@ -201,6 +201,14 @@ def test_two_parallel_files_are_given_by_the_name_before_the_language(tmp_path: 
     assert splits["test"][1] == ("source test Number 1", "target test Number 1")
 
 
+@pytest.mark.parametrize("name", ["train.source", "trian", "nowhere/train"])
+def test_parallel_files_that_are_not_both_there_are_named_with_how_to_name_them(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, sizes=(20, 3, 2))
+    both = rf"{name}\.source and \S*{name}\.target are not both there.* by data\.source and data\.target$"
+    with pytest.raises(DataError, match=both):
+        loaded(TRANSLATION, **{"data.train": str(tmp_path / name)})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

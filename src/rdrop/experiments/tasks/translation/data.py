@@ -240,8 +240,8 @@ def _own_files(data: TranslationData, path: str) -> list[Path]:
     except DataError:
         kinds, both = ", ".join(TABLES), f"{path}.{data.source} and {path}.{data.target}"
         raise DataError(
-            f"{path}: is no table by its name ({kinds}), and {both} are not both there, nor with .gz or .xz; name a table, "
-            "or what the names of the two files have in common, and their ends by data.source and data.target"
+            f"{path}: is no table by its name ({kinds}), and {both} are not both there, nor with .gz or .xz; name a "
+            "table, or what the names of the two files have in common, and their ends by data.source and data.target"
         ) from None
 
 
