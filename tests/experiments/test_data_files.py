@@ -16,7 +16,7 @@ from rdrop.experiments.recipe import override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.report.settings import distinguishing_settings, titled
 from rdrop.experiments.run_folder import find_runs
-from rdrop.experiments.run_folder.data_files import changed, noting
+from rdrop.experiments.run_folder.data_files import below, changed, noting
 from rdrop.experiments.tasks.task import load_task
 
 SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2", "checkpoint_every=1"]
@@ -195,3 +195,17 @@ def test_moved_data_are_those_of_the_run_if_they_hold_the_same(
     assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.train={moved}"]) == 0
     write_rows(moved, factor=2)
     assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.train={moved}"]) == 2
+
+
+def test_what_a_name_of_the_data_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    german = str(tmp_path / "pool.de")
+    read = dict.fromkeys(["pool.csv", "pool/cat", "./pool", "pool2.csv", german], "content")
+    assert below(read, "pool") == {"pool.csv": ".csv", "pool/cat": "/cat", "./pool": "", german: ".de"}
+    assert below(read, ".").keys() == read.keys()
+    assert below(read, None) == below(read, 3) == below(read, "") == {}
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "a\0b", "nowhere", "\ud800"])
+def test_a_result_that_names_no_file_makes_nothing_be_read(path: str) -> None:
+    assert changed({path: "0123456789abcdef"}) == []

@@ -302,10 +302,10 @@ def _family(run: FinishedRun) -> str:
 
 def _content(run: FinishedRun, *, unlabeled: bool = False) -> str:
     """Returns what the files of the data held; either without those of unlabeled examples, or of these alone."""
-    name = run.recipe.get("data", {}).get("unlabeled")
-    of_unlabeled = data_files.of_moved(run.result.get("files", {}), name, name)
-    files = {path: content for path, content in run.result.get("files", {}).items() if path not in of_unlabeled}
-    return json.dumps(of_unlabeled if unlabeled else files, sort_keys=True)
+    files, name = run.result.get("files", {}), run.recipe.get("data", {}).get("unlabeled")
+    rests = data_files.below(files, None if name == "all" else name)
+    of_unlabeled = {path for path, rest in rests.items() if rest[:1] != "."}  # it is a file or a folder
+    return json.dumps([(path, files[path]) for path in sorted(files) if (path in of_unlabeled) == unlabeled])
 
 
 def _a_unit(length: float, batch: int) -> float:

@@ -33,12 +33,12 @@ def note_read(path: str | os.PathLike[str]) -> None:
 @contextmanager
 def noting(contents: dict[str, str], data: Mapping[str, object]) -> Iterator[None]:
     """Puts into `contents`, when the block ends, what was noted in it of the files that the section `data` names."""
-    named = tuple(os.path.normpath(value) for value in data.values() if isinstance(value, str) and value)
     token = _noted.set(set())
     try:
         yield
-        paths = [path for path in sorted(_noted.get() or ()) if os.path.normpath(path).startswith(named)]
-        contents.update({path: digest for path in paths if (digest := _content(path)) is not None})
+        found = {path: digest for path in sorted(_noted.get() or ()) if (digest := _content(path)) is not None}
+        named = {path for value in data.values() for path in below(found, value)}
+        contents.update({path: digest for path, digest in found.items() if path in named})
     finally:
         _noted.reset(token)
 
@@ -48,22 +48,22 @@ def changed(recorded: Contents) -> list[str]:
     return [path for path, digest in recorded.items() if _content(path) not in (digest, None)]
 
 
-def of_moved(recorded: Contents, was: str | None, now: str | None) -> Contents:
-    """Returns what was recorded of the files whose paths begin with `was`, by the paths that begin with `now`."""
-    if was is None or now is None:
+def below(contents: Contents, name: object) -> dict[str, str]:
+    """Returns the paths of what `name`, a value in `data`, stands for: a file, a folder, or the beginning of names.
+
+    By the path: what follows `name` in it.
+    """
+    if not isinstance(name, str) or not name:
         return {}
-    before, after = os.path.normpath(was), os.path.normpath(now)
-    paths = {path: os.path.normpath(path) for path in recorded}
-    return {
-        after + normal.removeprefix(before): recorded[path]
-        for path, normal in paths.items()
-        if normal.startswith(before)
-    }
+    whole = os.path.abspath(name)
+    absolute = {path: os.path.abspath(path) for path in contents}
+    rests = {path: place.removeprefix(whole) for path, place in absolute.items() if place.startswith(whole)}
+    return {path: rest for path, rest in rests.items() if whole == os.sep or rest[:1] in ("", ".", os.sep)}
 
 
 def contents_of(folder: Path) -> Contents:
     """Returns what was recorded for the run in the folder, finished or begun; nothing where that cannot be read."""
-    states = sorted(folder.glob("checkpoints/*/state.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    states = sorted(folder.glob("checkpoints/*/state.json"), reverse=True)  # the newest first, by their names
     for path in (folder / RESULT, *states):
         with suppress(OSError, ValueError, AttributeError):
             found = json.loads(path.read_bytes())
@@ -94,8 +94,8 @@ def _content(path: str) -> str | None:
                 names = sorted(entry.name for entry in entries if entry.name[0] != ".")
             return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
         stat = os.stat(path)
-        return _digest(path, stat.st_size, stat.st_mtime_ns)
-    except OSError:
+        return _digest(path, stat.st_size, stat.st_mtime_ns) if os.path.isfile(path) else None
+    except (OSError, ValueError):  # no path at all: a result says what it likes
         return None
 
 

@@ -65,8 +65,9 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             task = load_task(recipe, test)
     except DataError as error:
         raise DataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
-    then = data_files.of_moved(run.result.get("files", {}), was, train)
-    is_other = any(now.get(path, content) != content for path, content in then.items())
+    then = run.result.get("files", {})
+    contents = {rest: now[path] for path, rest in data_files.below(now, train).items()}
+    is_other = any(contents.get(rest, then[path]) != then[path] for path, rest in data_files.below(then, was).items())
     if is_other or run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
