@@ -158,7 +158,7 @@ def definition(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
     log_p = log_p.where(support, 0.0)
     p = log_p.exp().where(support, 0.0)
     if case.divergence is kl_from_first:
-        pairs = [(p[0] * (log_p[0] - log_p[a])).sum(-1) for a in range(1, len(p))]
+        pairs = [_kl(p[0], p[a], log_p[a] - log_p[0]) for a in range(1, len(p))]
     elif case.divergence is detached_kl:
         target, log_target = p.detach(), log_p.detach()
         ordered = itertools.permutations(range(len(p)), 2)
@@ -168,6 +168,12 @@ def definition(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [((p[a] - p[b]) * (log_p[a] - log_p[b])).sum(-1) / 2 for a, b in both]
     divergence = torch.stack(pairs).mean(0)
     return task.unflatten(0, (-1, n)).mean(0), divergence.masked_fill(~valid, 0.0)
+
+
+def _kl(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """Computes KL(p||q) with what sums to 0 added, q - p: of -p * log_ratio alone, a sum of 1e-10 has five digits."""
+    added = torch.where(log_ratio.abs() < 1, p * log_ratio.clamp(-1, 1).expm1(), q - p)
+    return (added - p * log_ratio).sum(-1)
 
 
 def _relative(error: Tensor, reference: Tensor, floor: float) -> float:

@@ -5,10 +5,10 @@ The full table is `python benchmarks/accuracy.py --cases 10000`.
 
 import pytest
 import torch
-from benchmarks.accuracy import DTYPES, FAMILIES, Errors, run
+from benchmarks.accuracy import DTYPES, FAMILIES, Case, Errors, definition, run
 from tests.outcomes import in_parts
 
-from rdrop import detached_kl, kernels, kl_from_first
+from rdrop import detached_kl, kernels, kl_from_first, symmetric_kl
 
 # In float16, rounding the exact gradient takes up to 2^-11 of an entry, or of the smallest normal number where the
 # entry is below it: a row with entries of both kinds can be off by the root of 2 times as much.
@@ -49,3 +49,24 @@ def test_the_other_divergences_of_softmaxes_are_as_exact(implementation, diverge
     record_property("cases", sum(errors.cases for errors in table.values()))
     for (family, dtype), errors in table.items():
         assert_accurate(family, dtype, errors)
+
+
+@pytest.mark.parametrize("divergence", [symmetric_kl, detached_kl, kl_from_first])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [[-5000.7, 100.1, 4000.3], [4000.4, -3000.9, 3961.7]],  # certain of two classes
+        [[4000.0, 3977.0, 3910.0], [4000.0, 3905.0, 3975.0]],  # certain of one, and the others leave little
+    ],
+)
+def test_passes_that_are_certain_of_a_class_lose_no_digits(divergence, passes):
+    logits = torch.tensor(passes)[:, None].requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    value = divergence(logits)
+    labels = torch.zeros(1, dtype=torch.long)
+    wanted = definition(Case("certain", exact, labels, 0.0, None, divergence), exact.flatten(0, 1))[1]
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=0)
+    (gradient,), (wanted_gradient,) = (
+        torch.autograd.grad(own.sum(), of) for own, of in ((value, logits), (wanted, exact))
+    )
+    assert (gradient - wanted_gradient).norm() <= 1e-6 * wanted_gradient.norm()

@@ -230,12 +230,21 @@ def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
     low = (logits - (high - taken)) - (logits[0] + taken)  # logits - logits[0] == high + low, exactly (Knuth's TwoSum)
     difference = (high - high.gather(-1, anchor)) + (low - low.gather(-1, anchor))
     difference = difference.masked_fill(outside, 0.0)
-    # log of the ratio of the normalizers: by log1p of a small sum where the passes are close, else as it stands.
+    # The log of the ratio of the normalizers is that of 1 and a small sum where the passes are close. Elsewhere hardly
+    # any ratio is small, and each pass by itself loses less: its logits are taken relative to its own largest.
     growth = p[0] * torch.expm1(difference.clamp(max=60.0))
     close = (difference.amax(-1, keepdim=True) < 60) & (growth.abs().sum(-1, keepdim=True) < 0.5)
     near = torch.log1p(growth.sum(-1, keepdim=True).clamp(-0.5, 0.5))
-    log_normalizer = (logits - logits.gather(-1, anchor)).logsumexp(-1, keepdim=True)
-    return difference - torch.where(close, near, log_normalizer - log_normalizer[0])
+    log_p = _log_softmax(logits)
+    return torch.where(close, difference - near, (log_p - log_p[0]).masked_fill(outside, 0.0))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Returns the log of the softmax; of a class that has nearly all of it, what the others leave."""
+    top = logits.argmax(-1, keepdim=True)
+    relative = logits - logits.gather(-1, top)
+    others = relative.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    return relative - torch.log1p(others)
 
 
 # ---------------------------------------------------------------------------------------------- task losses
