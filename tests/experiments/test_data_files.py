@@ -11,6 +11,7 @@ from PIL import Image
 from tests.experiments.run_folders import write_run
 
 from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import override
 from rdrop.experiments.recipes import RECIPES
@@ -174,6 +175,35 @@ def test_runs_of_other_unlabeled_examples_are_no_seeds_of_one_arm(tmp_path: Path
     (found,) = comparisons(find_runs(tmp_path))
     assert found.arms[0].seeds == (0, 1)
     assert sorted(arm.seeds for arm in found.arms[1:]) == [(0,), (1,)]
+
+
+def test_runs_of_a_version_that_recorded_no_content_stay_in_their_comparison(tmp_path: Path) -> None:
+    for seed in range(3):
+        for alpha in (0.0, 1.0):
+            recorded = {"files": {"a.csv": "t"}} if seed else {}
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, data={"train": "a.csv"}, **recorded)
+    (found,) = comparisons(find_runs(tmp_path))
+    assert [arm.seeds for arm in found.arms] == [(0, 1, 2)] * 2
+    write_run(tmp_path, 0.7, seed=3, files={"a.csv": "other"}, data={"train": "a.csv"})  # of which were the first then?
+    assert [[arm.seeds for arm in found.arms] for found in comparisons(find_runs(tmp_path))] == [
+        [(0,), (0,)],
+        [(3,)],
+        [(1, 2), (1, 2)],
+    ]
+
+
+def test_a_designed_comparison_is_of_one_content_too(tmp_path: Path) -> None:
+    for seed, content in ((0, "t"), (1, "other")):
+        for alpha, updates in ((0.0, 400), (0.0, 800), (1.0, 400)):
+            data = {"train": "a.csv"}
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, updates=updates, data=data, files={"a.csv": content})
+    runs = find_runs(tmp_path)
+    digests = {
+        (run.recipe["method"]["alpha"], run.recipe["updates"]): arm_digest(run.recipe) for run in runs if run.recipe
+    }
+    arms = {"baseline": digests[0.0, 400], "longer": digests[0.0, 800], "R-Drop": digests[1.0, 400]}
+    found = comparisons(runs, designs=[Design(arms, "R-Drop")])
+    assert [[arm.seeds for arm in comparison.arms] for comparison in found] == [[(1,)] * 3, [(0,)] * 3]
 
 
 def test_a_search_checks_all_of_its_runs_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
@@ -266,7 +265,8 @@ def comparisons(
     families: dict[str, list[FinishedRun]] = {}
     for run in finished:
         families.setdefault(_family(run), []).append(run)
-    found = [comparison for key in sorted(families) for comparison in _comparisons_of_family(families[key])]
+    by_content = [runs for key in sorted(families) for runs in _by_content(families[key])]
+    found = [comparison for runs in by_content for comparison in _comparisons_of_family(runs)]
     found = [comparison for comparison in found if not told.issuperset(run.path for run in comparison.runs)]
     if designed:
         found = sorted([*designed, *found], key=lambda comparison: comparison.name)
@@ -276,15 +276,16 @@ def comparisons(
 
 def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Iterator[Comparison]:
     """Yields the comparisons of the designs that have finished runs: plain training first, the subject last."""
-    by_content: dict[str, dict[str, list[FinishedRun]]] = {}
+    by_arm: dict[str, list[FinishedRun]] = {}
     for run in finished:
-        by_content.setdefault(_content(run), {}).setdefault(arm_digest(run.recipe), []).append(run)
-    for design, by_arm in product(designs, by_content.values()):
-        of_arms = {label: by_arm[digest] for label, digest in design.arms.items() if digest in by_arm}
-        ordered = sorted(of_arms, key=lambda label: (label == design.subject, not of_arms[label][0].method.is_plain))
-        if ordered:
-            comparison = _comparison({label: of_arms[label] for label in ordered})
-            yield replace(comparison, baseline_label=design.baseline, subject_label=design.subject)
+        by_arm.setdefault(arm_digest(run.recipe), []).append(run)
+    for design in designs:
+        labels = {run.path: label for label, digest in design.arms.items() for run in by_arm.get(digest, ())}
+        for runs in _by_content([run for digest in design.arms.values() for run in by_arm.get(digest, ())]):
+            of_arms: dict[str, list[FinishedRun]] = {}
+            for run in sorted(runs, key=lambda run: (labels[run.path] == design.subject, not run.method.is_plain)):
+                of_arms.setdefault(labels[run.path], []).append(run)
+            yield replace(_comparison(of_arms), baseline_label=design.baseline, subject_label=design.subject)
 
 
 def _family(run: FinishedRun) -> str:
@@ -297,12 +298,29 @@ def _family(run: FinishedRun) -> str:
             shared["patience"] = _a_unit(shared["patience"], run.batch)
         if is_finite_number(shared.get("average_last")) and shared["average_last"] > 1:
             shared["average_last"] = _a_unit(shared["average_last"], run.batch)
-    return json.dumps([run.recipe["name"], run.result["metric"], shared, _content(run)], sort_keys=True)
+    return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
 
 
-def _content(run: FinishedRun, *, unlabeled: bool = False) -> str:
-    """Returns what the files of the data held; either without those of unlabeled examples, or of these alone."""
-    files, name = run.result.get("files", {}), run.recipe.get("data", {}).get("unlabeled")
+def _by_content(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
+    """Returns the runs by what the files of their data held."""
+    found: dict[str, list[FinishedRun]] = {}
+    for run, content in zip(runs, _contents(runs), strict=True):
+        found.setdefault(content, []).append(run)
+    return [found[content] for content in sorted(found)]
+
+
+def _contents(runs: list[FinishedRun], *, unlabeled: bool = False) -> list[str]:
+    """Returns what the files of each run's data held, without those of unlabeled examples or of these alone.
+
+    Runs of a version that did not record it are taken to have had the content of the others, if that is one.
+    """
+    known = {_content(run, unlabeled) for run in runs if "files" in run.result}
+    of_before = min(known) if len(known) == 1 else ""
+    return [_content(run, unlabeled) if "files" in run.result else of_before for run in runs]
+
+
+def _content(run: FinishedRun, unlabeled: bool) -> str:
+    files, name = run.result["files"], run.recipe.get("data", {}).get("unlabeled")
     rests = data_files.below(files, None if name == "all" else name)
     of_unlabeled = {path for path, rest in rests.items() if rest[:1] != "."}  # it is a file or a folder
     return json.dumps([(path, files[path]) for path in sorted(files) if (path in of_unlabeled) == unlabeled])
@@ -315,9 +333,9 @@ def _a_unit(length: float, batch: int) -> float:
 
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
     runs: dict[_Key, list[FinishedRun]] = {}
-    for run in family:
-        unlabeled = "" if run.method.is_plain else _content(run, unlabeled=True)
-        runs.setdefault(_Key(run.method.arm(), run.batch, unlabeled), []).append(run)
+    for run, unlabeled in zip(family, _contents(family, unlabeled=True), strict=True):
+        key = _Key(run.method.arm(), run.batch, "" if run.method.is_plain else unlabeled)
+        runs.setdefault(key, []).append(run)
 
     shown: set[_Key] = set()
     for batch in sorted({key.batch for key in runs}):
