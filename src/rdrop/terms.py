@@ -114,18 +114,27 @@ def kl_from_first(passes: Tensor) -> Tensor:
 
 
 def _kl_from_first_and_gradient(logits: Tensor, *, gradient_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-    p = _softmax(logits)
-    log_ratio = _log_ratio_to_first(logits, p)[1:]
+    p, log_p = _softmax_and_log(logits)
+    log_ratio = _log_ratio_to_first(logits, p, log_p)[1:]
     surplus = torch.where(log_ratio.abs() < 1, p[0] * torch.expm1(log_ratio.clamp(-1, 1)), p[1:] - p[0])
     mean_log_ratio = log_ratio.mean(0)
     gradient = None
     if gradient_wanted:
-        expected = (p[0] * mean_log_ratio).sum(-1, keepdim=True)
-        of_first = -p[0] * (mean_log_ratio - expected)
+        of_first = -_times_deviation(p[0], mean_log_ratio)
         gradient = torch.cat([of_first[None], surplus / len(log_ratio)])
     # p_a - p_1 sums to 0 over the classes: with it a term is p_1 (exp(r) - 1 - r) >= 0, which cancels for small r.
     terms = torch.where(log_ratio.abs() < 0.05, p[0] * _exp_beyond_tangent(log_ratio), surplus - p[0] * log_ratio)
     return terms.clamp_min(0).sum(-1).mean(0), gradient
+
+
+def _times_deviation(p: Tensor, values: Tensor) -> Tensor:
+    """Returns p times what the values are above their mean under p.
+
+    They are taken relative to the one at the likeliest class: of values of 1e4 the sum of p alone, 1 up to rounding,
+    would leave three digits.
+    """
+    values = values - values.gather(-1, p.argmax(-1, keepdim=True))
+    return p * (values - (p * values).sum(-1, keepdim=True))
 
 
 def _exp_beyond_tangent(r: Tensor) -> Tensor:
@@ -143,8 +152,8 @@ def symmetric_kl_and_gradient(
 
     With `targets_fixed` the gradient is that of `detached_kl`.
     """
-    p = _softmax(logits)
-    log_ratio = _log_ratio_to_first(logits, p)  # log p_a - log p_1
+    p, log_p = _softmax_and_log(logits)
+    log_ratio = _log_ratio_to_first(logits, p, log_p)  # log p_a - log p_1
     excess = log_ratio - log_ratio.mean(0)
     # p_a - mean_b p_b. Where the passes nearly agree that difference cancels; expm1 against the largest does not.
     largest, smallest = log_ratio.amax(0), log_ratio.amin(0)
@@ -157,8 +166,7 @@ def symmetric_kl_and_gradient(
     pairs = logits.shape[0] - 1
     gradient = None
     if gradient_wanted:
-        expected = (p * excess).sum(-1, keepdim=True)
-        gradient = (surplus if targets_fixed else p * (excess - expected) + surplus) / pairs
+        gradient = (surplus if targets_fixed else _times_deviation(p, excess) + surplus) / pairs
     # The sum over passes is >= 0 at every class; rounding can miss that by an ulp of a vanishing term.
     return (surplus * excess).sum(0).clamp_min(0).sum(-1) / pairs, gradient
 
@@ -211,13 +219,19 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Returns the softmax, not by torch, whose running sum on a CPU is off by 2e-5 at V = 250,000."""
-    p = (logits - logits.amax(-1, keepdim=True)).exp()
-    return p / p.sum(-1, keepdim=True)
+def _softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the softmax and its log; of a class that has nearly all of it, the log is what the others leave.
+
+    Not by torch, whose running sum on a CPU is off by 2e-5 at V = 250,000.
+    """
+    top = logits.argmax(-1, keepdim=True)
+    relative = logits - logits.gather(-1, top)
+    weights = relative.exp()
+    others = weights.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    return weights / (1 + others), relative - torch.log1p(others)
 
 
-def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
+def _log_ratio_to_first(logits: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
     """Returns `log p_a - log p_1`, accurate also where the passes nearly agree: `(m, ..., V)`, 0 for pass 1.
 
     The difference of the logits is taken before anything else, with its rounding error, and relative to its value at a
@@ -235,16 +249,7 @@ def _log_ratio_to_first(logits: Tensor, p: Tensor) -> Tensor:
     growth = p[0] * torch.expm1(difference.clamp(max=60.0))
     close = (difference.amax(-1, keepdim=True) < 60) & (growth.abs().sum(-1, keepdim=True) < 0.5)
     near = torch.log1p(growth.sum(-1, keepdim=True).clamp(-0.5, 0.5))
-    log_p = _log_softmax(logits)
     return torch.where(close, difference - near, (log_p - log_p[0]).masked_fill(outside, 0.0))
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Returns the log of the softmax; of a class that has nearly all of it, what the others leave."""
-    top = logits.argmax(-1, keepdim=True)
-    relative = logits - logits.gather(-1, top)
-    others = relative.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
-    return relative - torch.log1p(others)
 
 
 # ---------------------------------------------------------------------------------------------- task losses
