@@ -18,6 +18,7 @@ from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.plan import plan_comparison
 from rdrop.experiments.launch.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.run_folder import RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
@@ -166,6 +167,20 @@ def test_a_wrong_command_is_one_line_and_status_2(
 ) -> None:
     assert cli.run(arguments) == 2
     assert words in complaint(capsys)
+
+
+def test_a_recipes_keys_can_be_read_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    recipe = find_recipe("glue-stsb-minilm")
+    assert cli.run(["list", recipe.name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = " ".join(" ".join(lines).split())
+    for key, description in recipe.descriptions().items():
+        assert f"{key} {json.dumps(recipe.value(key))} {description}" in listed  # nothing is cut off
+    assert len(lines) < 5 * len(recipe.descriptions())  # no column of one word a line
 
 
 def test_markup_in_a_wrong_setting_is_shown_as_typed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -473,9 +473,10 @@ def parse_jobs(text: str) -> int | None:
 
 
 def _keys(recipe: Recipe) -> Table:
-    table = _table("key", "value", "what it means")
+    table = _table("key", "its value, and what it means")
     for key, description in recipe.descriptions().items():
-        table.add_row(Text(key, "bold"), json.dumps(recipe.value(key)), description)
+        table.add_row(Text(key, "bold"), Text(json.dumps(recipe.value(key)), "bold"))
+        table.add_row("", description)
     return table
 
 
