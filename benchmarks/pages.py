@@ -6,7 +6,8 @@ Each part of a page between `<!-- name -->` and `<!-- /name -->` is written agai
 records give. The records are in benchmarks/results. From `make bench`: rows.jsonl, soft.jsonl, simcut.jsonl,
 linear.jsonl and steps.jsonl of a CPU; gpu.jsonl of a GPU, which may be missing. From `benchmarks/roofline.py`:
 roofline.jsonl. From `benchmarks/large_data.py`: large.jsonl. From `benchmarks/sft.py`: sft.jsonl. From
-`benchmarks/accuracy.py --record`: accuracy-cpu.json and accuracy-linear.json. From `make test-long`: long.jsonl.
+`benchmarks/accuracy.py --record`: accuracy-reference.json, accuracy-cpu.json and accuracy-linear.json. From
+`make test-long`: long.jsonl.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def parts() -> dict[Path, dict[str, str]]:
     """Of each page, by the name they have in it."""
     return {
         SPEED: speed_parts(),
-        ACCURACY: {f"accuracy {name}": _accuracy(name) for name in ("cpu", "linear")},
+        ACCURACY: {f"accuracy {name}": _accuracy(name) for name in ("reference", "cpu", "linear")},
         RELIABILITY: {"long tests": long_tests_table(read(RESULTS / "long.jsonl"))},
     }
 

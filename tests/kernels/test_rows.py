@@ -236,7 +236,7 @@ def test_every_instruction_set_is_accurate(instructions, monkeypatch):
     monkeypatch.setenv("RDROP_CPU_INSTRUCTIONS", instructions)
     for divergence in OF_SOFTMAXES:
         for (family, dtype), errors in run(140, seed=1, implementation="cpu", divergence=divergence).items():
-            assert_accurate(family, dtype, errors)
+            assert_accurate("cpu", family, dtype, errors)
     for classes in (2, 3, 15, 17, 1000):
         assert_no_worse_than_the_reference(random_case(4, classes, 3, smoothing=0.1, weighted=True), "cpu")
         for dtype in cpu.DTYPES:

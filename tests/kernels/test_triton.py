@@ -84,7 +84,7 @@ def _assert_accurate(divergence, count, seed, record_property):
             )
     record_property("cases", sum(errors.cases for errors in table.values()))
     for (family, dtype), errors in table.items():
-        assert_accurate(family, dtype, errors)
+        assert_accurate("triton", family, dtype, errors)
 
 
 @pytest.mark.parametrize("divergence", OF_SOFTMAXES)
