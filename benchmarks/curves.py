@@ -1,12 +1,12 @@
-"""The course of training as plots: where R-Drop passes its baseline, and from when on a model reads its source.
+"""The course of training as plots: where R-Drop passes its baseline, what overfits, when a model reads its source.
 
     python -m benchmarks.curves add crossing RUNS --command "rdrop compare ..."
     python -m benchmarks.curves pages
 
 `add` puts the curves of the finished runs below RUNS into benchmarks/results/curves.jsonl, one run a line with its
-recipe, machine, versions and date; runs of the same figure are replaced. `pages` draws docs/plots/crossing.svg and
-start.svg, and writes what they show, in words, between `<!-- curves: NAME -->` and `<!-- /curves: NAME -->` of
-docs/results.md. A test holds that both are what the records give.
+recipe, machine, versions and date; runs of the same figure are replaced. `pages` draws crossing.svg, overfitting.svg
+and start.svg in docs/plots, and writes what they show, in words, between `<!-- curves: NAME -->` and
+`<!-- /curves: NAME -->` of docs/results.md. A test holds that both are what the records give.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from rdrop.bench.plots import INK, OTHERS, OURS, PAPER, RULE, SETTINGS, svg
 from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.comparison.designs import read_designs
 from rdrop.experiments.run_folder import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ class Panel(NamedTuple):
 
 FIGURES = {
     "crossing": (Panel("loss", "valid loss"), Panel("bleu", "valid BLEU")),
+    "overfitting": (Panel("loss", "valid loss"), Panel("accuracy", "valid accuracy")),
     "start": (Panel("source_use", "use of the source, nats a token"),),
 }
 
@@ -70,7 +72,7 @@ def add(figure: str, runs: Path, command: str) -> None:
     """The finished runs below `runs`, in place of the figure's earlier ones."""
     keys = ("kind", "step", *(panel.key for panel in FIGURES[figure]))
     new = []
-    for comparison in comparisons(find_runs(runs)):
+    for comparison in comparisons(find_runs(runs), designs=read_designs(runs)):
         for arm in comparison.arms:
             for run in arm.runs:
                 rows = [{key: row[key] for key in keys if key in row} for row in run.metrics if row["kind"] == "valid"]
@@ -162,7 +164,20 @@ def _shown(figure: str, records: Sequence[dict[str, Any]]) -> str:
             scores = ", ".join(f"{record['test']['bleu']:.1f}" for record in records if record["arm"] == arm)
             lines.append(f"| {arm} | {steps} | {scores} |")
         return "\n".join(lines)
-    lowest, last = _lowest(courses(records, FIGURES[figure][0])["baseline"]), found["baseline"].steps[-1]
+    losses = courses(records, FIGURES[figure][0])
+    if figure == "overfitting":
+        lines = [
+            "| arm | lowest valid loss of each seed | mean | at updates | mean at the end |",
+            "|---|---|---|---|---|",
+        ]
+        for arm, course in losses.items():
+            lowest = [min(zip(values, course.steps, strict=True)) for values in course.values]
+            mean = statistics.fmean(loss for loss, _ in lowest)
+            each = ", ".join(f"{loss:.2f}" for loss, _ in lowest)
+            met = [step for _, step in lowest]
+            lines.append(f"| {arm} | {each} | {mean:.2f} | {min(met)} to {max(met)} | {course.mean[-1]:.2f} |")
+        return "\n".join(lines)
+    lowest, last = _lowest(losses["baseline"]), found["baseline"].steps[-1]
     said = [f"The baseline's mean valid loss is lowest at update {lowest} of {last}. Mean valid BLEU:"]
     plain = [arm for arm in found if arm.startswith("baseline")]
     beside = [(arm, other) for arm in found if arm not in plain for other in plain]
