@@ -5,7 +5,7 @@ The full table is `python benchmarks/accuracy.py --cases 10000`.
 
 import pytest
 import torch
-from benchmarks.accuracy import DTYPES, FAMILIES, Case, Errors, definition, run
+from benchmarks.accuracy import DTYPES, FAMILIES, Case, Errors, definition, measure, run
 from tests.outcomes import in_parts
 
 from rdrop import detached_kl, kernels, kl_from_first, symmetric_kl
@@ -73,3 +73,19 @@ def test_passes_that_are_certain_of_a_class_lose_no_digits(divergence, passes):
         torch.autograd.grad(own.sum(), of) for own, of in ((value, logits), (wanted, exact))
     )
     assert (gradient - wanted_gradient).norm() <= 1e-6 * wanted_gradient.norm()
+
+
+@pytest.mark.parametrize("divergence", [symmetric_kl, detached_kl, kl_from_first])
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("gap", [20.0, 59.0, 61.0, 90.0])  # exp(90) is beyond float32
+def test_an_unlikely_class_that_one_pass_rules_out_costs_no_digits(implementation, divergence, gap):
+    if reason := kernels.available().get(implementation):
+        pytest.skip(reason)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 30_000, generator=g) + 1e-4 * torch.randn(2, 3, 30_000, generator=g)
+    logits[0, :, -1] -= gap
+    case = Case("ruled out", logits.flatten(0, 1), torch.zeros(3, dtype=torch.long), 0.0, None, divergence)
+    errors = Errors()
+    measure(case, errors, implementation)
+    assert errors.divergence <= 2e-6
+    assert errors.divergence_gradient <= 2e-6

@@ -391,6 +391,10 @@ def _check_overwritable(logits: Tensor) -> None:
         (logits.is_leaf and logits.requires_grad, "are a leaf: their gradient belongs in logits.grad, not in them"),
         (logits._is_view(), "are a view: the tensor they are part of would be overwritten too"),
         (not logits.is_contiguous(), "are not contiguous"),
+        (
+            logits.dtype == torch.float16,
+            "are float16: without the loss scale, which backward brings, their gradient would vanish in that dtype",
+        ),
     ):
         if found:
-            raise ValueError(f"overwrite_logits=True needs logits of their own, and these {what}")
+            raise ValueError(f"overwrite_logits=True: the logits {what}. Give others, or leave overwrite_logits=False")

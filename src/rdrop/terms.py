@@ -246,8 +246,10 @@ def _log_ratio_to_first(logits: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
     difference = difference.masked_fill(outside, 0.0)
     # The log of the ratio of the normalizers is that of 1 and a small sum where the passes are close. Elsewhere hardly
     # any ratio is small, and each pass by itself loses less: its logits are taken relative to its own largest.
-    growth = p[0] * torch.expm1(difference.clamp(max=60.0))
-    close = (difference.amax(-1, keepdim=True) < 60) & (growth.abs().sum(-1, keepdim=True) < 0.5)
+    of_anchor = p[0].gather(-1, anchor[0]) / p.gather(-1, anchor)
+    of_small = p[0] * torch.expm1(difference.clamp(max=1.0))
+    growth = torch.where(difference >= 1, p * of_anchor - p[0], of_small)  # p_1 (exp(difference) - 1)
+    close = growth.abs().sum(-1, keepdim=True) < 0.5
     near = torch.log1p(growth.sum(-1, keepdim=True).clamp(-0.5, 0.5))
     return torch.where(close, difference - near, (log_p - log_p[0]).masked_fill(outside, 0.0))
 

@@ -97,6 +97,15 @@ def test_the_limit_keeps_the_newest_and_nothing_else_is_left(whole: Path):
     assert sorted(path.name for path in whole.iterdir()) == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
 
 
+def test_the_limit_keeps_what_was_just_saved_where_training_went_back_to_an_earlier_one(run: Path):
+    os.rename(run / f"checkpoint-{STEPS}", run / "checkpoint-9")
+    flip_a_bit(run / "checkpoint-9" / "model.safetensors")
+    with pytest.warns(CheckpointWarning, match="checkpoint-9: model.safetensors has changed"):
+        trainer(run, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert [path.name for path in run.iterdir()] == [f"checkpoint-{STEPS}"]
+    assert why_damaged(run / f"checkpoint-{STEPS}") is None
+
+
 def test_the_best_is_kept_under_its_final_name_and_loaded_at_the_end(tmp_path: Path):
     scores = iter([3.0, 1.0, 2.0, 4.0])
 

@@ -151,6 +151,20 @@ def test_a_trial_of_optuna_sets_them_without_a_warning_of_unknown_fields(folder:
     assert (trainer.alpha, trainer.args.learning_rate) == (1.5, 0.25)
 
 
+def test_what_auto_stands_for_ends_with_it(folder: str) -> None:
+    trainer = searching(folder)
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    for trial, expected in (
+        ({"alpha": "auto"}, (4.0, "quadratic")),
+        ({"alpha": 1.0}, (1.0, "constant")),
+        ({"alpha": 2.0, "alpha_schedule": "linear"}, (2.0, "linear")),
+    ):
+        trainer._hp_search_setup(trial)
+        assert (trainer.alpha, trainer.alpha_schedule) == expected
+    with pytest.raises(ValueError, match=r"alpha_schedule \(='linear'\) must be left out with alpha='auto'"):
+        trainer._hp_search_setup({"alpha": "auto"})
+
+
 def test_a_search_by_optuna_trains_every_trial_with_its_own_alpha(folder: str) -> None:
     pytest.importorskip("optuna", reason="no extra has it: pip install optuna")
     trainer = searching(folder)

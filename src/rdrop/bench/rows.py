@@ -115,6 +115,8 @@ def forms(conditions: Conditions) -> dict[str, Form]:
         "ours_simcut": partial(ours, task_passes=(0,), divergence=kl_from_first, implementation=kernel),
     }
     table |= {f"{name}{SOFT_LABELS}": table[name] for name in ("ours", "ours_overwriting")}
+    if conditions.dtype == "float16":  # refuses overwritten logits
+        table = {name: form for name, form in table.items() if not name.startswith("ours_overwriting")}
     if conditions.device == "cuda":
         table |= peers.from_logits(SMOOTHING)
     return conditions.chosen(table, COMPARED_WITH)

@@ -93,7 +93,7 @@ class DurableCheckpoints(Trainer):
             seal(saving / name)
             _put_in_place(saving / name, final)
             saving.rmdir()
-            _prune(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            _prune(run_dir, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -145,14 +145,17 @@ def _put_in_place(saved: Path, final: Path) -> None:
     shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
 
 
-def _prune(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `save_total_limit`; never the newest, nor the best."""
+def _prune(run_dir: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Removes checkpoints beyond `save_total_limit`, but neither that of `step`, just saved, nor the best.
+
+    Those of later steps go first, which training has left behind when it went back to an earlier one; then the oldest.
+    """
     if not limit or limit < 0:
         return
-    *older, newest = [path for _, path in _checkpoints(run_dir)]
-    kept = {newest, *([] if best is None else [Path(best)])}
-    excess = len(older) + 1 - max(limit, len(kept))
-    for path in [path for path in older if path not in kept][: max(excess, 0)]:
+    found = sorted(_checkpoints(run_dir), key=lambda checkpoint: (checkpoint[0] <= step, checkpoint[0]))
+    kept = {run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", *([] if best is None else [Path(best)])}
+    excess = max(len(found) - max(limit, len(kept)), 0)
+    for path in [path for _, path in found if path not in kept][:excess]:
         shutil.rmtree(path, ignore_errors=True)
 
 

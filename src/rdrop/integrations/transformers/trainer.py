@@ -146,8 +146,7 @@ class RDropMixin(FiniteUpdates):
         on_nonfinite: OnNonfinite = "stop",
         **kwargs: Any,
     ) -> None:
-        self.alpha: Any = alpha  # a float once it is checked
-        self.alpha_schedule = alpha_schedule
+        self.alpha, self.alpha_schedule = alpha, alpha_schedule
         self.passes, self.every, self.micro_batches = passes, every, micro_batches
         self.fused, self.encoder_once = fused, encoder_once
         self.unlabeled_dataset, self.unlabeled_batch_size = unlabeled_dataset, unlabeled_batch_size
@@ -156,6 +155,24 @@ class RDropMixin(FiniteUpdates):
         super().__init__(*args, on_nonfinite=on_nonfinite, **kwargs)
         check_trainer(self)
         self._begin()
+
+    @property
+    def alpha(self) -> Any:
+        """The weight of the divergence at the last update: of "auto", what it stands for."""
+        return course_of(self._given_alpha, self._given_schedule)[0]
+
+    @alpha.setter
+    def alpha(self, alpha: Any) -> None:
+        self._given_alpha = alpha  # a float or "auto" once it is checked
+
+    @property
+    def alpha_schedule(self) -> AlphaSchedule:
+        """The course of alpha: of the alpha "auto", its own."""
+        return course_of(self._given_alpha, self._given_schedule)[1]
+
+    @alpha_schedule.setter
+    def alpha_schedule(self, schedule: AlphaSchedule) -> None:
+        self._given_schedule: AlphaSchedule = schedule
 
     def rdrop_targets(self, inputs: Batch) -> list[Target]:
         """Returns what the model is trained with on `inputs`, before they are repeated. Override it for another loss.
@@ -211,9 +228,9 @@ class RDropMixin(FiniteUpdates):
 
     def _check_method(self) -> None:
         """Refuses settings that cannot be; they may have been set since the trainer was made."""
-        self.alpha, self.alpha_schedule = course_of(self.alpha, self.alpha_schedule)
         check_method(self)
-        self.alpha = float(self.alpha)
+        if self._given_alpha != "auto":
+            self._given_alpha = float(self._given_alpha)
 
     def _begin(self) -> None:
         self._check_method()
