@@ -167,14 +167,18 @@ def test_an_edited_file_of_a_folder_of_data_is_seen(tmp_path: Path, capsys: pyte
     assert f"{test}: changed after a run" in said(capsys)
 
 
-def test_runs_of_other_unlabeled_examples_are_no_seeds_of_one_arm(tmp_path: Path) -> None:
-    for seed, content in ((0, "a"), (1, "b")):
+def test_runs_of_other_unlabeled_examples_are_no_seeds_of_one_arm_and_none_is_lost(tmp_path: Path) -> None:
+    for seed, content in enumerate("abc"):
         for alpha in (0.0, 1.0):
             files, data = {"a.csv": "t", "b.csv": content}, {"train": "a.csv", "unlabeled": "b.csv"}
             write_run(tmp_path, 0.7, seed=seed, alpha=alpha, files=files, data=data)
     (found,) = comparisons(find_runs(tmp_path))
-    assert found.arms[0].seeds == (0, 1)
-    assert sorted(arm.seeds for arm in found.arms[1:]) == [(0,), (1,)]
+    assert [(arm.label, arm.seeds) for arm in found.arms] == [
+        ("baseline", (0, 1, 2)),
+        ("R-Drop (alpha 1), unlabeled", (0,)),
+        ("R-Drop (alpha 1), unlabeled, of content 2", (1,)),
+        ("R-Drop (alpha 1), unlabeled, of content 3", (2,)),
+    ]
 
 
 def test_runs_of_a_version_that_recorded_no_content_stay_in_their_comparison(tmp_path: Path) -> None:
@@ -204,6 +208,35 @@ def test_a_designed_comparison_is_of_one_content_too(tmp_path: Path) -> None:
     arms = {"baseline": digests[0.0, 400], "longer": digests[0.0, 800], "R-Drop": digests[1.0, 400]}
     found = comparisons(runs, designs=[Design(arms, "R-Drop")])
     assert [[arm.seeds for arm in comparison.arms] for comparison in found] == [[(1,)] * 3, [(0,)] * 3]
+
+
+def test_a_designed_comparison_is_of_one_file_of_unlabeled_examples_too(tmp_path: Path) -> None:
+    of_labels, of_all = {"train": "a.csv"}, {"train": "a.csv", "unlabeled": "b.csv"}
+    for seed, content in ((0, "u"), (1, "other")):
+        for alpha, updates, data in (
+            (0.0, 400, of_labels),
+            (0.0, 800, of_labels),
+            (1.0, 400, of_labels),
+            (1.0, 400, of_all),
+        ):
+            files = {"a.csv": "t"} if data is of_labels else {"a.csv": "t", "b.csv": content}
+            write_run(tmp_path, 0.7, seed=seed, alpha=alpha, updates=updates, data=data, files=files)
+    runs = find_runs(tmp_path)
+    names = {(0.0, 400, False): "baseline", (0.0, 800, False): "longer", (1.0, 400, False): "R-Drop"}
+    arms = {
+        names.get((run.recipe["method"]["alpha"], run.recipe["updates"], "unlabeled" in run.recipe["data"]), "all"): (
+            arm_digest(run.recipe)
+        )
+        for run in runs
+        if run.recipe
+    }
+    in_order = {name: arms[name] for name in ("baseline", "longer", "R-Drop", "all")}
+    found = comparisons(runs, designs=[Design(in_order, "all")])
+    both = (0, 1)
+    assert sorted([arm.seeds for arm in comparison.arms] for comparison in found) == [
+        [both, both, both, (0,)],
+        [both, both, both, (1,)],
+    ]
 
 
 def test_a_search_checks_all_of_its_runs_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

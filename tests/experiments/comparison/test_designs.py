@@ -327,6 +327,9 @@ def test_a_line_that_is_no_design_is_named(tmp_path: Path, line: str) -> None:
         read_designs(tmp_path)
     (tmp_path / FILE).write_text('{"arms": {"baseline"')  # cut off by a crash
     assert read_designs(tmp_path) == []
+    design = Design({"baseline": "0" * 12, "R-Drop": "1" * 12}, "R-Drop")
+    record_designs(tmp_path, [design])
+    assert read_designs(tmp_path) == [design]
 
 
 def test_the_name_of_an_arm_is_the_digest_of_its_run_with_seed_0() -> None:

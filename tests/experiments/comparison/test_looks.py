@@ -105,11 +105,14 @@ def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
         read_looks(tmp_path)
 
 
-def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_a_line_that_a_crash_cut_off_is_left_out_also_when_others_follow(tmp_path: Path) -> None:
     record_looks(tmp_path, [look(0)])
     with (tmp_path / FILE).open("a") as file:
         file.write('{"runs": ["a')
     assert read_looks(tmp_path) == [look(0)]
+    record_looks(tmp_path, [look(0), look(1)])
+    record_looks(tmp_path, [look(2)])
+    assert read_looks(tmp_path) == [look(0), look(1), look(2)]
 
 
 def told_apart_at_a_look(differences: NDArray[np.float64], *, corrected: bool) -> bool:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
@@ -281,7 +282,8 @@ def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Ite
         by_arm.setdefault(arm_digest(run.recipe), []).append(run)
     for design in designs:
         labels = {run.path: label for label, digest in design.arms.items() for run in by_arm.get(digest, ())}
-        for runs in _by_content([run for digest in design.arms.values() for run in by_arm.get(digest, ())]):
+        of_design = [run for digest in design.arms.values() for run in by_arm.get(digest, ())]
+        for runs in (own for of_labels in _by_content(of_design) for own in _by_unlabeled_content(of_labels)):
             of_arms: dict[str, list[FinishedRun]] = {}
             for run in sorted(runs, key=lambda run: (labels[run.path] == design.subject, not run.method.is_plain)):
                 of_arms.setdefault(labels[run.path], []).append(run)
@@ -309,21 +311,42 @@ def _by_content(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
     return [found[content] for content in sorted(found)]
 
 
+def _by_unlabeled_content(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
+    """Returns the runs by what their files of unlabeled examples held; a run that learns from none is with all."""
+    contents = _unlabeled_contents(runs)
+    return [
+        [run for run, own in zip(runs, contents, strict=True) if own in ("", content)]
+        for content in sorted({content for content in contents if content}) or [""]
+    ]
+
+
+def _unlabeled_contents(runs: list[FinishedRun]) -> list[str]:
+    """Returns what the file of unlabeled examples held that each run learned from; of those without one, ""."""
+    learners = [run for run in runs if not run.method.is_plain and _unlabeled_file(run) is not None]
+    found = dict(zip((run.path for run in learners), _contents(learners, unlabeled=True), strict=True))
+    return [found.get(run.path, "") for run in runs]
+
+
 def _contents(runs: list[FinishedRun], *, unlabeled: bool = False) -> list[str]:
     """Returns what the files of each run's data held, without those of unlabeled examples or of these alone.
 
     Runs of a version that did not record it are taken to have had the content of the others, if that is one.
     """
     known = {_content(run, unlabeled) for run in runs if "files" in run.result}
-    of_before = min(known) if len(known) == 1 else ""
+    of_before = min(known) if len(known) == 1 else "?"
     return [_content(run, unlabeled) if "files" in run.result else of_before for run in runs]
 
 
 def _content(run: FinishedRun, unlabeled: bool) -> str:
-    files, name = run.result["files"], run.recipe.get("data", {}).get("unlabeled")
-    rests = data_files.below(files, None if name == "all" else name)
+    files = run.result["files"]
+    rests = data_files.below(files, _unlabeled_file(run))
     of_unlabeled = {path for path, rest in rests.items() if rest[:1] != "."}  # it is a file or a folder
     return json.dumps([(path, files[path]) for path in sorted(files) if (path in of_unlabeled) == unlabeled])
+
+
+def _unlabeled_file(run: FinishedRun) -> object:
+    name = run.recipe.get("data", {}).get("unlabeled")
+    return None if name == "all" else name
 
 
 def _a_unit(length: float, batch: int) -> float:
@@ -333,9 +356,8 @@ def _a_unit(length: float, batch: int) -> float:
 
 def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
     runs: dict[_Key, list[FinishedRun]] = {}
-    for run, unlabeled in zip(family, _contents(family, unlabeled=True), strict=True):
-        key = _Key(run.method.arm(), run.batch, "" if run.method.is_plain else unlabeled)
-        runs.setdefault(key, []).append(run)
+    for run, unlabeled in zip(family, _unlabeled_contents(family), strict=True):
+        runs.setdefault(_Key(run.method.arm(), run.batch, unlabeled), []).append(run)
 
     shown: set[_Key] = set()
     for batch in sorted({key.batch for key in runs}):
@@ -350,7 +372,8 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
         arms: dict[str, list[FinishedRun]] = {}
         for key in keys:
             label = key.label(batch, runs[key][0].recipe)
-            arms[f"{label}, of other content" if label in arms else label] = runs[key]
+            numbered = (f"{label}, of content {number}" for number in count(2))
+            arms[label if label not in arms else next(other for other in numbered if other not in arms)] = runs[key]
         yield _comparison(arms)
 
 

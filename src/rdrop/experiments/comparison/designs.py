@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.run_folder import ResultsError, append_synced, read_file, saved
+from rdrop.experiments.run_folder import ResultsError, append_synced, read_lines, saved
 
 FILE = "arms.jsonl"
 
@@ -57,7 +57,7 @@ def read_designs(runs: Path) -> list[Design]:
     """
     found: dict[tuple[str, str], Design] = {}
     for folder in (runs, *runs.resolve().parents[:2]):
-        for design in _read(folder / FILE):
+        for design in _recorded(folder):
             known = found.get(design.key)
             found[design.key] = design if known is None else known.with_arms_of(design)
     return list(found.values())
@@ -65,22 +65,19 @@ def read_designs(runs: Path) -> list[Design]:
 
 def record_designs(runs: Path, designs: Iterable[Design]) -> None:
     """Adds the designs that are not recorded yet. Raises `StorageError` where that cannot be written."""
-    known = _read(runs / FILE)
+    known = _recorded(runs)
     lines = [_line(design) for design in designs if design not in known]
     if lines:
         runs.mkdir(parents=True, exist_ok=True)
         append_synced(runs / FILE, "".join(lines).encode())
 
 
+def _recorded(runs: Path) -> list[Design]:
+    return [_parsed(line, where) for line, where in read_lines(runs / FILE)]
+
+
 def _line(design: Design) -> str:
     return json.dumps({"arms": dict(design.arms), "subject": design.subject}, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path) -> list[Design]:
-    if not path.exists():
-        return []
-    lines = read_file(path).split(b"\n")[:-1]  # a line that a crash cut off is left out
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def _parsed(line: bytes, where: str) -> Design:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rdrop.experiments.run_folder import ResultsError, append_synced, read_file
+from rdrop.experiments.run_folder import ResultsError, append_synced, read_lines
 
 FILE = "looks.jsonl"
 
@@ -27,15 +27,11 @@ Pairs = Mapping[int, tuple[str, str]]
 
 
 def read_looks(runs: Path) -> list[Look]:
-    """Reads the looks at the runs below the folder `runs`, oldest first. A line that a crash cut off is left out.
+    """Reads the looks at the runs below the folder `runs`, oldest first.
 
     Raises `ResultsError` for a file that is not what it should be.
     """
-    path = runs / FILE
-    if not path.exists():
-        return []
-    lines = read_file(path).split(b"\n")[:-1]
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [_parsed(line, where) for line, where in read_lines(runs / FILE)]
 
 
 def record_looks(runs: Path, looks: Iterable[Look]) -> None:

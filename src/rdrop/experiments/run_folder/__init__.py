@@ -16,6 +16,7 @@ from rdrop.experiments.run_folder.folder import append_synced as append_synced
 from rdrop.experiments.run_folder.folder import explain_failed_write as explain_failed_write
 from rdrop.experiments.run_folder.folder import find_runs as find_runs
 from rdrop.experiments.run_folder.folder import read_file as read_file
+from rdrop.experiments.run_folder.folder import read_lines as read_lines
 from rdrop.experiments.run_folder.folder import remedy as remedy
 from rdrop.experiments.run_folder.folder import sync_folder as sync_folder
 from rdrop.experiments.run_folder.folder import write_atomically as write_atomically

@@ -36,6 +36,8 @@ FORMAT = 1
 """The version of the layout; `result.json` carries it."""
 
 RECIPE, METRICS, RESULT, FAILURE = "recipe.json", "metrics.jsonl", "result.json", "failed.json"
+CUT_OFF = b" (cut off)"
+"""The end of a line that a crash has cut off, once another follows it."""
 
 TUNING = "_tuning"
 """The folder of the runs of `rdrop tune`'s search, below that of the others. No recipe has a name like it."""
@@ -108,12 +110,8 @@ class RunFolder:
             write_atomically(self.path / METRICS, b"".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows, oldest first. A last line without its newline was cut off by a crash and is left out."""
-        path = self.path / METRICS
-        if not path.exists():
-            return []
-        lines = read_file(path).split(b"\n")[:-1]
-        return [_parse_row(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+        """All rows, oldest first."""
+        return [_parse_row(line, where) for line, where in read_lines(self.path / METRICS)]
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.path / RESULT, _to_json(result, indent=2))
@@ -216,9 +214,33 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def append_synced(path: Path, content: bytes) -> None:
+    """Appends lines, on the disk when this returns. A last line that a crash has cut off is ended, and marked as that.
+
+    It is not taken back: another process may be appending too.
+    """
     with explain_failed_write(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(path, content, mode="ab")
+        end = CUT_OFF + b"\n" if _is_cut_off(path) else b""
+        write_synced(path, end + content, mode="ab")
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
+    """Yields each line of a file that is appended to, and where it is, but those that a crash has cut off.
+
+    There are none where there is no file.
+    """
+    if path.exists():
+        for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):
+            if not line.endswith(CUT_OFF):
+                yield line, f"{path}:{number}"
+
+
+def _is_cut_off(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def write_synced(path: Path, content: bytes, mode: str = "wb") -> None:
