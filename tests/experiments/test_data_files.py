@@ -136,7 +136,23 @@ def test_a_run_is_not_scored_again_on_other_numbers(tmp_path: Path, capsys: pyte
     assert cli.run(["evaluate", str(tmp_path / "runs")]) == 0
     write_rows(file, factor=2)
     assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
-    assert "the training data are not those of the run" in said(capsys)
+    assert f"{file}: changed after " in said(capsys)
+
+
+def test_a_run_is_not_scored_again_on_an_edited_test_file_but_on_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, test = write_rows(tmp_path / "rows.csv"), write_rows(tmp_path / "test.csv", factor=3)
+    assert run("train", file, "alpha=0", "--test", str(test)) == 0
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 0
+    write_rows(test, factor=-100)
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+    text = said(capsys)
+    assert f"{test}: changed after " in text
+    assert "give them a file of its own: --test FILE" in text
+    other = test.rename(tmp_path / "other.csv")
+    write_rows(test, factor=3)
+    assert cli.run(["evaluate", str(tmp_path / "runs"), "--test", str(other)]) == 0
 
 
 def test_runs_of_two_contents_of_a_file_are_two_comparisons_whose_titles_differ(tmp_path: Path) -> None:
@@ -161,10 +177,20 @@ def test_an_edited_file_of_a_folder_of_data_is_seen(tmp_path: Path, capsys: pyte
         (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     command = ["train", "summarization", *SHORT, "alpha=0", "--data", str(folder), "--runs", str(tmp_path / "runs")]
     assert cli.run(command) == 0
-    test = folder / "test.jsonl"
-    test.write_text(test.read_text().replace("a lot", "little"))
-    assert cli.run(command) == 2
-    assert f"{test}: changed after a run" in said(capsys)
+    for split in ("test", "train"):
+        file = folder / f"{split}.jsonl"
+        before = file.read_text()
+        file.write_text(before.replace("a lot", "little"))
+        assert cli.run(command) == 2
+        assert f"{file}: changed after a run" in said(capsys)
+        assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+        assert f"{file}: changed after" in said(capsys)
+        file.write_text(before)
+    moved = folder.rename(tmp_path / "moved")
+    assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.folder={moved}"]) == 0
+    (moved / "train.jsonl").write_text(before.replace("a lot", "little"))
+    assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.folder={moved}"]) == 2
+    assert "the training data are not those of the run" in said(capsys)
 
 
 def test_runs_of_other_unlabeled_examples_are_no_seeds_of_one_arm_and_none_is_lost(tmp_path: Path) -> None:
@@ -237,6 +263,7 @@ def test_a_designed_comparison_is_of_one_file_of_unlabeled_examples_too(tmp_path
         [both, both, both, (0,)],
         [both, both, both, (1,)],
     ]
+    assert [setting["content of b.csv"] for setting in distinguishing_settings(found)] == ["other", "u"]
 
 
 def test_a_search_checks_all_of_its_runs_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

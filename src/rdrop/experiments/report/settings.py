@@ -35,10 +35,10 @@ def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
     """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
-    runs = [comparison.arms[0].runs[0] for comparison in found]
-    recipes = [flat(run.recipe) for run in runs]
+    recipes = [flat(comparison.arms[0].runs[0].recipe) for comparison in found]
+    files = [_files(comparison) for comparison in found]
     settings: list[dict[str, object]] = []
-    for comparison, run, recipe in zip(found, runs, recipes, strict=True):
+    for comparison, recipe, own_files in zip(found, recipes, files, strict=True):
         of_name = [place for place, other in enumerate(found) if other.name == comparison.name]
         namesakes = [recipes[place] for place in of_name]
         differing = [
@@ -50,11 +50,16 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
         ]
         contents = {
             f"content of {path}": content
-            for path, content in run.result.get("files", {}).items()
-            if any(runs[place].result.get("files", {}).get(path, content) != content for place in of_name)
+            for path, content in own_files.items()
+            if any(files[place].get(path, content) != content for place in of_name)
         }
         settings.append({key: recipe.get(key) for key in differing} | contents)
     return settings
+
+
+def _files(comparison: Comparison) -> dict[str, str]:
+    """Returns what the files of its data held, by their paths."""
+    return {path: content for run in comparison.runs for path, content in run.result.get("files", {}).items()}
 
 
 def titled(name: str, setting: Mapping[str, object]) -> str:

@@ -48,6 +48,20 @@ def changed(recorded: Contents) -> list[str]:
     return [path for path, digest in recorded.items() if _content(path) not in (digest, None)]
 
 
+def changed_in_place(recorded: Contents, was: Mapping[str, object], data: Mapping[str, object]) -> list[str]:
+    """Returns the paths that hold something else now, less those for which the section `data` no longer says what it
+    said then (`was`).
+    """
+    replaced = {path for key, name in was.items() if data.get(key) != name for path in below(recorded, name)}
+    return [path for path in changed(recorded) if path not in replaced]
+
+
+def is_other_when_moved(recorded: Contents, was: object, contents: Contents, name: object) -> bool:
+    """Returns whether something that was read below `was` is not at the same place below `name`, as in `contents`."""
+    now = {rest: contents[path] for path, rest in below(contents, name).items()}
+    return any(now.get(rest, recorded[path]) != recorded[path] for path, rest in below(recorded, was).items())
+
+
 def below(contents: Contents, name: object) -> dict[str, str]:
     """Returns the paths of what `name`, a value in `data`, stands for: a file, a folder, or the beginning of names.
 

@@ -48,15 +48,14 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         RecipeError: a setting that would have trained another model.
         DataError: the data are not what they should be.
         CheckpointError: the weights are damaged, not there any more, or those of another model.
-        ResultsError: the training data are not those of the run, or a score is not finite.
+        ResultsError: the data that a setting does not change are not those of the run, or a score is not finite.
     """
     problem = what_is_damaged_in_result(run.path, run.result, for_weights=True)
     if problem is not None:
         raise ResultsError(problem)
     own = load_recipe(run.path / RECIPE)
     recipe, test = scoring_recipe(own, settings)
-    train, was = (getattr(found.data, "train", None) for found in (recipe, own))
-    where = "data.folder" if train is None else "data.train=FILE"
+    where = "data.folder" if getattr(recipe.data, "train", None) is None else "data.train=FILE"
     if getattr(recipe.data, "unlabeled", None) not in (None, "all"):
         where += " and data.unlabeled=FILE"
     now: dict[str, str] = {}
@@ -65,9 +64,15 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             task = load_task(recipe, test)
     except DataError as error:
         raise DataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
-    then = run.result.get("files", {})
-    contents = {rest: now[path] for path, rest in data_files.below(now, train).items()}
-    is_other = any(contents.get(rest, then[path]) != then[path] for path, rest in data_files.below(then, was).items())
+    then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
+    if changed := data_files.changed_in_place(then, was, data):
+        raise ResultsError(
+            f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
+            "held. To score other examples, give them a file of its own: --test FILE."
+        )
+    is_other = any(
+        data_files.is_other_when_moved(then, was.get(key), now, data.get(key)) for key in ("folder", "train")
+    )
     if is_other or run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
