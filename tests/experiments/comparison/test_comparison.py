@@ -182,6 +182,9 @@ def test_more_contests_and_looks_need_more_seeds():
     looked = contest(1, 2, 3, 4, 0, 5, 6, 7, looks=[6])  # six with a tie show nothing
     assert looked.least_seeds == 7
     assert looked.p_value == 2 * 2 / 2**7
+    again = contest(1, 2, 3, 4, 0, 5, 6, 0, 7, 8, looks=[6, 8])
+    assert (again.looks, again.tests) == ((6, 8), 4)
+    assert again.p_value == 4 * 2 / 2**8
 
 
 def test_the_seeds_that_are_promised_are_corrected_for_the_present_look():
@@ -548,7 +551,8 @@ def test_seeds_that_were_added_after_a_look_are_said_and_corrected_for(tmp_path)
     assert remark(tmp_path, "Seeds were added") is None
     assert remark(tmp_path, "Seeds were added", [first]) == (
         "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
-        "is multiplied by the number of looks, 2."
+        "is doubled for each look before this one. However many there are, the chance that one of them is wrong about "
+        "equal arms stays below 10 %."
     )
     (comparison,) = comparisons(find_runs(tmp_path), [first])
     assert comparison.contests[0].p_value == 2 * only(tmp_path).contests[0].p_value
@@ -566,7 +570,8 @@ def test_an_arm_that_is_added_after_a_look_makes_no_p_smaller(tmp_path):
     assert after.contests[0].p_value > before.contests[0].p_value == 2 * 2 / 2**8
     assert remark(tmp_path, "Seeds were added", [first]) == (
         "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
-        "is multiplied by the number of looks, 2, in the comparisons of which they had shown nothing."
+        "is doubled for each look before this one, in the comparisons of which they had shown nothing. However many "
+        "there are, the chance that one of them is wrong about equal arms stays below 10 %."
     )
 
 

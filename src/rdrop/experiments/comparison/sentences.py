@@ -64,7 +64,8 @@ def corrections(contests: Sequence[Contest]) -> list[str]:
     for looks in filter(None, of_contests):
         sentences.append(
             f"Seeds were added after the verdict on {listed(looks)} seeds had been seen. Each look is a chance for a "
-            f"false verdict, so p is multiplied by the number of looks, {1 + len(looks)}{where}."
+            f"false verdict, so p is doubled for each look before this one{where}. However many there are, the chance "
+            "that one of them is wrong about equal arms stays below 10 %."
         )
     return sentences
 
