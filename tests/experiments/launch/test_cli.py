@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from accelerate.utils import LoggerType
 from rich.console import Console
+from tests.experiments import tiny_runs
 
-from rdrop.experiments.launch import cli
+from rdrop.experiments.launch import check, cli
 from rdrop.experiments.launch.plan import plan_comparison
 from rdrop.experiments.launch.progress import SECONDS_BETWEEN_LINES, Bars, Lines, show_progress, time_left
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.run_folder import RunFolder, find_runs
@@ -418,6 +420,31 @@ def test_check_tells_whether_rdrop_can_act(capsys: pytest.CaptureFixture[str]) -
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
     assert [finding["code"] for finding in found["findings"]] == ["no-dropout"]
+
+
+@pytest.mark.parametrize("recipe", [["digits"], ["image-classification", "tiny=true", "model.zero_head=false"]])
+def test_check_says_that_views_alone_make_passes_differ(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["views=each", "model.dropout=0"]
+    settings += ["model.attention_dropout=0", "data.flip=true"] if len(recipe) > 1 else []
+    assert cli.run(["check", *recipe, *settings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(finding["code"], finding["severity"]) for finding in found["findings"]] == [("no-dropout", "note")]
+    assert found["divergence"] > 0
+
+
+def test_check_measures_two_views_where_each_pass_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def divergence(views: str) -> float:
+        assert cli.run(["check", "digits", f"views={views}", "--json"]) == 0
+        return float(json.loads(capsys.readouterr().out)["divergence"])
+
+    assert divergence("each") > 1.5 * divergence("same")
+
+
+def test_check_refuses_views_of_a_task_that_does_not_change_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_runs.RECIPE.replace(views="each")
+    monkeypatch.setattr(check, "load_task", tiny_runs.TinyTask)
+    with pytest.raises(RecipeError, match='views="each": must be "same"'):
+        check.check_recipe(recipe)
 
 
 def test_report_shows_the_finished_runs_and_names_the_others(

@@ -50,7 +50,6 @@ from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 
 if TYPE_CHECKING:
-    from rdrop.check import CheckReport
     from rdrop.experiments.comparison.finished_runs import UnusableRun
     from rdrop.experiments.comparison.tuning import Tuning
 
@@ -90,7 +89,6 @@ Jobs = Annotated[
 ]
 DEFAULT_RUNS = Path("runs")
 MOST_SEEDS = 1000
-CHECKED_EXAMPLES = 8
 _OLD_SPELLING = re.compile(r"^--unlabelled(?==|$)")
 SEEDS = re.compile(r"\d{1,10}(,\d{1,10})*,?", re.ASCII)
 
@@ -382,8 +380,11 @@ def check(
 ) -> None:
     """Tell whether R-Drop can act on the recipe's model: are the passes different? Exit status 1 if they are not."""
     from rdrop import kernels
+    from rdrop.experiments.launch.check import check_recipe
+    from rdrop.experiments.launch.jobs import quiet_transformers
 
-    found = _check_model(_chosen(recipe, settings, data=data, train=train, model=model))
+    quiet_transformers()
+    found = check_recipe(_chosen(recipe, settings, data=data, train=train, model=model))
     missing = kernels.available()
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "kernels": missing}, indent=2) + "\n")
@@ -486,17 +487,6 @@ def _table(*headings: str) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column(headings[-1])
     return table
-
-
-def _check_model(recipe: Recipe) -> CheckReport:
-    from rdrop.check import check_rdrop
-    from rdrop.experiments.launch.jobs import quiet_transformers
-    from rdrop.experiments.tasks.task import AsTrained, model_and_batch
-
-    quiet_transformers()
-    model, batch = model_and_batch(recipe, CHECKED_EXAMPLES)
-    of_reader = model.model if isinstance(model, AsTrained) else model
-    return replace(check_rdrop(model, batch), model=type(of_reader).__name__)
 
 
 def _kernel_line(missing: dict[str, str | None]) -> str:

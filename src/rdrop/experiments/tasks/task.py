@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder.predictions import Predictions
@@ -161,26 +160,3 @@ def load_task(recipe: Recipe, test: str | None = None) -> Task:
             raise RecipeError("task", rule, value=recipe.task) from error
     task: Task = place(recipe) if test is None else place(recipe, test)
     return task
-
-
-def model_and_batch(recipe: Recipe, examples: int) -> tuple[nn.Module, Batch]:
-    """Returns a new model of the recipe, in training mode, and its first examples: what `check_rdrop` looks at.
-
-    The model is called with the batch by keywords and gives the task's logits, or an output of transformers.
-    """
-    task = load_task(recipe)
-    seed_all(recipe.seed, "model")
-    model = task.build_model().train()
-    batch = task.train_batch(list(range(min(examples, task.train_size()))), epoch=0)
-    return model if hasattr(model, "config") else AsTrained(task, model), batch
-
-
-class AsTrained(nn.Module):
-    """A task's model that is called as the task calls it."""
-
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        super().__init__()
-        self.task, self.model = task, model
-
-    def forward(self, **batch: Any) -> Tensor:
-        return self.task.logits(self.model, batch)
