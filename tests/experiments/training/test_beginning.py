@@ -7,9 +7,9 @@ import pytest
 from tests.experiments.tiny_runs import RECIPE, TinyTask
 from torch import nn
 
+from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import RunFolder
-from rdrop.experiments.training import trainer
-from rdrop.experiments.training.beginning import complaints
+from rdrop.experiments.training import beginning, trainer
 from rdrop.experiments.training.preemption import Preempted
 from rdrop.experiments.training.trainer import Progress, train
 
@@ -20,6 +20,12 @@ PLAIN = LONG.replace(alpha=0.0)
 def rows(*found: tuple[int, float, float], sign: str = "source_use") -> list[dict[str, Any]]:
     """Rows of (update, sign, valid loss)."""
     return [{"kind": "valid", "step": step, "loss": loss, sign: value} for step, value, loss in found]
+
+
+def complaints(
+    found: list[dict[str, Any]], recipe: Recipe, constant: dict[str, float] | None = None
+) -> list[str | None]:
+    return beginning.complaints(found, recipe, constant or {})
 
 
 def test_a_run_without_any_use_of_its_source_whose_loss_falls_is_told_to_lower_the_learning_rate() -> None:
@@ -60,6 +66,23 @@ def test_predictions_that_hardly_differ_are_named() -> None:
         "updates: it differs by 5.0 % of what the labels do; it is slow to begin and this grows: train longer than "
         "1000 updates, change learning_rate "
     )
+
+
+def test_predictions_that_differ_more_and_more_from_none_at_all_have_not_collapsed() -> None:
+    (said,) = complaints(rows((300, 0.0, 2.0), (400, 0.0006, 1.9), sign="prediction_spread"), LONG)
+    assert said is not None
+    assert "it is slow to begin and this grows: train longer than 1000 updates, change" in said
+    (said,) = complaints(rows((300, 0.0, 2.0), (400, 0.0, 1.9), sign="prediction_spread"), LONG)
+    assert said is not None
+    assert "it has collapsed though the valid loss falls: lower" in said
+
+
+def test_a_model_with_half_of_the_errors_of_a_constant_prediction_has_begun_however_alike_its_probabilities() -> None:
+    found = rows((300, 0.01, 0.69), (400, 0.02, 0.68), sign="prediction_spread")
+    for accuracy, is_told in ((0.5, True), (0.74, True), (0.75, False), (1.0, False)):
+        found[-1]["accuracy"] = accuracy
+        assert [text is not None for text in complaints(found, LONG, {"accuracy": 0.5})] == [is_told]
+        assert all(complaints(found, LONG)), "without a constant prediction nothing is known"
 
 
 @pytest.mark.parametrize(

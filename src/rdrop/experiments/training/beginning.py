@@ -1,8 +1,9 @@
 """Whether a training has begun: one that ignores its inputs looks like any other in its loss.
 
 There are two ways not to begin. A run is delayed if it uses its inputs a little, and a little more each time: too much
-alpha too early does that, or too high a learning rate. It has collapsed if it uses them not at all, though its loss
-falls: it learns how often each token or class comes, and the learning rate was too high for more.
+alpha too early does that, or too high a learning rate. It has collapsed if it uses them not at all, and not more than
+before, though its loss falls: it learns how often each token or class comes, and the learning rate was too high for
+more.
 """
 
 from __future__ import annotations
@@ -27,17 +28,31 @@ def has_begun(signs: Mapping[str, Any]) -> bool:
     return not any(signs.get(sign, least) < least for sign, least in LEAST.items())
 
 
-def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe) -> list[str | None]:
+def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe, constant: Mapping[str, float]) -> list[str | None]:
     """Says of each score of the valid split but the first whether training should have begun and has not, and why.
 
-    `rows` are the `valid` rows of metrics.jsonl. None where the model has begun, or where it is too early to tell:
-    within the warm-up, and in the first fifth of the updates.
+    `rows` are the `valid` rows of metrics.jsonl, `constant` the scores of the best constant prediction. None where the
+    model has begun, or has half of the errors of that prediction; and where it is too early to tell: within the
+    warm-up, and in the first fifth of the updates.
     """
-    return [_complaint(before, last, recipe) for before, last in pairwise(rows)]
+    return [
+        None if _is_early(last, recipe) or _tells_apart(last, constant) else _complaint(before, last, recipe)
+        for before, last in pairwise(rows)
+    ]
+
+
+def _is_early(last: Mapping[str, Any], recipe: Recipe) -> bool:
+    return bool(last["step"] < max(recipe.warmup_updates, LEAST_PROGRESS * recipe.total_updates))
+
+
+def _tells_apart(last: Mapping[str, Any], constant: Mapping[str, float]) -> bool:
+    """Whether a model gets classes right that no constant prediction does, however alike their probabilities are."""
+    name = "accuracy"
+    return name in last and name in constant and bool(1 - last[name] <= (1 - constant[name]) / 2)
 
 
 def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str | None:
-    if has_begun(last) or last["step"] < max(recipe.warmup_updates, LEAST_PROGRESS * recipe.total_updates):
+    if has_begun(last):
         return None
     sign = next(name for name, least in LEAST.items() if last.get(name, least) < least)
     return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe)}"
@@ -57,10 +72,12 @@ def _seen(sign: str, value: float, step: int) -> str:
 
 def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str:
     rate, warmup = f"learning_rate (={recipe.learning_rate:g})", f"warmup_updates (={recipe.warmup_updates})"
-    if abs(last[sign]) < NOTHING:
+    is_growing = last[sign] > before.get(sign, 0.0)
+    # The source use is a difference of two losses: when it is this small, so are the errors of its measurement.
+    if abs(last[sign]) < NOTHING and not (is_growing and sign != SOURCE_USE):
         falls = " though the valid loss falls" if last["loss"] < before["loss"] else ""
         return f"it has collapsed{falls}: lower {rate} or raise {warmup}"
-    grows = " and this grows" if last[sign] > before.get(sign, 0.0) else ""
+    grows = " and this grows" if is_growing else ""
     longer = f"train longer than {recipe.updates} updates"
     alpha = [] if recipe.method.is_plain else [f"lower alpha (={recipe.method.alpha:g})"]
     if alpha and recipe.method.alpha_schedule != "quadratic":

@@ -456,7 +456,10 @@ class _Training:
         return {"has begun": f"late, by the score after {begun} of {self.state.step} updates"}
 
     def complaints(self) -> list[str | None]:
-        return complaints(self.valid_rows(), self.recipe)
+        return complaints(self.valid_rows(), self.recipe, self.constant_scores())
+
+    def constant_scores(self) -> dict[str, float]:
+        return self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
 
     def valid_rows(self) -> list[dict[str, Any]]:
         """The scores of the valid split so far, in the process that writes them."""
@@ -503,7 +506,7 @@ class _Training:
         with damaged_state_named(self.checkpoint_folder):
             checkpoints.restore_final(self.checkpoint_folder, state.best_step, state.averaged_steps, self.stored[0])
         valid, signs, test = self.score("valid"), self.signs(), self.score("test")
-        constant = self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
+        constant = self.constant_scores()
         result = {
             "format": FORMAT,
             "recipe": self.asked.saved(),
