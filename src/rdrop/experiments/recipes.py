@@ -65,9 +65,10 @@ def find_recipe(name: str) -> Recipe:
     name = saved.current_name(name)
     if name not in RECIPES:
         nearest = nearest_name(name, RECIPES)
+        hint = "rdrop list shows all" if nearest is None else f"the nearest is {nearest}"
         rule = (
-            f"no such recipe; the nearest is {nearest} (a saved one is a path that ends in .json, one of your own is "
-            "written package.module:NAME)"
+            f"no such recipe; {hint} (a saved one is a path that ends in .json, one of your own is written "
+            "package.module:NAME)"
         )
         raise RecipeError("recipe", rule, value=name, nearest=nearest)
     return RECIPES[name]

@@ -368,6 +368,7 @@ def test_json_numbers_keep_their_spelling(tmp_path: Path) -> None:
         ("a.csv", "text,label,text\nx,1,y\n", 1, "the column text is there 2 times"),
         ("a.csv", "text,label\nx,1\ny\n", 3, "the row has 1 fields and the header 2"),
         ("a.csv", "text,label\nx,1\n\n", 3, "the line is empty"),
+        ("a.csv", "text,label\nx,1\n, \n", 3, "the row is empty; delete it"),
         ("a.csv", 'text,label\nx,1\n"y,1\nz,0\n', 3, "not CSV"),
         ("a.csv", "text,label\n", 1, "only the line that names the columns"),
         ("a.tsv", "text\tlabel\nx\t1\t2\n", 2, "the row has 3 fields and the header 2"),

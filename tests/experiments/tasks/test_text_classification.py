@@ -3,6 +3,7 @@
 import gzip
 import random
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,9 @@ def test_labels_are_what_the_training_file_has(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"from 1700000000001 to 1700000000020, which .*; subtract 1700000000001 from"):
         splits(OWN, train=close, regression=True)
     splits(OWN, train=varied, regression=True)  # the remedy
+    commas = write(tmp_path / "h.csv", "text,label", 'x,"0,8"', 'y,"0,9"')
+    with pytest.raises(DataError, match=r"h\.csv:2: the label '0,8' has a comma, and a number has a decimal point"):
+        splits(OWN, train=commas, regression=True)
     twice = write(tmp_path / "twice.csv", "text,label", *(f"x{n},{n % 3}.5" for n in range(40)), "y,1.50")
     with pytest.raises(DataError, match=r"the label '1.50' is another spelling .* set data\.regression=true"):
         splits(OWN, train=twice)
@@ -458,7 +462,7 @@ def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Pat
     names = {"text": "review", "label": "sentiment"}
     changes: dict[str, object] = {"train": own}
     for column, name in names.items():
-        with pytest.raises(DataError, match=rf"a\.csv:1: has no column '{column}', only .*; set data\.") as error:
+        with pytest.raises(DataError, match=rf"a\.csv:1: has no column '{column}', only .*; (or )?set data\.") as error:
             splits(OWN, **changes)
         key = re.search(r"set data\.(\w+) to", str(error.value))
         assert key is not None
@@ -466,12 +470,40 @@ def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Pat
     assert len(splits(OWN, **changes).train) == 16
 
 
+@pytest.mark.parametrize("name", ["a b.csv", "a.tsv", "a.csv.gz", "sep.csv"])
+def test_a_file_without_names_of_columns_keeps_its_first_example_by_following_the_message(
+    tmp_path: Path, name: str
+) -> None:
+    mark = {"a.tsv": "\t", "sep.csv": ";"}.get(name, ",")
+    examples = [mark.join((f"it was number {row}", "ab"[row % 2])) for row in range(20)]
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wt") as file:
+        file.write("\r\n".join((["sep=;"] if name == "sep.csv" else []) + examples))
+    with pytest.raises(
+        DataError, match=r"has no column 'text', only 'it was number 0', 'a'; if this line is an ex"
+    ) as error:
+        splits(OWN, train=str(tmp_path / name))
+    found = re.search(r"in their order: (.*); or set data\.text_column", str(error.value))
+    assert found is not None
+    subprocess.run(["bash", "-c", found[1]], check=True)
+    (mended,) = tmp_path.glob("*-mended*")
+    named = splits(OWN, train=str(mended))
+    assert sorted([*named.train.first, *named.valid.first, *named.test.first]) == sorted(
+        f"it was number {row}" for row in range(20)
+    )
+
+
+def test_a_file_without_names_of_columns_that_has_too_few_is_not_told_to_add_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no column 'text', only 'it was number 0'; set data\.text_column"):
+        splits(OWN, train=write(tmp_path / "a.csv", *(f"it was number {row}" for row in range(20))))
+
+
 @pytest.mark.parametrize("split", ["valid", "test", "unlabeled"])
 def test_a_column_that_has_another_name_in_one_file_is_to_be_renamed_there(tmp_path: Path, split: str) -> None:
     """The keys name the columns of all files: setting them would only move the error to the training file."""
     train = write(tmp_path / "a.csv", "text,label", *(f"text {row},{row % 2}" for row in range(20)))
     other = write(tmp_path / "b.csv", "body,label", *(f"body {row},{row % 2}" for row in range(20)))
-    with pytest.raises(DataError, match=r"b\.csv:1: has no column 'text', only 'body', 'label'; rename it$"):
+    with pytest.raises(DataError, match=r"b\.csv:1: has no column 'text', only 'body', 'label'; .*rename it$"):
         splits(OWN, train=train, **{split: other})
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # No real run comes near this bound. A slip of the finger fails here, in words, and not in an allocator.
 LARGEST_COUNT = 10**9
+NEAR = 0.6  # the similarity of two spellings from which one may be a slip of the other
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -74,7 +75,8 @@ def read_settings(settings: Iterable[str], names: Iterable[str]) -> dict[str, ob
         key, equals, text = setting.partition("=")
         if not (key and equals):
             nearest = nearest_name(setting, names)
-            raise RecipeError(setting, f"a setting is written key=value, e.g. {nearest}=...", nearest=nearest)
+            example = "; rdrop list RECIPE shows the keys" if nearest is None else f", e.g. {nearest}=..."
+            raise RecipeError(setting, f"a setting is written key=value{example}", nearest=nearest)
         if key in found:
             raise RecipeError(key, "given twice", value=text)
         found[key] = _read_value(text)
@@ -86,8 +88,8 @@ def typed(key: str, value: object) -> str:
     return f"{key}={value if isinstance(value, str) and _read_value(value) == value else json.dumps(value)}"
 
 
-def nearest_name(wrong: str, names: Iterable[str]) -> str:
-    """Returns the valid name most like a wrong one.
+def nearest_name(wrong: str, names: Iterable[str]) -> str | None:
+    """Returns the valid name most like a wrong one; None where it is like none of them.
 
     By its last part (`dropout`), its initials (`lr`), a word of its own section (`data.labels`), its spelling.
     """
@@ -101,7 +103,9 @@ def nearest_name(wrong: str, names: Iterable[str]) -> str:
         own_section, _, last_part = name.rpartition(".")
         if dot and own_section == section and word in last_part.split("_"):
             return name
-    return difflib.get_close_matches(wrong, names, n=1, cutoff=0.0)[0]
+    by_lower_case = {name.lower(): name for name in reversed(names)}
+    found = difflib.get_close_matches(wrong.lower(), by_lower_case, n=1, cutoff=NEAR)
+    return by_lower_case[found[0]] if found else None
 
 
 def _read_value(text: str) -> object:

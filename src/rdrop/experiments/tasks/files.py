@@ -20,7 +20,6 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from itertools import zip_longest
 from numbers import Number
 from os import PathLike
@@ -31,7 +30,7 @@ import psutil
 
 from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.run_folder.data_files import note_read
-from rdrop.experiments.shown import shell_word
+from rdrop.experiments.shown import shell_line, shell_word
 from rdrop.experiments.tasks.not_text import (
     HEAD_BYTES,
     LFS_POINTER,
@@ -58,7 +57,6 @@ OTHER_KINDS = {
 LONGEST_LINE_BYTES = 2**30  # a text without newlines fits, a disk image does not
 PIECE_BYTES = 2**20  # that are read at once
 SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?')
-NEAR = 0.5  # the similarity of two names above which one may be a slip of the other
 SHOWN_NAMES = 8  # of the columns of a file, in an error
 
 
@@ -220,6 +218,9 @@ def _rows(
     else:
         records = ((number, line.split("\t")) for number, line in enumerate(lines, start))
     _, header = next(records)
+    if not any(column in header for column in (*columns, *optional)):
+        naming = _naming(path, header, [*columns, *optional], mark, start)
+        require_columns(header, f"{path}:{start}", columns, keys, naming)
     places = _places(header, f"{path}:{start}", columns, optional, keys)
     rows = [_row(fields, f"{path}:{number}", header, places) for number, fields in records]
     if not rows:
@@ -499,16 +500,33 @@ def _places(
     return {column: header.index(column) for column in (*columns, *optional) if column in header}
 
 
-def require_columns(names: Sequence[str], where: str, columns: Sequence[str], keys: Mapping[str, str]) -> None:
-    """Raises `DataError` for the first of `columns` that is not among `names`; `keys` of the recipe name them."""
+def require_columns(
+    names: Sequence[str], where: str, columns: Sequence[str], keys: Mapping[str, str], naming: str = ""
+) -> None:
+    """Raises `DataError` for the first of `columns` that is not among `names`; `keys` of the recipe name them.
+
+    `naming` is the remedy for names that are none, but an example.
+    """
     for column in columns:
         if column not in names:
-            nearest = nearest_name(column, names) if any(names) else ""
-            is_near = SequenceMatcher(None, column, nearest).ratio() > NEAR
-            hint = f" (the nearest is {nearest!r})" if is_near else ""
+            nearest = nearest_name(column, names)
+            hint = "" if nearest is None else f" (the nearest is {nearest!r})"
             shown = ", ".join(map(repr, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
-            remedy = f"set {keys[column]} to the name it has here, or rename it" if column in keys else "rename it"
+            renaming = f"set {keys[column]} to the name it has here, or rename it" if column in keys else "rename it"
+            remedies = [naming, renaming] if nearest is None else [renaming, naming]
+            remedy = "; or ".join(filter(None, remedies))
             raise DataError(f"{where}: has no column {column!r}{hint}, only {shown[:500]}; {remedy}")
+
+
+def _naming(path: AnyPath, example: Sequence[str], columns: Sequence[str], mark: str, start: int) -> str:
+    """Says how to put a line with the names of its columns above an example; "" for one with too few fields."""
+    if len(example) < len(columns) or not any(example):
+        return ""
+    names = [*columns, *(f"column{number}" for number in range(len(columns) + 1, len(example) + 1))]
+    above = [] if start == 1 else [f"sep={mark}"]
+    lines = shell_line([*above, mark.join(names)])
+    command = _filtered(path, f"(printf '%s\\n' {lines}; {'cat' if start == 1 else 'tail -n +2'})")
+    return f"if this line is an example, give a file with the names of its columns above it, in their order: {command}"
 
 
 def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, int]) -> TableRow:
@@ -517,6 +535,8 @@ def _row(fields: list[str], where: str, header: list[str], places: Mapping[str, 
     if len(fields) != len(header):
         what = f"the row has {len(fields)} fields and the header {len(header)}"
         raise DataError(f"{where}: {what}; give each column its field, or delete the line")
+    if all(map(is_blank, fields)):
+        raise DataError(f"{where}: the row is empty; delete it")
     return TableRow(where, {column: fields[place] for column, place in places.items()})
 
 

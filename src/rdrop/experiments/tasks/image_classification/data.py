@@ -182,9 +182,8 @@ def _require_known_names(folder: Path) -> None:
         is_split = (entry.is_dir() or entry.suffix in SUFFIXES[1:]) and not entry.name.startswith(".")
         if is_split and entry.stem not in known:
             nearest = nearest_name(entry.stem, known)
-            raise DataError(
-                f"{entry}: is no split beside train; the nearest name is {nearest}; rename it or move it away"
-            )
+            hint = f"they are {', '.join(known)}" if nearest is None else f"the nearest name is {nearest}"
+            raise DataError(f"{entry}: is no split beside train; {hint}; rename it or move it away")
 
 
 def _require_count(found: Mapping[str, ImageSet], name: str, expected: int | None) -> None:

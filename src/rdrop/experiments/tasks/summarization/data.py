@@ -103,9 +103,10 @@ def _count(data: "SummarizationData", split: str) -> int | None:
 def _hub_column(found: Any, column: str, where: str) -> Iterable[object]:
     if column not in found.column_names:
         nearest = nearest_name(column, found.column_names)
+        hint = "" if nearest is None else f" (the nearest is {nearest!r})"
         raise DataError(
-            f"{where}: has no column {column!r} (the nearest is {nearest!r}), only {', '.join(found.column_names)}; "
-            "set data.document_column and data.summary_column"
+            f"{where}: has no column {column!r}{hint}, only {', '.join(found.column_names)}; set data.document_column "
+            "and data.summary_column"
         )
     values: Iterable[object] = found[column]
     return values

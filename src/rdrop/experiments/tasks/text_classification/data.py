@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.tasks.files import TABLES, DataError, find_file, hub_text, load_hub, read_table, require_columns
-from rdrop.experiments.tasks.spelling import MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
+from rdrop.experiments.tasks.spelling import DECIMAL_COMMA, MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
 from rdrop.experiments.tasks.splits import (
     Rows,
     fold_rows,
@@ -241,7 +241,8 @@ def _read_file(path: Path, columns: _Columns) -> _Table:
     for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
         found = [name for name in names if name in present]
         if names and not found and not may_lack:
-            read_table(path, names[:1], keys=columns.keys)  # names the column that is most like it
+            others = [*columns.label[:1], *(() if columns.text2_may_lack else columns.text2[:1])]
+            read_table(path, names[:1], optional=others, keys=columns.keys)  # names the column that is most like it
         chosen.append(found[0] if found else None)
     for row in rows:  # only rows of JSON can differ
         if row.values.keys() != present:
@@ -397,6 +398,11 @@ def _numbers(table: _Table, data: TextClassificationData) -> NDArray[np.float32]
     low, high = SCORE_RANGE if data.glue else (-largest, largest)
     numbers = np.empty(len(table.labels), dtype=np.float32)
     for row, label in enumerate(table.labels):
+        if DECIMAL_COMMA.fullmatch(label.strip()):
+            raise DataError(
+                f"{table.where[row]}: the label {label[:60]!r} has a comma, and a number has a decimal point, as 0.8; "
+                "export the file with decimal points, or write them in this column"
+            )
         if not NUMBER.fullmatch(label.strip()):
             raise DataError(
                 f"{table.where[row]}: the label {label[:60]!r} is not a number as 1, -0.5 or 1e3; correct it"
