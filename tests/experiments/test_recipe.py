@@ -276,6 +276,22 @@ def test_the_nearest_name_prefers_the_last_part_then_the_initials() -> None:
     assert nearest_name("dropout", names) == "model.dropout"
     assert nearest_name("lr", names) == "learning_rate"
     assert nearest_name("evry", names) == "every"
+    assert nearest_name("EVERY", names) == "every"
+
+
+def test_a_name_that_is_like_no_other_has_no_nearest() -> None:
+    assert nearest_name("device", ["views", "learning_rate", "every"]) is None
+    assert nearest_name("nope", RECIPES) is None
+    assert refusal("device=cpu").nearest is None
+
+
+@pytest.mark.parametrize("name", ["text-classification", "image-classification", "cnn-dailymail"])
+def test_a_model_from_scratch_is_made_by_following_the_message(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"must be given for a model from scratch .*, as in: ") as error:
+        override(RECIPES[name], ["model.name=null", "model.heads=2"])
+    sizes = str(error.value).partition(", as in: ")[2].split()
+    assert not any(size.startswith("model.heads") for size in sizes)
+    override(RECIPES[name], ["model.name=null", "model.heads=2", *sizes])
 
 
 def test_the_table_of_keys_in_the_documentation_is_the_code_s() -> None:

@@ -84,6 +84,8 @@ def test_an_arm_is_named_by_what_it_differs_in(text: str, label: str) -> None:
         ("alpha=0", r"^arm: baseline is an arm already"),
         ("updates=0.3331x", r'^updates="0.3331x"|^updates=.*0.3331x of 800 is not a whole number'),
         ("precision=2x", r'^precision="2x": is the same in all arms'),
+        ("epochs=2x", r'^epochs="2x": the recipe has updates=\d+: write updates=2x$'),
+        ("batch_tokens=2x", r'^batch_tokens="2x": the recipe has batch_size=\d+: write batch_size=2x$'),
         ("schedule=2x", r'^schedule="2x": is no number in the recipe that 2x could be a multiple of'),
         ("alhpa=0", r"^alhpa=0: no such key; the nearest is alpha"),
         ("alpha", r"^alpha: a setting is written key=value"),

@@ -144,9 +144,12 @@ def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.Capt
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "digits-vit", "--seed", "3"], "No such option: --seed"),
         (["train", "digit"], 'recipe="digit": no such recipe; the nearest is digits'),
-        (["train", "alpha=1"], "no such recipe"),
+        (["train", "alpha=1"], "no such recipe; rdrop list shows all"),
+        (["list", "nope"], "no such recipe; rdrop list shows all"),
+        (["check", "digits", "device=cpu"], 'device="cpu": no such key; rdrop list RECIPE shows all'),
+        (["check", "digits", "nonsense"], "nonsense: a setting is written key=value; rdrop list RECIPE shows the keys"),
         (["train", "nowhere/recipe.json"], "nowhere/recipe.json: recipe: No such file or directory"),
-        (["compare", "digits-vit", "--seeds", "0"], "'0' is neither a number of seeds (5) nor a list"),
+        (["compare", "digits-vit", "--seeds", "0"], "'0' is neither a number of seeds, such as 5, nor a list"),
         (["compare", "digits-vit", "--seeds", "1,1"], "nor a list of different ones"),
         (["compare", "digits-vit", "--seeds", "two"], "'two' is neither"),
         (["compare", "digits-vit", "--seeds", "-3"], "'-3' is neither"),
@@ -169,6 +172,24 @@ def test_a_wrong_command_is_one_line_and_status_2(
 ) -> None:
     assert cli.run(arguments) == 2
     assert words in complaint(capsys)
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["train", "text-classification"], "--train"),
+        (["tune", "text-classification", "alpha=1,2"], "--train"),
+        (["evaluate", "runs"], "--test"),
+    ],
+)
+def test_a_file_in_the_place_of_a_setting_is_told_its_option(
+    arguments: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my reviews.csv"
+    file.touch()
+    assert cli.run([*arguments, str(file)]) == 2
+    assert complaint(capsys).endswith(f"a setting is written key=value; give it as {option} '{file}'")
 
 
 def test_a_recipes_keys_can_be_read_in_a_narrow_terminal(

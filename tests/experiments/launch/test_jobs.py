@@ -447,4 +447,4 @@ def test_runs_that_would_share_cores_are_told_how_not_to(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", "1000", "٣"])
 def test_what_is_no_number_of_jobs_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["compare", "digits-vit", f"--jobs={text}"]) == 2
-    assert "neither a number of runs (2) nor auto" in capsys.readouterr().err
+    assert "neither a number of runs, such as 2, nor auto" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from rdrop.check import CheckReport, Finding, check_rdrop
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.tasks.task import Augments, Task, load_task
+from rdrop.experiments.tasks.task import Augments, Batch, Task, load_task
 from rdrop.experiments.training.objective import joined_views
 from rdrop.terms import symmetric_kl
 
@@ -37,8 +37,9 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     if not (isinstance(task, Augments) and task.augments):
         rule = f'must be "same": {recipe.task} does not change its inputs at random'
         raise RecipeError("views", rule, value="each")
+    batch = joined_views([task.train_batch(indices, 0, view) for view in range(2)])
     findings = tuple(map(_with_views, report.findings))
-    return replace(report, findings=findings, divergence=_divergence_of_views(task, own, indices))
+    return replace(report, findings=findings, divergence=_divergence(task, own, batch))
 
 
 def _with_views(finding: Finding) -> Finding:
@@ -53,9 +54,8 @@ def _with_views(finding: Finding) -> Finding:
 
 
 @torch.no_grad()
-def _divergence_of_views(task: Augments, model: nn.Module, indices: list[int]) -> float:
-    batch = joined_views([task.train_batch(indices, 0, view) for view in range(2)])
-    first, second = task.logits(model, batch).float().chunk(2)
+def _divergence(task: Task, model: nn.Module, two_views: Batch) -> float:
+    first, second = task.logits(model, two_views).float().chunk(2)
     return symmetric_kl(torch.stack([first, second])).mean().item()
 
 

@@ -348,6 +348,7 @@ def evaluate(
     """
     if recipe is not None:
         find_recipe(recipe)  # which imports the class that reads the recipes of its task
+    _require_no_file(settings or [], "--test")
     scored, failures = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
     if not _is_first_process():
         pass  # of several, which have all scores
@@ -440,7 +441,17 @@ def _progress_console() -> Console:
 
 def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:
     """The recipe with the settings, and with the options, which are settings by a shorter name."""
-    return override(find_recipe(name), [*(settings or []), *_options(model=model, **files)])
+    recipe = find_recipe(name)
+    _require_no_file(settings or [], "--train" if "data.train" in recipe.descriptions() else None)
+    return override(recipe, [*(settings or []), *_options(model=model, **files)])
+
+
+def _require_no_file(settings: Iterable[str], option: str | None) -> None:
+    """Refuses a file in the place of a setting, which was meant for `option`."""
+    for setting in settings:
+        if option is not None and "=" not in setting and os.path.exists(setting):
+            rule = f"a setting is written key=value; give it as {shell_line([option, setting])}"
+            raise RecipeError(setting, rule)
 
 
 def _options(**given: str | None) -> list[str]:
@@ -458,7 +469,8 @@ def parse_seeds(text: str) -> list[int]:
         if 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
             return seeds
     raise typer.BadParameter(
-        f"{text!r} is neither a number of seeds (5) nor a list of different ones (0,1,2)", param_hint="--seeds"
+        f"{text!r} is neither a number of seeds, such as 5, nor a list of different ones, such as 0,1,2",
+        param_hint="--seeds",
     )
 
 
@@ -470,7 +482,7 @@ def parse_jobs(text: str) -> int | None:
         if int(text) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise typer.BadParameter("torchrun has started the processes of one run; leave it out", param_hint="--jobs")
         return int(text)
-    raise typer.BadParameter(f"{text!r} is neither a number of runs (2) nor auto", param_hint="--jobs")
+    raise typer.BadParameter(f"{text!r} is neither a number of runs, such as 2, nor auto", param_hint="--jobs")
 
 
 def _keys(recipe: Recipe) -> Table:

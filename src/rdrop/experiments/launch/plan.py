@@ -18,6 +18,14 @@ from rdrop.experiments.recipes import ARMS, find_recipe
 from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
 from rdrop.experiments.run_folder.source import require_same_source
 
+IN_PLACE_OF = {
+    "updates": "epochs",
+    "epochs": "updates",
+    "batch_size": "batch_tokens",
+    "batch_tokens": "batch_size",
+}
+"""The number that a recipe has where it does not have this one."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -152,7 +160,9 @@ def _multiplied(key: str, value: object, recipe: Recipe) -> object:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)x", value) if isinstance(value, str) else None
     if match is None or key not in recipe.descriptions():
         return value
-    own = recipe.value(key)
+    own, other = recipe.value(key), IN_PLACE_OF.get(key)
+    if own is None and other is not None:
+        raise RecipeError(key, f"the recipe has {other}={recipe.value(other)}: write {other}={value}", value=value)
     if isinstance(own, bool) or not isinstance(own, int | float):
         raise RecipeError(key, f"is no number in the recipe that {value} could be a multiple of", value=value)
     product = round(float(match[1]) * own, 9)  # 1.1 * 3000 is 3300.0000000000005

@@ -25,6 +25,7 @@ from rdrop.experiments.recipe.settings import (
     added,
     nearest_name,
     read_settings,
+    typed,
     was_added,
 )
 from rdrop.experiments.run_folder import saved
@@ -96,19 +97,21 @@ class ModelSection(Section):
 class NewOrPretrainedModel(ModelSection):
     """A network from scratch, which needs its `SIZES`; or a pre-trained one, `name`, which has them itself."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("layers", "hidden_size", "heads", "intermediate_size")
+    SIZES: ClassVar[Mapping[str, int | bool]] = {"layers": 2, "hidden_size": 128, "heads": 4, "intermediate_size": 512}
+    """By the name of its key, what an error gives as an example."""
     name: str | None = None
 
     @model_validator(mode="after")
     def _has_its_sizes_once(self) -> Self:
-        for key in self.SIZES:
-            value = getattr(self, key)
-            if self.name is None and value is None:
-                rule = "must be given for a model from scratch (model.name=null)"
-                raise RecipeError(f"model.{key}", rule, value=None)
-            if self.name is not None and value is not None:
+        missing = [key for key in self.SIZES if getattr(self, key) is None]
+        if self.name is None and missing:
+            sizes = " ".join(typed(f"model.{key}", self.SIZES[key]) for key in missing)
+            rule = f"must be given for a model from scratch (model.name=null), as in: {sizes}"
+            raise RecipeError(f"model.{missing[0]}", rule, value=None)
+        for key in self.SIZES if self.name is not None else ():
+            if key not in missing:
                 rule = f"must be null: {self.name} has its own; or set model.name=null, for a model from scratch"
-                raise RecipeError(f"model.{key}", rule, value=value)
+                raise RecipeError(f"model.{key}", rule, value=getattr(self, key))
         return self
 
 
@@ -416,8 +419,8 @@ def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
 
 def with_excluded(changes: Mapping[str, object]) -> dict[str, object]:
     """Returns the changes with what switches off the keys that they exclude: of `updates=100`, `epochs=None`."""
-    typed = {saved.RENAMED.get(key, key): value for key, value in changes.items()}
-    return {**changes, **{other: off for key, other, off in _EXCLUSIVE if typed.get(key) and other not in typed}}
+    given = {saved.RENAMED.get(key, key): value for key, value in changes.items()}
+    return {**changes, **{other: off for key, other, off in _EXCLUSIVE if given.get(key) and other not in given}}
 
 
 _EXCLUSIVE = (
@@ -437,7 +440,8 @@ def _unknown_key(key: str, value: object, kind: type[Recipe]) -> RecipeError:
         rule = f"is a section; set one of its keys: {', '.join(inner)}"
         return RecipeError(key, rule, value=value, nearest=inner[0])
     nearest = nearest_name(key, kind.descriptions())
-    return RecipeError(key, f"no such key; the nearest is {nearest}", value=value, nearest=nearest)
+    hint = "rdrop list RECIPE shows all" if nearest is None else f"the nearest is {nearest}"
+    return RecipeError(key, f"no such key; {hint}", value=value, nearest=nearest)
 
 
 def _raise_as_recipe_error(error: ValidationError, kind: type[Recipe]) -> NoReturn:

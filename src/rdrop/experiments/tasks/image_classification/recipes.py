@@ -6,7 +6,8 @@ what was used, the settings are those with which the authors of ViT fine-tune it
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -59,7 +60,7 @@ class ImageData(DataFiles):
 
 
 class ImageModel(NewOrPretrainedModel):
-    SIZES = (*NewOrPretrainedModel.SIZES, "patch_size")
+    SIZES: ClassVar[Mapping[str, int | bool]] = {**NewOrPretrainedModel.SIZES, "patch_size": 16}
     name: str | None = Field(
         None, description="A pre-trained model: id on the Hugging Face hub, or a folder. null: a ViT from scratch."
     )

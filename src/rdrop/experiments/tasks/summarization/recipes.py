@@ -7,7 +7,8 @@ the layouts of the data, and how the summaries are written and scored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,7 +39,7 @@ class SummarizationData(DataFiles):
 
 
 class SummarizationModel(NewOrPretrainedModel):
-    SIZES = ("vocabulary", "lowercase", *NewOrPretrainedModel.SIZES)
+    SIZES: ClassVar[Mapping[str, int | bool]] = {"vocabulary": 8000, "lowercase": True, **NewOrPretrainedModel.SIZES}
     name: str | None = Field(
         None,
         description="A pre-trained sequence-to-sequence model: its id on the Hugging Face hub, or its folder. null: "

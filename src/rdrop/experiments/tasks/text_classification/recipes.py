@@ -7,7 +7,8 @@ the layouts of the data, which split is which, and what is scored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -67,7 +68,7 @@ class TextClassificationData(DataFiles):
 
 
 class TextClassificationModel(NewOrPretrainedModel):
-    SIZES = ("vocabulary", *NewOrPretrainedModel.SIZES)
+    SIZES: ClassVar[Mapping[str, int | bool]] = {"vocabulary": 8000, **NewOrPretrainedModel.SIZES}
     name: str | None = Field(
         None,
         description="A pre-trained encoder: its id on the Hugging Face hub, or a folder with its config.json. null: "
