@@ -287,6 +287,17 @@ def test_moved_data_are_those_of_the_run_if_they_hold_the_same(
     assert cli.run(["evaluate", str(tmp_path / "runs"), f"data.train={moved}"]) == 2
 
 
+def test_what_is_wrong_in_a_file_to_score_is_not_said_to_come_of_moved_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", write_rows(tmp_path / "rows.csv"), "alpha=0") == 0
+    other = tmp_path / "other.csv"
+    other.write_text("review,label\na,b\n", encoding="utf-8")
+    capsys.readouterr()
+    assert cli.run(["evaluate", str(tmp_path / "runs"), "--test", str(other)]) == 2
+    assert said(capsys).endswith("only 'review', 'label'; rename it")
+
+
 def test_what_a_name_of_the_data_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     german = str(tmp_path / "pool.de")

@@ -436,11 +436,25 @@ def test_without_any_source_the_error_says_what_to_give() -> None:
 
 def test_too_few_images_are_not_split(tmp_path: Path) -> None:
     write_classes(tmp_path, {"a": 4, "b": 4})
-    assert "8 images are too few to hold out 0 for valid and 0 for test" in refusal(
-        splits, IMAGE_CLASSIFICATION, train=str(tmp_path)
+    few: tuple[tuple[dict[str, object], str], ...] = (
+        ({"train": str(tmp_path)}, "10 %; give 10 or more, or data.valid and data.test"),
+        ({"train": str(tmp_path), "valid_size": 4}, "10 %; give 10 or more, or data.test"),
+        ({"folder": str(tmp_path)}, "10 %; give 10 or more, or valid images and test images"),
+        (
+            {"train": str(tmp_path), "valid_size": 4, "test_size": 4},
+            "4 for valid and 4 for test; give more, or others for valid and test, or lower data.valid_size and "
+            "data.test_size",
+        ),
     )
-    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path), valid_size=4, test_size=4)
-    assert "too few to hold out 4 for valid and 4 for test" in message
+    for changes, said in few:
+        assert refusal(splits, IMAGE_CLASSIFICATION, **changes).endswith(f": 8 images are too few to hold out {said}")
+    more = tmp_path / "more"
+    more.mkdir()
+    write_classes(more, {"a": 10, "b": 10})
+    message = refusal(splits, IMAGE_CLASSIFICATION, train=str(more), valid_size=19)
+    assert message.endswith(
+        "19 for valid and 2 for test; give more, or others for valid and test, or lower data.valid_size"
+    )
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class DataError(ValueError):
     """Data that are not what they should be, in one line: `file:line: what; how to fix`."""
 
 
+class MissingDataError(DataError):
+    """A file or folder that is not there, or cannot be opened."""
+
+
 @dataclass(frozen=True, slots=True)
 class TableRow:
     """One example of a table."""
@@ -245,8 +249,8 @@ def find_file(folder: AnyPath, *names: str) -> Path:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     if not Path(folder).is_dir():
-        raise DataError(f"{folder}: there is no such folder; set data.folder to the one with {names[0]}")
-    raise DataError(f"{folder}: has no {' or '.join(names)}, nor one with .gz or .xz; put it there")
+        raise MissingDataError(f"{folder}: there is no such folder; set data.folder to the one with {names[0]}")
+    raise MissingDataError(f"{folder}: has no {' or '.join(names)}, nor one with .gz or .xz; put it there")
 
 
 def load_hub(hub: str, config: str | None, split: str, *, data_files: Mapping[str, str] | None = None) -> Any:
@@ -309,7 +313,7 @@ def opened(path: AnyPath) -> Iterator[io.BufferedReader]:
     try:
         stream = openers.get(Path(path).suffix, open)(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path") from error
+        raise MissingDataError(f"{path}: {error.strerror or error}; check the path") from error
     with stream:
         # The readline of a GzipFile or LZMAFile is Python code; that of a BufferedReader around it is not.
         yield stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, 2**16)

@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rdrop.experiments.run_folder.data_files import note_read
-from rdrop.experiments.tasks.files import AnyPath, DataError, require_regular_file
+from rdrop.experiments.tasks.files import AnyPath, DataError, MissingDataError, require_regular_file
 from rdrop.experiments.tasks.token_sequences import Columns, TokenSequences, TokenWriter, in_parts
 
 FOLDER_VARIABLE = "RDROP_CACHE"
@@ -138,7 +138,7 @@ def file_digest(path: AnyPath) -> str:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path") from error
+        raise MissingDataError(f"{path}: {error.strerror or error}; check the path") from error
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

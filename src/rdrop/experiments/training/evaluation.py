@@ -16,7 +16,7 @@ from rdrop.experiments.recipe import DataFiles, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.recipes import load_recipe
 from rdrop.experiments.run_folder import RECIPE, RESULT, ResultsError, data_files, remedy, what_is_damaged_in_result
-from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.files import MissingDataError
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
@@ -62,8 +62,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     try:
         with data_files.noting(now, recipe.saved()["data"]):
             task = load_task(recipe, test)
-    except DataError as error:
-        raise DataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
+    except MissingDataError as error:
+        raise MissingDataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
     then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
     if changed := data_files.changed_in_place(then, was, data):
         raise ResultsError(

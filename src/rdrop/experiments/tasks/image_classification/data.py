@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rdrop.experiments.recipe.settings import nearest_name
 from rdrop.experiments.tasks.class_scores import notes_on_classes
-from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.files import DataError, MissingDataError
 from rdrop.experiments.tasks.image_classification.images import ImageSet, entries_of, read_hub, read_images
 from rdrop.experiments.tasks.image_classification.labels import require_classes_in_use
 from rdrop.experiments.tasks.image_classification.repeats import MOST_BYTES, MOST_IMAGES, are_the_same, count_repeated
@@ -134,7 +134,7 @@ def _read_own(path: Path) -> ImageSet:
 def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
     """A folder of splits; or one split, from which the others are held out: class folders, or one file."""
     if not os.path.isdir(folder):
-        raise DataError(f"{folder}: there is no such folder; set data.folder to the one with the images")
+        raise MissingDataError(f"{folder}: there is no such folder; set data.folder to the one with the images")
     if not _is_cut_into_splits(folder):
         paths = [Path(entry.path) for entry in entries_of(folder)]
         files = [path for path in paths if path.suffix in SUFFIXES[1:]]
@@ -205,11 +205,17 @@ def _with_held_out(found: Mapping[str, ImageSet], data: ImageData) -> dict[str, 
     train = found["train"]
     asked = {"valid": data.valid_size, "test": data.test_size}
     sizes = {name: asked[name] or len(train) // 10 for name in asked if name not in found}
-    if sum(sizes.values()) >= len(train) or 0 in sizes.values():
-        parts = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+    if 0 in sizes.values():
+        others = [f"data.{name}" if data.train else f"{name} images" for name in sizes if asked[name] is None]
         raise DataError(
-            f"{train.where}: {len(train)} images are too few to hold out {parts}; give more, or others for valid and "
-            "test, or lower data.valid_size and data.test_size"
+            f"{train.where}: {len(train)} images are too few to hold out 10 %; give 10 or more, or {' and '.join(others)}"
+        )
+    if sum(sizes.values()) >= len(train):
+        parts = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+        keys = " and ".join(f"data.{name}_size" for name in sizes if asked[name] is not None)
+        raise DataError(
+            f"{train.where}: {len(train)} images are too few to hold out {parts}; give more, or others for "
+            f"{' and '.join(sizes)}, or lower {keys}"
         )
     require_classes_in_use(train.labels, train.classes, train.where, declared=train.declares_classes)
     order = np.random.default_rng(data.split_seed).permutation(len(train))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdrop.experiments.run_folder.data_files import note_read
-from rdrop.experiments.tasks.files import DataError, load_hub, require_regular_file
+from rdrop.experiments.tasks.files import DataError, MissingDataError, load_hub, require_regular_file
 from rdrop.experiments.tasks.image_classification.labels import (
     require_labels,
     require_names_that_can_be_shown,
@@ -71,7 +71,7 @@ def read_images(path: Path) -> ImageSet:
     if os.path.isdir(path):  # as methods of Path these may raise
         return read_class_folders(path)
     if not os.path.exists(path):
-        raise DataError(f"{path}: there is no such file or folder; check the path, and that it may be read")
+        raise MissingDataError(f"{path}: there is no such file or folder; check the path, and that it may be read")
     match path.suffix:
         case ".npz":
             return read_npz(path)
@@ -143,7 +143,7 @@ def read_cifar_100(path: Path) -> ImageSet:
         require_memory(size, str(path))
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the file") from error
+        raise MissingDataError(f"{path}: {error.strerror or error}; check the file") from error
     records = content.reshape(-1, CIFAR_100_RECORD)
     labels = records[:, 1]
     require_labels(labels, len(labels), str(path), classes=CIFAR_100_CLASSES)
@@ -183,7 +183,7 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}; check the folder") from error
+        raise MissingDataError(f"{folder}: {error.strerror or error}; check the folder") from error
 
 
 def _images_of(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rdrop.experiments.tasks.files import DataError
+from rdrop.experiments.tasks.files import DataError, MissingDataError
 from rdrop.experiments.tasks.image_classification.pixels import read_image_bytes, read_image_file
 
 T = TypeVar("T")
@@ -134,4 +134,4 @@ def _of_file(path: Path, asked: Callable[[Path], T]) -> T:
     try:
         return asked(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the file") from error
+        raise MissingDataError(f"{path}: {error.strerror or error}; check the file") from error

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import TABLES, DataError, find_file, hub_text, load_hub, read_table, require_columns
+from rdrop.experiments.tasks.files import (
+    TABLES,
+    DataError,
+    MissingDataError,
+    find_file,
+    hub_text,
+    load_hub,
+    read_table,
+    require_columns,
+)
 from rdrop.experiments.tasks.spelling import DECIMAL_COMMA, MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
 from rdrop.experiments.tasks.splits import (
     Rows,
@@ -192,7 +201,9 @@ def _files_in(folder: str, data: TextClassificationData) -> list[tuple[str, Path
         ]
     glue = GLUE[data.glue]
     if not (Path(folder) / glue.folder).is_dir():
-        raise DataError(f"{folder}: has no folder {glue.folder}; set data.folder to the one with GLUE's folders in it")
+        raise MissingDataError(
+            f"{folder}: has no folder {glue.folder}; set data.folder to the one with GLUE's folders in it"
+        )
     names = ("train", *glue.dev)
     files = [find_file(Path(folder) / glue.folder, f"{name}.tsv") for name in names]
     return list(zip(_names_of_splits(glue.dev), files, strict=True))

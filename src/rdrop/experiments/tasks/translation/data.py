@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.tasks.files import TABLES, DataError, ParallelText, find_file, hub_text, load_hub, read_table
+from rdrop.experiments.tasks.files import (
+    TABLES,
+    DataError,
+    MissingDataError,
+    ParallelText,
+    find_file,
+    hub_text,
+    load_hub,
+    read_table,
+)
 from rdrop.experiments.tasks.spelling import is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.token_cache import file_digest
@@ -164,7 +173,7 @@ def load_pairs(data: TranslationData, test: str | None = None, *, seed: int = 0)
     if test is not None:
         if data.train is not None:
             require_different_files({"train": _own_files(data, data.train), "test": _own_files(data, test)})
-        splits["test"] = _own_split(data, test)
+        splits["test"] = _own_split(data, test, "test")
     return {split: pairs if split == "train" else pairs.in_memory() for split, pairs in splits.items()}
 
 
@@ -223,10 +232,10 @@ def _own_pairs(data: TranslationData, train: str) -> dict[str, Pairs]:
     """Reads own files. A split without one is held out of the training file."""
     own = {split: path for split, path in (("valid", data.valid), ("test", data.test)) if path is not None}
     require_different_files({split: _own_files(data, path) for split, path in ({"train": train} | own).items()})
-    whole = _own_split(data, train)
+    whole = _own_split(data, train, "train")
     rows = hold_out(len(whole), {"valid", "test"} - own.keys(), data.split_seed)
     return {split: whole.take(drawn, split) for split, drawn in rows.items()} | {
-        split: _own_split(data, path) for split, path in own.items()
+        split: _own_split(data, path, split) for split, path in own.items()
     }
 
 
@@ -239,18 +248,20 @@ def _own_files(data: TranslationData, path: str) -> list[Path]:
         return [find_file(folder, f"{name}.{language}") for language in (data.source, data.target)]
     except DataError:
         kinds, both = ", ".join(TABLES), f"{path}.{data.source} and {path}.{data.target}"
-        raise DataError(
+        raise MissingDataError(
             f"{path}: is no table by its name ({kinds}), and {both} are not both there, nor with .gz or .xz; name a "
             "table, or what the names of the two files have in common, and their ends by data.source and data.target"
         ) from None
 
 
-def _own_split(data: TranslationData, path: str) -> Pairs:
+def _own_split(data: TranslationData, path: str, split: str) -> Pairs:
     files = _own_files(data, path)
     if len(files) == 2:
         return _parallel_files(data, *files)
     languages = (data.source, data.target)
-    rows = read_table(path, languages, keys={data.source: "data.source", data.target: "data.target"})
+    keys = {data.source: "data.source", data.target: "data.target"}
+    # They name the columns of all files: those of train, so others are to have the same.
+    rows = read_table(path, languages, keys=keys if split == "train" else {})
     for row in rows:
         for language in languages:
             if is_missing(text := row.values[language]):
