@@ -1,7 +1,8 @@
 """R-Drop in Lightning: exact to the label over accumulation and processes, and resumed to the same bits.
 
+    python examples/lightning_loop.py         in 1 process to the end of epoch 4
     python examples/lightning_loop.py 2 4     in 2 processes to the end of epoch 4
-    python examples/lightning_loop.py 2 8     goes on where the first stopped
+    python examples/lightning_loop.py 2 8     goes on where that stopped
 
 A tagger says of every token whether it is larger than the one before it; sentences differ in length, so batches differ
 in how many labels they have. Needs Lightning: pip install '.[lightning]' in the clone.
@@ -75,6 +76,6 @@ def train(folder: Path, alpha: float, epochs: int, processes: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    processes, epochs = map(int, sys.argv[1:])
+    processes, epochs = map(int, sys.argv[1:] or (1, 4))
     for alpha in (0.0, 1.0):
         train(Path(f"runs/lightning/alpha-{alpha:g}"), alpha, epochs, processes)
