@@ -906,9 +906,33 @@ def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tm
     assert noted(comparison) == [
         "test texts that are trained on too: 3 of 40",
         f"predictions on test: {constant['predictions on test']} [baseline; R-Drop (alpha 1), seed 1]",
-        *(f"started from: seed {seed} [R-Drop (alpha 1), seed {seed}]" for seed in (0, 1, 2)),
+        "started from: seed 0 to 2 [R-Drop (alpha 1)]",
     ]
-    for seed in (3, 4, 5):
-        write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": f"seed {seed}"})
+    for seed, name in enumerate(("one", "two", "three"), start=3):
+        write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": name})
     (comparison,) = comparisons(find_runs(tmp_path))
-    assert noted(comparison)[-1] == "started from: 3 more such notes, on other runs"
+    assert noted(comparison)[-2:] == [
+        "started from: one [R-Drop (alpha 1), seed 3]",
+        "started from: 2 more such notes, on other runs",
+    ]
+
+
+def test_notes_that_differ_only_in_numbers_are_one_line_with_the_range_of_each(tmp_path):
+    for seed, (done, share, label) in enumerate(((900, -0.5, 1), (1020, 0.25, 1), (80, 4.0, 2))):
+        notes = {"epochs": f"20 of 480 examples: {done:,} updates, {share} %, alpha (={seed}), run-{seed}"}
+        write_run(tmp_path / "a", 0.7, seed=seed, notes={"predictions on test": f"all 40 are '{label}'"})
+        write_run(tmp_path / "a", 0.7, alpha=1.0, seed=seed, notes=notes)
+    (comparison,) = comparisons(find_runs(tmp_path / "a"))
+    assert noted(comparison) == [
+        "predictions on test: all 40 are '1' [baseline, seeds 0 and 1]",
+        "predictions on test: all 40 are '2' [baseline, seed 2]",
+        "epochs: 20 of 480 examples: 900 updates, -0.5 %, alpha (=0), run-0 [R-Drop (alpha 1), seed 0]",
+        "epochs: 20 of 480 examples: 1,020 updates, 0.25 %, alpha (=1), run-1 [R-Drop (alpha 1), seed 1]",
+        "epochs: 1 more such notes, on other runs",
+    ]
+    for seed, done in enumerate((900, 1020, 80)):
+        notes = {"epochs": f"480 examples: {done:,} updates, -{seed} %"}
+        write_run(tmp_path / "b", 0.7, seed=seed)
+        write_run(tmp_path / "b", 0.7, alpha=1.0, seed=seed, notes=notes)
+    (comparison,) = comparisons(find_runs(tmp_path / "b"))
+    assert noted(comparison) == ["epochs: 480 examples: 80 to 1,020 updates, -2 to -0 % [R-Drop (alpha 1)]"]

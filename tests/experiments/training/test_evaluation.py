@@ -183,6 +183,9 @@ def test_the_notes_are_on_the_new_scores(averaged: FinishedRun, capsys: pytest.C
     assert of_training  # they stay; the others are written again
     other = replace(averaged, result=averaged.result | {"notes": of_training | {"decoded by": "another version"}})
     assert rescore(other)["notes"] == averaged.result["notes"]
+    for begun, is_said in (("late, by the score after 4 of 8 updates", False), ("no: it is slow to begin", True)):
+        other = replace(averaged, result=averaged.result | {"notes": of_training | {"has begun": begun}})
+        assert (rescore(other)["notes"].get("has begun") == begun) == is_said
     out, _ = shown([averaged.path], capsys)
     for name, note in averaged.result["notes"].items():
         assert f"{name}: {note}\n" in out

@@ -50,6 +50,7 @@ from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
 
 if TYPE_CHECKING:
+    from rdrop.experiments.comparison.comparison import Comparison
     from rdrop.experiments.comparison.finished_runs import UnusableRun
     from rdrop.experiments.comparison.tuning import Tuning
 
@@ -604,7 +605,6 @@ def _show_comparisons(
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.finished_runs import split_usable
     from rdrop.experiments.comparison.looks import read_looks
-    from rdrop.experiments.comparison.notes import noted
     from rdrop.experiments.comparison.terminal_table import terminal_table
     from rdrop.experiments.report.settings import distinguishing_settings, titled
 
@@ -616,19 +616,12 @@ def _show_comparisons(
         if are_new_scores:
             comparison = replace(comparison, are_new_scores=True)
         console.print(terminal_table(comparison, titled(comparison.name, setting)))
-        console.print(comparison.verdict(), style="bold")
-        for remark in comparison.remarks(contests=2):  # of more, a screen would not do; the page has all
-            console.print(remark)
-        for hint in comparison.hints():
-            console.print(f"Hint: {hint}", style="yellow")
-        for note in noted(comparison):
-            console.print(note)
-        console.print()
+        # Of more contests than two, a screen would not do; the page has all.
+        _show_words([comparison.verdict()], comparison.remarks(contests=2), comparison)
     _show_unusable([run for run in split_usable(records)[1] if of is None or run.path in of], console)
 
 
 def _show_tuning(tuning: Tuning, runs: Path) -> None:
-    from rdrop.experiments.comparison.notes import noted
     from rdrop.experiments.comparison.terminal_table import terminal_table
     from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
     from rdrop.experiments.report.tuning import write_tuning
@@ -636,16 +629,28 @@ def _show_tuning(tuning: Tuning, runs: Path) -> None:
     console = Terminal()
     console.print(table_of_search(tuning))
     console.print(terminal_table(tuning.fresh))
-    for sentence in tuning.sentences():
-        console.print(sentence, style="bold")
-    for remark in tuning.fresh.remarks():
-        console.print(remark)
-    for hint in tuning.fresh.hints():
-        console.print(f"Hint: {hint}", style="yellow")
-    for note in noted(tuning.fresh):
-        console.print(note)
-    console.print()
+    _show_words(tuning.sentences(), tuning.fresh.remarks(), tuning.fresh)
     console.print(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}", soft_wrap=True)
+
+
+def _show_words(verdicts: Iterable[str], remarks: Iterable[str], comparison: Comparison) -> None:
+    """Shows what is said below the table of a comparison: the verdict and what belongs to it, then the notes."""
+    from rdrop.experiments.comparison.notes import noted
+
+    console = Terminal()
+    console.print()
+    for sentence in verdicts:
+        console.print(sentence, style="bold")
+    for remark in remarks:
+        console.print(remark)
+    for hint in comparison.hints():
+        console.print(f"Hint: {hint}", style="yellow")
+    console.print()
+    notes = noted(comparison)
+    for note in notes:
+        console.print(note)
+    if notes:
+        console.print()
 
 
 def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:

@@ -24,7 +24,10 @@ from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.stored_state import damaged_state_named
 
 NOTES_ON_TRAINING = ("started from", "epochs", "alpha", "has begun", "diverged")
-"""Those that a new score leaves true; the task writes the others again."""
+"""Those that a new score leaves true; the task writes the others again.
+
+That a model began to learn late says nothing of its scores, and is left out; that it has not begun does.
+"""
 SCORING_KEYS = (
     "data.folder",
     "data.train",
@@ -92,7 +95,10 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         file = run.path / RESULT
         raise ResultsError(f"{file}: {run.result['metric']!r} is no score of {recipe.task}. {remedy(file)}")
     constant = task.constant_scores() if isinstance(task, KnowsConstant) else {}
-    notes = {name: note for name, note in run.notes.items() if name in NOTES_ON_TRAINING} | task.notes
+    of_training = {name: note for name, note in run.notes.items() if name in NOTES_ON_TRAINING}
+    if str(of_training.get("has begun", "")).startswith("late"):
+        del of_training["has begun"]
+    notes = of_training | task.notes
     return run.result | {"test": scores, "constant": constant, "notes": notes}
 
 

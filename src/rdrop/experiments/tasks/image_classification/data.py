@@ -207,9 +207,8 @@ def _with_held_out(found: Mapping[str, ImageSet], data: ImageData) -> dict[str, 
     sizes = {name: asked[name] or len(train) // 10 for name in asked if name not in found}
     if 0 in sizes.values():
         others = [f"data.{name}" if data.train else f"{name} images" for name in sizes if asked[name] is None]
-        raise DataError(
-            f"{train.where}: {len(train)} images are too few to hold out 10 %; give 10 or more, or {' and '.join(others)}"
-        )
+        remedy = f"give 10 or more, or {' and '.join(others)}"
+        raise DataError(f"{train.where}: {len(train)} images are too few to hold out 10 %; {remedy}")
     if sum(sizes.values()) >= len(train):
         parts = " and ".join(f"{size} for {name}" for name, size in sizes.items())
         keys = " and ".join(f"data.{name}_size" for name in sizes if asked[name] is not None)
