@@ -126,9 +126,7 @@ def told_apart_at_a_look(differences: NDArray[np.float64], looks: Sequence[int],
     return False
 
 
-@pytest.mark.parametrize(
-    ("looks", "uncorrected"), [(range(6, 21, 2), 0.13), ((8, 12, 16, 20), 0.12), ((12, 24), 0.09)]
-)
+@pytest.mark.parametrize(("looks", "uncorrected"), [(range(6, 21, 2), 0.13), ((8, 12, 16, 20), 0.12), ((12, 24), 0.09)])
 def test_looks_tell_equal_arms_apart_in_seven_percent_and_without_the_correction_in_more(
     looks: Sequence[int], uncorrected: float
 ) -> None:
