@@ -41,13 +41,13 @@ class Contest:
     @property
     def tests(self) -> int:
         """The factor of the smallest p: the number of contests, doubled for each earlier look."""
-        return self.contests * 2 ** len(self.looks)
+        return self.contests * (1 << len(self.looks))
 
     @property
     def tests_of_later(self) -> int:
         """The factor for a verdict on more seeds: this one is a look then, if it could have told the arms apart."""
         is_look = len(self.difference.seeds) >= least_seeds(self.contests)
-        return self.contests * 2 ** (len(self.looks) + is_look)
+        return self.contests * (1 << len(self.looks) + is_look)
 
     @property
     def least_seeds(self) -> int:
