@@ -189,7 +189,8 @@ def test_a_file_of_texts_needs_no_label_column_and_reads_none(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["text", "one", " ", "two"], r"more\.csv:3: the text is empty"),
+        (["text", "one", " ", "two"], r"more\.csv:3: the row is empty; delete it"),
+        (["id,text", "1,one", "2, ", "3,two"], r"more\.csv:3: the text is empty"),
         (["words", "one"], r"more\.csv:1: .*text"),
         (["text,text2", "one,two"], r"more\.csv: one of .*train\.csv and this file has a second text"),
     ],
