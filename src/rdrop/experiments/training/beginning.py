@@ -19,6 +19,8 @@ LEAST = {SOURCE_USE: LEAST_SOURCE_USE, "prediction_spread": 0.1}
 """The signs that a task measures, and from what value on a model has begun."""
 NOTHING = 0.001
 """What is below is no use of the inputs at all."""
+LATE = "late"
+"""How the note on a run begins that has begun later than it should."""
 LEAST_PROGRESS = 0.2
 """The share of the updates in which no run is expected to have begun."""
 

@@ -20,6 +20,7 @@ from rdrop.experiments.tasks.files import MissingDataError
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import KnowsConstant, SharesEvaluation, load_task
 from rdrop.experiments.training import checkpoints
+from rdrop.experiments.training.beginning import LATE
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.stored_state import damaged_state_named
 
@@ -96,7 +97,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         raise ResultsError(f"{file}: {run.result['metric']!r} is no score of {recipe.task}. {remedy(file)}")
     constant = task.constant_scores() if isinstance(task, KnowsConstant) else {}
     of_training = {name: note for name, note in run.notes.items() if name in NOTES_ON_TRAINING}
-    if str(of_training.get("has begun", "")).startswith("late"):
+    if str(of_training.get("has begun", "")).startswith(LATE):
         del of_training["has begun"]
     notes = of_training | task.notes
     return run.result | {"test": scores, "constant": constant, "notes": notes}

@@ -63,7 +63,7 @@ from rdrop.experiments.tasks.task import (
     load_task,
 )
 from rdrop.experiments.training import checkpoints, sharding
-from rdrop.experiments.training.beginning import complaints, has_begun
+from rdrop.experiments.training.beginning import LATE, complaints, has_begun
 from rdrop.experiments.training.cost import CostMeter
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
@@ -453,7 +453,7 @@ class _Training:
             return {"has begun": f"no: {found[-1]}"}
         last = max(place for place, complaint in enumerate(found) if complaint is not None)
         begun = self.valid_rows()[last + 2]["step"]  # of the first score there is no complaint
-        return {"has begun": f"late, by the score after {begun} of {self.state.step} updates"}
+        return {"has begun": f"{LATE}, by the score after {begun} of {self.state.step} updates"}
 
     def complaints(self) -> list[str | None]:
         return complaints(self.valid_rows(), self.recipe, self.constant_scores())
