@@ -908,11 +908,11 @@ def test_notes_stand_below_the_table_once_with_the_arms_and_seeds_they_are_of(tm
         f"predictions on test: {constant['predictions on test']} [baseline; R-Drop (alpha 1), seed 1]",
         "started from: seed 0 to 2 [R-Drop (alpha 1)]",
     ]
-    for seed, name in enumerate(("one", "two", "three"), start=3):
+    for seed, name in enumerate(("one", "two", "three", "four"), start=3):
         write_run(tmp_path, 0.7, alpha=1.0, seed=seed, notes={"started from": name})
     (comparison,) = comparisons(find_runs(tmp_path))
     assert noted(comparison)[-2:] == [
-        "started from: one [R-Drop (alpha 1), seed 3]",
+        "started from: two [R-Drop (alpha 1), seed 4]",
         "started from: 2 more such notes, on other runs",
     ]
 
@@ -928,7 +928,7 @@ def test_notes_that_differ_only_in_numbers_are_one_line_with_the_range_of_each(t
         "predictions on test: all 40 are '2' [baseline, seed 2]",
         "epochs: 20 of 480 examples: 900 updates, -0.5 %, alpha (=0), run-0 [R-Drop (alpha 1), seed 0]",
         "epochs: 20 of 480 examples: 1,020 updates, 0.25 %, alpha (=1), run-1 [R-Drop (alpha 1), seed 1]",
-        "epochs: 1 more such notes, on other runs",
+        "epochs: 20 of 480 examples: 80 updates, 4.0 %, alpha (=2), run-2 [R-Drop (alpha 1), seed 2]",
     ]
     for seed, done in enumerate((900, 1020, 80)):
         notes = {"epochs": f"480 examples: {done:,} updates, -{seed} %"}
@@ -936,3 +936,15 @@ def test_notes_that_differ_only_in_numbers_are_one_line_with_the_range_of_each(t
         write_run(tmp_path / "b", 0.7, alpha=1.0, seed=seed, notes=notes)
     (comparison,) = comparisons(find_runs(tmp_path / "b"))
     assert noted(comparison) == ["epochs: 480 examples: 80 to 1,020 updates, -2 to -0 % [R-Drop (alpha 1)]"]
+
+
+def test_notes_of_two_arms_are_not_one_range(tmp_path):
+    """What alpha rose to is told apart by the alpha of the arm: "2 to 9 of 4 to 10" would say that 9 may be of 4."""
+    for alpha, seed, reached in ((4.0, 0, 2), (4.0, 1, 3), (10.0, 0, 7), (10.0, 1, 9)):
+        notes = {"alpha": f"rose to {reached} of {alpha:g}"}
+        write_run(tmp_path, 0.7, alpha=alpha, seed=seed, notes=notes)
+    (comparison,) = comparisons(find_runs(tmp_path))
+    assert noted(comparison) == [
+        "alpha: rose to 2 to 3 of 4 [R-Drop (alpha 4)]",
+        "alpha: rose to 7 to 9 of 10 [R-Drop (alpha 10)]",
+    ]

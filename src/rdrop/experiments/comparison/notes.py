@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.wording import listed
 
-SHOWN_TEXTS = 2
+SHOWN_TEXTS = 3
 """Of one note, where it is another in different runs."""
 NUMBER = re.compile(r"(?<![\w.,'\"=])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w'\"])")
 """A number that a note counts or measures: no part of a name, and no class in quotes, nor the value of a key."""
@@ -17,29 +17,27 @@ NUMBER = re.compile(r"(?<![\w.,'\"=])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w'\"])")
 def noted(comparison: Comparison) -> list[str]:
     """Says once what a reader should know beside the scores, a line a note; of which arms and seeds, unless of all.
 
-    Notes that differ only in their numbers are one line, with the least and the greatest of each.
+    Those of an arm that differ only in their numbers are one, with the least and the greatest of each.
     """
     found: dict[str, dict[str, dict[str, list[int]]]] = {}
     for arm in comparison.arms:
+        alike: dict[tuple[str, str], list[tuple[str, int]]] = {}
         for run in arm.runs:
             for name, text in run.notes.items():
-                found.setdefault(name, {}).setdefault(str(text), {}).setdefault(arm.label, []).append(run.seed)
+                alike.setdefault((name, NUMBER.sub("0", str(text))), []).append((str(text), run.seed))
+        for (name, _), told in alike.items():
+            texts, seeds = zip(*told, strict=True)
+            found.setdefault(name, {}).setdefault(_merged(texts), {})[arm.label] = list(seeds)
     lines = []
-    for name, texts in found.items():
-        alike: dict[str, list[str]] = {}
-        for text in texts:
-            alike.setdefault(NUMBER.sub("0", text), []).append(text)
-        shown = [
-            f"{name}: {_merged(group)}{_whose(_joined(texts[text] for text in group), comparison)}"
-            for group in alike.values()
-        ]
+    for name, by_text in found.items():
+        shown = [f"{name}: {text}{_whose(seeds, comparison)}" for text, seeds in by_text.items()]
         lines += shown[:SHOWN_TEXTS]
         if len(shown) > SHOWN_TEXTS:
             lines.append(f"{name}: {len(shown) - SHOWN_TEXTS} more such notes, on other runs")
     return lines
 
 
-def _merged(texts: list[str]) -> str:
+def _merged(texts: Sequence[str]) -> str:
     """Returns texts that differ only in their numbers as one: "3 to 5 of 40"."""
     places = [sorted(set(numbers), key=_value) for numbers in zip(*map(NUMBER.findall, texts), strict=True)]
     shown = iter(place[0] if len(place) == 1 else f"{place[0]} to {place[-1]}" for place in places)
@@ -48,14 +46,6 @@ def _merged(texts: list[str]) -> str:
 
 def _value(number: str) -> float:
     return float(number.replace(",", ""))
-
-
-def _joined(parts: Iterable[Mapping[str, list[int]]]) -> dict[str, list[int]]:
-    seeds: dict[str, list[int]] = {}
-    for part in parts:
-        for label, own in part.items():
-            seeds[label] = sorted(seeds.get(label, []) + own)
-    return seeds
 
 
 def _whose(noted: Mapping[str, list[int]], comparison: Comparison) -> str:
