@@ -164,7 +164,7 @@ def test_an_update_with_unlabeled_images_and_a_view_per_pass_is_the_loss_by_hand
         p, q = logits.chunk(2)
         tasks = (F.cross_entropy(p, first["labels"]) + F.cross_entropy(q, second["labels"])) / 2
         (tasks + alpha / 2 * divergence_by_hand(p, q)).backward()
-        epoch, rows = UnlabeledOrder(recipe.seed, task.unlabeled_size(), 12, parts=1).at(step)
+        epoch, rows = UnlabeledOrder(recipe.seed, task.unlabeled_size(), None, 12, parts=1).at(step)
         first, second = (task.unlabeled_batch(rows.tolist(), epoch, view) for view in (0, 1))
         seed_all(recipe.seed, "step", step, 1, 0)
         p, q = model(torch.cat([first["pixel_values"], second["pixel_values"]])).chunk(2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests.experiments.tiny_runs import RECIPE
 
-from rdrop.experiments.training.order import DataOrder, OrderError, batches_of_tokens
+from rdrop.experiments.training.order import DataOrder, OrderError, UnlabeledOrder, batches_of_tokens
 
 LENGTHS = np.array([3, 9, 1, 4, 4, 7, 2, 9, 5, 3, 6, 1])
 BY_TOKENS = RECIPE.replace(batch_size=None, batch_tokens=18, accumulation=1)
@@ -44,6 +44,26 @@ def test_the_batch_of_a_step_does_not_depend_on_what_was_asked_before() -> None:
 def test_a_rest_too_small_to_be_cut_is_not_used() -> None:
     batches = batches_of_tokens(np.array([4, 4, 4, 4, 1]), 8, seed=0, parts=2)
     assert [len(batch) for batch in batches] == [2, 2]
+
+
+def test_the_parts_of_a_batch_of_examples_have_like_lengths_and_the_batch_stays_the_same() -> None:
+    by_examples = RECIPE.replace(batch_size=4, accumulation=2)
+    whole, cut = (DataOrder(by_examples, len(LENGTHS), LENGTHS, parts=parts) for parts in (1, 2))
+    for step in range(9):
+        rows = cut.at(step)[1]
+        assert sorted(rows) == sorted(whole.at(step)[1])
+        longer, shorter = np.split(LENGTHS[rows], 2)
+        assert longer.min() >= shorter.max()
+    drawn = DataOrder(by_examples, len(LENGTHS), None, parts=2)
+    assert [drawn.at(step)[1].tolist() for step in range(9)] == [whole.at(step)[1].tolist() for step in range(9)]
+
+
+def test_the_parts_of_a_batch_without_labels_have_like_lengths_too() -> None:
+    whole, cut = (UnlabeledOrder(0, len(LENGTHS), LENGTHS, 6, parts=parts) for parts in (1, 3))
+    for step in range(4):
+        rows = cut.at(step)[1]
+        assert sorted(rows) == sorted(whole.at(step)[1])
+        assert LENGTHS[rows].tolist() == sorted(LENGTHS[rows], reverse=True)
 
 
 @pytest.mark.parametrize(

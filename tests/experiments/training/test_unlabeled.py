@@ -39,6 +39,9 @@ class SemiSupervised(TinyTask):
     def unlabeled_size(self) -> int:
         return SIZE
 
+    def unlabeled_lengths(self) -> None:
+        return None
+
     def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
         return {"inputs": self.more[indices], "labels": self.counts[indices]}
 
@@ -59,7 +62,7 @@ def test_an_update_is_the_loss_of_the_labeled_and_the_divergence_of_the_others_b
     train(recipe, tmp_path)
 
     task = SemiSupervised(recipe)
-    order = UnlabeledOrder(recipe.seed, SIZE, PER_UPDATE, parts=1)
+    order = UnlabeledOrder(recipe.seed, SIZE, None, PER_UPDATE, parts=1)
     seed_all(recipe.seed, "model")
     model = task.build_model().train()
     optimizer = build_optimizer(recipe, model)
@@ -108,13 +111,13 @@ def test_they_are_seen_by_the_updates_that_use_r_drop(tmp_path: Path, monkeypatc
 
 
 def test_each_is_seen_once_an_epoch_and_the_order_is_a_pure_function() -> None:
-    order = UnlabeledOrder(5, SIZE, PER_UPDATE, parts=1)
+    order = UnlabeledOrder(5, SIZE, None, PER_UPDATE, parts=1)
     epochs = [order.at(step) for step in range(6)]
     assert [epoch for epoch, _ in epochs] == [0, 0, 0, 1, 1, 1]
     first = [row for _, rows in epochs[:3] for row in rows]
     assert len(set(first)) == 3 * PER_UPDATE
-    assert UnlabeledOrder(5, SIZE, PER_UPDATE, parts=1).at(4)[1].tolist() == epochs[4][1].tolist()
-    assert UnlabeledOrder(6, SIZE, PER_UPDATE, parts=1).at(4)[1].tolist() != epochs[4][1].tolist()
+    assert UnlabeledOrder(5, SIZE, None, PER_UPDATE, parts=1).at(4)[1].tolist() == epochs[4][1].tolist()
+    assert UnlabeledOrder(6, SIZE, None, PER_UPDATE, parts=1).at(4)[1].tolist() != epochs[4][1].tolist()
 
 
 def test_an_update_does_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:

@@ -157,7 +157,11 @@ class Recipe(Section):
     batch_tokens: Count | None = Field(
         None, description="Tokens per update, padding included, in length-bucketed batches. null: batch_size."
     )
-    accumulation: Count = Field(1, description="Forward and backward passes into which the batch of one update is cut.")
+    accumulation: Count = Field(
+        1,
+        description="Forward and backward passes into which the batch of one update is cut, each with examples of like "
+        "length.",
+    )
     optimizer: Literal["adamw", "sgd", "nag"] = Field(
         "adamw", description="AdamW; stochastic gradient descent with momentum; the same with Nesterov's momentum."
     )

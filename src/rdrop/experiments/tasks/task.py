@@ -42,7 +42,7 @@ class Task(Protocol):
         """Number of training examples: the indices are `range(train_size())`."""
 
     def train_lengths(self) -> NDArray[np.int64] | None:
-        """Tokens of each training example, of its longest sequence; None where `batch_tokens` has no meaning."""
+        """Tokens of each training example, of its longest sequence; None where it has no tokens."""
 
     def train_batch(self, indices: list[int], epoch: int) -> Batch:
         """The examples at `indices`, on the CPU: a pure function of the recipe, `indices` and `epoch`.
@@ -77,6 +77,9 @@ class LearnsFromUnlabeled(Protocol):
 
     def unlabeled_size(self) -> int:
         """Number of examples without labels; 0 where the recipe names none."""
+
+    def unlabeled_lengths(self) -> NDArray[np.int64] | None:
+        """Tokens of each of them, as `train_lengths` has them."""
 
     def unlabeled_batch(self, indices: list[int], epoch: int) -> Batch:
         """Returns a batch as `train_batch` does. Its labels only say which positions count: those that are not -100."""

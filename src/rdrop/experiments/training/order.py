@@ -20,7 +20,7 @@ class DataOrder:
     """The batches of every epoch, of `batch_size` examples or of `batch_tokens` tokens.
 
     By examples, an epoch is a new permutation of all examples; what is left of it after the last whole batch is not
-    used. By tokens, examples of similar length make a batch (length bucketing), padded to `batch_tokens` at most; the
+    used, and a batch that is cut has its longest examples first, so that its parts have little padding. By tokens, examples of similar length make a batch (length bucketing), padded to `batch_tokens` at most; the
     batches are made once, and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps
     times processes) of at least one example: a last one with fewer, of the shortest examples, is not used.
 
@@ -29,7 +29,7 @@ class DataOrder:
     """
 
     def __init__(self, recipe: Recipe, size: int, lengths: Indices | None, *, parts: int = 1) -> None:
-        self._batch_size = recipe.batch_size
+        self._batch_size, self._cut = recipe.batch_size, _CutByLength(lengths, parts)
         self._batches: list[Indices] = []
         if recipe.batch_size is not None:
             self.updates_per_epoch = _batches_of_examples(recipe.batch_size, size, parts)
@@ -51,25 +51,44 @@ class DataOrder:
         epoch, place = divmod(step, self.updates_per_epoch)
         if self._batch_size is None:
             return epoch, self._batches[self._epochs.permutation(epoch)[place]]
-        return epoch, self._epochs.permutation(epoch)[place * self._batch_size :][: self._batch_size]
+        return epoch, self._cut(self._epochs.permutation(epoch)[place * self._batch_size :][: self._batch_size])
 
 
 class UnlabeledOrder:
-    """Which of the `size` examples without labels an update has beside its batch, `per_update` of them."""
+    """Which of the `size` examples without labels an update has beside its batch, `per_update` of them.
 
-    def __init__(self, seed: int, size: int, per_update: int, *, parts: int) -> None:
+    `lengths` and `parts` are as in `DataOrder`.
+    """
+
+    def __init__(self, seed: int, size: int, lengths: Indices | None, per_update: int, *, parts: int) -> None:
         if not parts <= per_update <= size:
             raise OrderError(
                 f"data.unlabeled_batch (={per_update}) must be at least accumulation times the number of processes "
                 f"(={parts}), and at most the number of unlabeled examples (={size})"
             )
         self._per_update, self._updates_per_epoch = per_update, size // per_update
+        self._cut = _CutByLength(lengths, parts)
         self._epochs = _Epochs(seed, "unlabeled", size)
 
     def at(self, step: int) -> tuple[int, Indices]:
         """Their epoch, which is not that of the labeled ones, and their indices."""
         epoch, place = divmod(step, self._updates_per_epoch)
-        return epoch, self._epochs.permutation(epoch)[place * self._per_update :][: self._per_update]
+        return epoch, self._cut(self._epochs.permutation(epoch)[place * self._per_update :][: self._per_update])
+
+
+class _CutByLength:
+    """Orders a batch that is cut into `parts` so that each holds examples of like length.
+
+    The update is the same, but for its dropout masks: its loss is a sum over examples, and the batch's are those drawn.
+    """
+
+    def __init__(self, lengths: Indices | None, parts: int) -> None:
+        self._lengths = lengths if parts > 1 else None
+
+    def __call__(self, batch: Indices) -> Indices:
+        if self._lengths is None:
+            return batch
+        return batch[np.argsort(-self._lengths[batch], kind="stable")]
 
 
 class _Epochs:

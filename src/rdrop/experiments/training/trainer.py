@@ -355,7 +355,8 @@ class _Training:
         task = self.task
         if not isinstance(task, LearnsFromUnlabeled) or not task.unlabeled_size():
             return None
-        return UnlabeledOrder(self.recipe.seed, task.unlabeled_size(), task.unlabeled_per_update, parts=self.parts)
+        size, lengths = task.unlabeled_size(), task.unlabeled_lengths()
+        return UnlabeledOrder(self.recipe.seed, size, lengths, task.unlabeled_per_update, parts=self.parts)
 
     def loss(self, part: Microbatch, step: int, num_items: Tensor) -> LossTerms:
         try:

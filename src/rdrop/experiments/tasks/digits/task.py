@@ -82,6 +82,9 @@ class Digits:
     def train_lengths(self) -> None:
         return None
 
+    def unlabeled_lengths(self) -> None:
+        return None
+
     def special_ids(self) -> frozenset[int]:
         return frozenset()
 

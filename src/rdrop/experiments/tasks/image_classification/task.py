@@ -163,6 +163,9 @@ class ImageClassification:
     def train_lengths(self) -> None:
         return None
 
+    def unlabeled_lengths(self) -> None:
+        return None
+
     def special_ids(self) -> frozenset[int]:
         return frozenset()
 

@@ -113,6 +113,9 @@ class TextClassification:
     def train_lengths(self) -> NDArray[np.int64]:
         return self._inputs["train"]["input_ids"].lengths
 
+    def unlabeled_lengths(self) -> NDArray[np.int64]:
+        return self._inputs["unlabeled"]["input_ids"].lengths
+
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
 
