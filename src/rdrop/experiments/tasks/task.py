@@ -85,6 +85,22 @@ class LearnsFromUnlabeled(Protocol):
         """Returns a batch as `train_batch` does. Its labels only say which positions count: those that are not -100."""
 
 
+class WithoutTokens:
+    """A base of tasks whose examples have no tokens: images."""
+
+    def train_lengths(self) -> None:
+        return None
+
+    def unlabeled_lengths(self) -> None:
+        return None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def unknown_id(self) -> None:
+        return None
+
+
 @runtime_checkable
 class NamesItsIds(Protocol):
     """A task that says what its ids mean, so that the weights of one run may start another."""

@@ -20,9 +20,10 @@ class DataOrder:
     """The batches of every epoch, of `batch_size` examples or of `batch_tokens` tokens.
 
     By examples, an epoch is a new permutation of all examples; what is left of it after the last whole batch is not
-    used, and a batch that is cut has its longest examples first, so that its parts have little padding. By tokens, examples of similar length make a batch (length bucketing), padded to `batch_tokens` at most; the
-    batches are made once, and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps
-    times processes) of at least one example: a last one with fewer, of the shortest examples, is not used.
+    used, and a batch that is cut has its longest examples first, so that its parts have little padding. By tokens,
+    examples of similar length make a batch (length bucketing), padded to `batch_tokens` at most; the batches are made
+    once, and an epoch is a new permutation of them. A batch is cut into `parts` (accumulation steps times processes) of
+    at least one example: a last one with fewer, of the shortest examples, is not used.
 
     `exact_updates_per_epoch` counts what is left of an epoch too, so that twice the batch has half of them.
     `lengths` are those of the `size` training examples, in tokens. Raises `OrderError` where no such batch can be made.

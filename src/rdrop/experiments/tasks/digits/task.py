@@ -24,7 +24,7 @@ from rdrop.experiments.tasks.class_scores import (
 )
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import stratified_draw
-from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.task import Batch, WithoutTokens
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.digits.recipes import DigitsModel, DigitsRecipe
@@ -36,7 +36,7 @@ BACKGROUND = -1.0  # no ink, as the model sees it
 EVALUATION_BATCH = 250
 
 
-class Digits:
+class Digits(WithoutTokens):
     """Which images are scored is decided by `data.split_seed`; which are labeled for training, by the run's `seed`.
 
     So all seeds are scored on the same images, and the luck of the labeled few is part of what the seeds vary.
@@ -78,18 +78,6 @@ class Digits:
 
     def unlabeled_size(self) -> int:
         return len(self._unlabeled)
-
-    def train_lengths(self) -> None:
-        return None
-
-    def unlabeled_lengths(self) -> None:
-        return None
-
-    def special_ids(self) -> frozenset[int]:
-        return frozenset()
-
-    def unknown_id(self) -> None:
-        return None
 
     def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
         rows = self.splits["train"][indices]

@@ -52,7 +52,7 @@ from rdrop.experiments.tasks.image_classification.tiny import write_tiny_images
 from rdrop.experiments.tasks.pretrained import loading, pretrained_classifier, pretrained_config
 from rdrop.experiments.tasks.share import ALONE
 from rdrop.experiments.tasks.splits import few_labels, note_on_few
-from rdrop.experiments.tasks.task import Batch
+from rdrop.experiments.tasks.task import Batch, WithoutTokens
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.image_classification.recipes import ImageClassificationRecipe, ImageData, ImageModel
@@ -73,7 +73,7 @@ HALF = (0.5, 0.5, 0.5)
 """Brings pixels from 0..1 to -1..1, as for ViT."""
 
 
-class ImageClassification:
+class ImageClassification(WithoutTokens):
     """Labels are the classes of the images to train on, in their order: of class folders, that of their names.
 
     All passes of R-Drop see the same augmented image, as in the paper, and differ in dropout alone; or each has one of
@@ -159,18 +159,6 @@ class ImageClassification:
 
     def unlabeled_size(self) -> int:
         return 0 if self._unlabeled is None else len(self._unlabeled.rows)
-
-    def train_lengths(self) -> None:
-        return None
-
-    def unlabeled_lengths(self) -> None:
-        return None
-
-    def special_ids(self) -> frozenset[int]:
-        return frozenset()
-
-    def unknown_id(self) -> None:
-        return None
 
     def train_batch(self, indices: list[int], epoch: int, view: int = 0) -> Batch:
         """Each image is drawn from (seed, epoch, index, view): it is the same in whichever batch it stands."""
