@@ -149,7 +149,9 @@ def test_the_readme_has_the_papers_headline_results():
     headlines = [row for rows in recipes.PUBLISHED.values() for row in rows if row.headline]
     assert {37.25, 37.90, 30.91, 43.95, 44.51, 21.58, 41.24} <= {row.rdrop for row in headlines}
     for row in headlines:
-        assert f"| {row.dataset} | {row.metric} | {row.model} + {row.method} | {row.rdrop:.2f} |" in table
+        assert row.baseline is not None
+        scores = f"{row.rdrop:.2f} | {row.baseline:.2f}"
+        assert f"| {row.dataset} | {row.metric} | {row.model} + {row.method} | {scores} |" in table
 
 
 def test_nothing_names_a_path_of_one_machine():

@@ -159,8 +159,7 @@ class Recipe(Section):
     )
     accumulation: Count = Field(
         1,
-        description="Forward and backward passes into which the batch of one update is cut, each with examples of like "
-        "length.",
+        description="Forward and backward passes into which the batch of one update is cut, in length-bucketed parts.",
     )
     optimizer: Literal["adamw", "sgd", "nag"] = Field(
         "adamw", description="AdamW; stochastic gradient descent with momentum; the same with Nesterov's momentum."

@@ -78,7 +78,7 @@ class UnlabeledOrder:
 
 
 class _CutByLength:
-    """Orders a batch that is cut into `parts` so that each holds examples of like length.
+    """Orders a batch that is cut into `parts` by length, so that they are length-bucketed.
 
     The update is the same, but for its dropout masks: its loss is a sum over examples, and the batch's are those drawn.
     """
