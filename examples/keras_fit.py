@@ -1,8 +1,6 @@
 """R-Drop in Keras 3 on its torch backend, on scikit-learn's digits: a repeated batch, a divergence; the rest is Keras'.
 
-    python examples/keras_fit.py
-
-Needs pip install keras scikit-learn.
+python examples/keras_fit.py  # needs pip install keras scikit-learn
 """
 
 import os
@@ -18,10 +16,6 @@ from torch import Tensor
 from rdrop import rdrop_loss, repeat_batch, split_passes
 
 
-def as_tensor(array: Any) -> Any:
-    return None if array is None else keras.ops.convert_to_tensor(array)
-
-
 class RDropModel(keras.Model):
     """A Keras model whose `fit` has R-Drop; its last layer gives logits. alpha 0 is plain training.
 
@@ -32,10 +26,20 @@ class RDropModel(keras.Model):
 
     alpha = 1.0
 
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "alpha": self.alpha}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        alpha = config.pop("alpha")
+        model = super().from_config(config, custom_objects)
+        model.alpha = alpha
+        return model
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """Called by Keras for every batch."""
         if self.alpha > 0:  # one forward of [x; x]: two dropout masks
-            data = repeat_batch(keras.tree.map_structure(as_tensor, data))
+            data = repeat_batch(keras.tree.map_structure(keras.ops.convert_to_tensor, data, none_is_leaf=False))
         return super().train_step(data)
 
     def compute_loss(
@@ -58,14 +62,11 @@ def build_model(alpha: float) -> RDropModel:
 
 def train(alpha: float, epochs: int = 20) -> float:
     keras.utils.set_random_seed(0)
-    digits = load_digits()
-    images, labels = digits.data.astype("float32") / 16, digits.target
+    images, labels = load_digits(return_X_y=True)
+    images = images.astype("float32") / 16
     model = build_model(alpha)
-    model.compile(
-        optimizer=keras.optimizers.AdamW(3e-3),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.AdamW(3e-3), loss=loss, metrics=["accuracy"])
     model.fit(images[:200], labels[:200], batch_size=20, epochs=epochs, verbose=0)
     return float(model.evaluate(images[200:], labels[200:], verbose=0, return_dict=True)["accuracy"])
 

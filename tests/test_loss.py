@@ -732,7 +732,7 @@ def test_a_masked_label_is_named():
 def test_label_smoothing_over_masked_classes_is_explained():
     logits = random_logits(4, 3)
     logits[:, 2] = float("-inf")
-    with pytest.raises(ValueError, match=r"task loss is inf at example 0.*label smoothing"):
+    with pytest.raises(ValueError, match="logit at example 0, class 2 is -inf, and soft labels or label smoothing"):
         rdrop_loss(logits, torch.tensor([0, 1]), alpha=1.0, label_smoothing=0.1)
 
 
@@ -932,6 +932,36 @@ def test_check_logits_names_the_class_that_soft_labels_or_smoothing_make_infinit
         check_logits(logits, torch.tensor([0, 1]), label_smoothing=0.1)
     check_logits(logits, torch.tensor([IGNORED, IGNORED]), label_smoothing=0.1)
     check_logits(logits, torch.tensor([[0.5, 0.5, 0, 0, 0]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("task_loss", "divergence"), [(squared_error, squared_difference), (binary_cross_entropy, bernoulli_kl)]
+)
+def test_only_a_softmax_masks_a_class_with_minus_infinity(task_loss, divergence):
+    logits = random_logits(4, 2)
+    logits[:, 1] = float("-inf")
+    losses = {"task_loss": task_loss, "divergence": divergence}
+    labels = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    for check in (
+        lambda: rdrop_loss(logits, labels, alpha=1.0, **losses),
+        lambda: check_logits(logits, labels, **losses),
+    ):
+        with pytest.raises(ValueError, match="logit at example 0, class 1 is -inf, and only of a softmax does that"):
+            check()
+
+
+def test_check_logits_names_numbers_that_overflow():
+    logits = torch.tensor([1.0, 1e30, 1.0, 1e30])
+    with pytest.raises(ValueError, match=r"task loss is inf at example 1, from logits as large as 1e\+30"):
+        check_logits(logits, torch.zeros(2), task_loss=squared_error)
+
+
+def test_check_logits_takes_the_weight_of_a_masked_class():
+    logits = random_logits(4, 3)
+    logits[:, 2] = float("-inf")
+    labels, options = torch.tensor([0, 1]), {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 1.0, 0.0])}
+    assert rdrop_loss(logits, labels, alpha=1.0, **options).loss.isfinite()
+    check_logits(logits, labels, **options)
 
 
 def test_symmetric_kl_of_one_pass_is_an_error():

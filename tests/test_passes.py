@@ -362,6 +362,12 @@ def test_batches_are_called_as_keywords_positions_or_a_single_tensor(batch: Any)
     assert [output.shape for output in sequential_passes(Masks(), batch)] == [(2, 2), (2, 2)]
 
 
+def test_without_rates_the_model_runs_as_it_is() -> None:
+    first, second = sequential_passes(Masks(0.5), torch.zeros(100, 100))
+    assert [dropped_share(first), dropped_share(second)] == pytest.approx([0.5, 0.5], abs=0.03)
+    assert not torch.equal(first, second)
+
+
 def test_one_rate_is_not_enough() -> None:
     with pytest.raises(ValueError, match=r"at least 2 passes, got \(0\.1,\)"):
         sequential_passes(Masks(), rows(2), dropout=(0.1,))
@@ -370,7 +376,7 @@ def test_one_rate_is_not_enough() -> None:
 def test_the_rates_come_back_when_the_forward_raises() -> None:
     model = Masks(0.5)
     with pytest.raises(TypeError):
-        sequential_passes(model, None)
+        sequential_passes(model, None, dropout=(0.1, 0.3))
     assert model.dropout.p == 0.5
 
 
@@ -380,7 +386,7 @@ def test_sequential_passes_give_the_gradient_of_both_rates() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     x = torch.randn(6, 4)
     torch.manual_seed(1)
-    outputs = sequential_passes(model, x)
+    outputs = sequential_passes(model, x, dropout=(0.1, 0.3))
     torch.manual_seed(1)
     expected = []
     for p in (0.1, 0.3):

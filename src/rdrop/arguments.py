@@ -94,6 +94,15 @@ def check_classes(
         )
 
 
+def check_options_of_classes(task_loss: TaskLoss, label_smoothing: float, weight: Tensor | None) -> None:
+    """Refuses what only a cross-entropy has."""
+    if task_loss is not cross_entropy and (label_smoothing or weight is not None):
+        raise ValueError(
+            "label_smoothing and weight belong to the cross-entropy; with another task_loss, put them into the "
+            "callable: task_loss=lambda logits, labels: ..."
+        )
+
+
 OPERATIONS_OF_CHANNELS = ("Convolution", "MkldnnConvolution", "Upsample", "NativeBatchNorm", "CudnnConvolution")
 PASSED_THROUGH = ("Cat", "Clone", "ToCopy", "Slice", "Mul", "Div")
 
@@ -277,13 +286,15 @@ def check_rows(
     name: str = "logit",
     row: Sequence[int] = (),
     probable: Tensor | None = None,
+    may_mask: bool = True,
     nan: str = "the model or its input already is",
     infinite: str = "the model overflowed",
 ) -> None:
     """Raises an error about the first logit that no loss can come from, in `(m, ..., V)` where `valid` `(...)`.
 
     `row` stands before the places in `...`; `probable` `(..., V)` are the classes with some probability beside the
-    labels, by smoothing or by soft labels; `nan` and `infinite` are what the caller knows of the cause.
+    labels, by smoothing or by soft labels; `may_mask` is whether -inf masks a class, as in a softmax; `nan` and
+    `infinite` are what the caller knows of the cause.
     """
     masked = passes == -torch.inf
     bad_label = torch.zeros_like(masked[0])
@@ -293,6 +304,7 @@ def check_rows(
     for found, what in (
         (passes.isnan().any(0), f"is NaN: {nan}"),
         ((passes == torch.inf).any(0), f"is +inf: {infinite}"),
+        (masked.any(0) & (not may_mask), "is -inf, and only of a softmax does that mask a class"),
         (
             masked.any(0) & ~masked.all(0),
             "is -inf in some passes only, where the KL divergence is infinite: mask the same classes in every pass",

@@ -26,6 +26,7 @@ from .arguments import (
     check_finite_weight,
     check_labels,
     check_options,
+    check_options_of_classes,
     check_rows,
     checked_alpha,
     divide,
@@ -192,7 +193,13 @@ def rdrop_loss(
     if values_may_be_read(logits) and not are_finite(tasks, divergences, reduction):
         if task_passes:
             check_labels(task_loss, labels, valid, logits.shape[-1])
-        check_rows(passes, valid, labels if indices and task_passes and not are_numbers else None)
+        check_rows(
+            passes,
+            valid,
+            labels if indices and task_passes and not are_numbers else None,
+            probable=_probable(task_loss, labels, valid, label_smoothing, weight) if task_passes else None,
+            may_mask=task_loss not in (squared_error, binary_cross_entropy),
+        )
         raise NonfiniteLossError(not_finite(tasks, divergences, lambda row: passes[:, *row], labels))
 
     if reduction != "none":
@@ -209,40 +216,58 @@ def check_logits(
     labels: Tensor,
     *,
     label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     task_loss: TaskLoss = cross_entropy,
+    divergence: Divergence | None = None,
 ) -> None:
     """Raises a ValueError that names the first label or logit that makes the R-Drop loss non-finite, if there is one.
 
-    On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device.
-    `logits` `(m*N, ..., V)` and the others as in `rdrop_loss`; where V is 1, or left out, the labels are numbers.
+    On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device,
+    and computes the loss again on the CPU. `logits` `(m*N, ..., V)` and the others as in `rdrop_loss`. Where V is 1, or
+    left out, the labels are numbers. None: the divergence that goes with `task_loss`.
     """
-    if logits.dim() == labels.dim() == 1:
-        logits, labels = logits[:, None], labels[:, None]
-    passes = _split(logits, labels)
-    if task_loss is cross_entropy and logits.shape[-1] == 1:
+    if task_loss is cross_entropy and (logits.dim() == labels.dim() == 1 or logits.shape[-1] == 1):
         task_loss = squared_error
-    indices = labels.dim() == logits.dim() - 1
-    is_class = indices and not labels.is_floating_point() and logits.shape[-1] > 1
-    valid = labels != ignore_index if is_class else torch.ones_like(passes[0, ..., 0], dtype=torch.bool)
-    check_labels(task_loss, labels.cpu(), valid.cpu(), logits.shape[-1])
-    probable = None
-    if task_loss is cross_entropy:
-        probable = valid[..., None] & (label_smoothing > 0) if indices else (labels > 0) | (label_smoothing > 0)
-    check_rows(passes, valid, labels.long() if is_class else None, probable=probable)
+    if divergence is None:
+        divergence = _divergence_with(task_loss)
+    rdrop_loss(
+        logits.detach().cpu(),
+        labels.cpu(),
+        alpha=1.0,
+        label_smoothing=label_smoothing,
+        weight=None if weight is None else weight.detach().cpu(),
+        ignore_index=ignore_index,
+        task_loss=task_loss,
+        divergence=divergence,
+        implementation="reference",
+    )
+
+
+def _divergence_with(task_loss: TaskLoss) -> Divergence:
+    if task_loss is squared_error:
+        return squared_difference
+    return bernoulli_kl if task_loss is binary_cross_entropy else symmetric_kl
+
+
+def _probable(
+    task_loss: TaskLoss, labels: Tensor, valid: Tensor, label_smoothing: float, weight: Tensor | None
+) -> Tensor | None:
+    """Returns which classes the cross-entropy gives some probability beside the labels, `(N, ..., V or 1)`."""
+    if task_loss is not cross_entropy:
+        return None
+    smoothed = valid[..., None] & (label_smoothing > 0)
+    probable = labels > 0 if labels.is_floating_point() else torch.zeros_like(smoothed)
+    return (probable | smoothed) if weight is None else (probable | smoothed) & (weight > 0)
 
 
 # ---------------------------------------------------------------------------------------------- the terms
 
 
 def _with_options(task_loss: TaskLoss, label_smoothing: float, weight: Tensor | None) -> partial[Tensor]:
+    check_options_of_classes(task_loss, label_smoothing, weight)
     if task_loss is cross_entropy:
         return partial(cross_entropy, label_smoothing=label_smoothing, weight=weight)
-    if label_smoothing or weight is not None:
-        raise ValueError(
-            "label_smoothing and weight belong to the cross-entropy; with another task_loss, put them into the "
-            "callable: task_loss=lambda logits, labels: ..."
-        )
     return partial(task_loss)
 
 

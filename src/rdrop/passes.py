@@ -197,7 +197,9 @@ def agree(passes: Sequence[Tensor], roundings: int = 100) -> bool:
     return all(bool((other.float() - first).abs().max() <= tolerance) for other in passes[1:])
 
 
-def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (0.1, 0.3)) -> tuple[Any, ...]:
+def sequential_passes(
+    model: nn.Module, batch: Any, *, dropout: Sequence[float | None] = (None, None)
+) -> tuple[Any, ...]:
     """Runs one forward for each pass, pass `k` with dropout rate `dropout[k]`, and returns the tuple of the outputs.
 
     Example::
@@ -205,8 +207,8 @@ def sequential_passes(model: nn.Module, batch: Any, *, dropout: Sequence[float |
         first, second = sequential_passes(model, inputs, dropout=(0.1, 0.3))
         loss = rdrop_loss(torch.cat([first.logits, second.logits]), labels, alpha=1.0).loss
 
-    For two dropout rates, and for models whose passes must not share a forward (layerdrop): `None` keeps the model's
-    own rates, so `dropout=(None, None)` is two plain forwards. Rates are as in `dropout_rate`: what is at 0 stays at 0,
+    For models whose passes must not share a forward (layerdrop): `None` keeps the model's own rates, so the default is
+    two plain forwards. And for two dropout rates, which are as in `dropout_rate`: what is at 0 stays at 0,
     and the model has its own rates back afterwards. A mapping is called as `model(**batch)`, a tuple or list as
     `model(*batch)`, anything else as `model(batch)`.
 

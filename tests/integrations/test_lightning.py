@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from rdrop.integrations.lightning import RDropCallback
 from rdrop.integrations.targets import Target
+from rdrop.terms import squared_difference, squared_error
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -211,6 +212,30 @@ def weighted_loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
 def test_a_training_step_that_would_train_something_else_is_refused(step: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fitted(Classifier(RDropCallback(alpha=1.0), step=step))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_batch_without_a_loss_is_left_out_of_its_update(alpha: float) -> None:
+    """Lightning divides by the batches of an update all the same; here the labels that there were divide."""
+
+    def some(model: Any, images: Tensor, labels: Tensor) -> Tensor | None:
+        model.seen = getattr(model, "seen", 0) + 1
+        return None if model.seen % 2 == 0 else model.rdrop.loss(model.layers(model.rdrop.repeat(images)), labels)
+
+    fitted(Classifier(RDropCallback(alpha=alpha), step=some))  # whole updates without one
+    cut = fitted(Classifier(RDropCallback(alpha=alpha), step=some), accumulate_grad_batches=2)
+    assert all(weight.isfinite().all() for weight in cut.parameters())
+
+
+def test_label_smoothing_of_another_task_loss_is_refused_at_alpha_zero_too() -> None:
+    def step(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+        logits = model.layers(model.rdrop.repeat(images))
+        target = Target(torch.zeros_like(logits[: len(labels)]), task_loss=squared_error, divergence=squared_difference)
+        return model.rdrop.loss(logits, target, label_smoothing=0.1)
+
+    for alpha in (0.0, 1.0):
+        with pytest.raises(ValueError, match="label_smoothing and weight belong to the cross-entropy"):
+            fitted(Classifier(RDropCallback(alpha=alpha), step=step))
 
 
 def test_a_model_without_dropout_is_refused() -> None:

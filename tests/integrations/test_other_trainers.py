@@ -211,6 +211,15 @@ def test_an_update_of_keras_is_that_of_the_gradient_written_out() -> None:
         assert before.value.grad.abs().max() > 1e-4
 
 
+def test_keras_saves_alpha_with_the_model(tmp_path: Path) -> None:
+    model = keras_model(ALPHA)
+    import keras
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={type(model).__name__: type(model)})
+    assert loaded.alpha == ALPHA
+
+
 def test_an_update_of_keras_in_mixed_precision_is_that_of_the_gradient_written_out() -> None:
     """Keras' optimizer then divides the gradient by the scale of the loss."""
     keras_model(ALPHA)

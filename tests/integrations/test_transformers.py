@@ -678,8 +678,10 @@ def test_a_subclass_may_add_to_the_loss(folder: str) -> None:
 
 
 class PartTrainer(RDropTrainer):
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(*args, **kwargs) + self.part_of_update(torch.tensor(1.0))
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + self.part_of_update(torch.tensor(1.0))
+        return (loss, outputs) if return_outputs else loss
 
 
 @pytest.mark.parametrize(
@@ -694,6 +696,45 @@ def test_what_a_subclass_adds_is_a_mean_over_the_forwards_of_the_update(
     trained = train(PartTrainer, build(CLASSIFY), batches, folder, settings, **options)
     without = train(RDropTrainer, build(CLASSIFY), batches, folder, settings, **options)
     assert logged(trained, "loss")[0] == pytest.approx(logged(without, "loss")[0] + 1.0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_a_subclass_adds_is_whole_in_evaluation(accumulation: int, folder: str) -> None:
+    settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 0.0, "max_steps": 1}
+    losses = []
+    for trainer_class in (RDropTrainer, PartTrainer):
+        trainer = trainer_class(
+            model=build(CLASSIFY),
+            args=arguments(folder, **settings),
+            train_dataset=CLASSIFY.batches,
+            eval_dataset=CLASSIFY.batches[:2],
+            data_collator=only_item,
+            alpha=1.0,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] == losses[-1]
+    assert losses[1] == pytest.approx(losses[0] + 1.0)
+
+
+def test_what_ran_before_memory_ended_is_forgotten(folder: str) -> None:
+    """auto_find_batch_size begins again, with fewer examples."""
+    logs = []
+    for fails_at in (None, 3):
+        forwards: list[int] = []
+
+        def forward(module: Any, *inputs: Any, forwards: list[int] = forwards, fails_at: int | None = fails_at) -> None:
+            forwards.append(1)
+            if len(forwards) == fails_at:
+                raise RuntimeError("CUDA out of memory. (as a device would say)")
+
+        model = build(CLASSIFY)
+        model.register_forward_pre_hook(forward)
+        settings = {"gradient_accumulation_steps": 4, "learning_rate": 0.0, "per_device_train_batch_size": 2}
+        settings["auto_find_batch_size"] = True
+        trained = train(RDropTrainer, model, CLASSIFY.batches[:1] * 8, folder, settings, alpha=1.0)
+        logs.append([logged(trained, name)[0] for name in ("loss", "task_loss", "divergence")])
+    assert logs[1] == pytest.approx(logs[0])
 
 
 class CountlessTrainer(RDropTrainer):

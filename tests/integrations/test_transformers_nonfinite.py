@@ -4,16 +4,18 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from gradient_agreement import CASES, arguments, build, cast, only_item
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
-from rdrop.integrations.transformers import FiniteUpdates, NonfiniteUpdateError, RDropTrainer
+from rdrop.integrations.transformers import FiniteUpdates, NonfiniteUpdateError, RDropTrainer, Target
 from rdrop.integrations.transformers.nonfinite import MOST_IN_A_ROW, NonfiniteUpdateWarning
 
 CLASSIFY = CASES["sequence classification"]
@@ -131,6 +133,46 @@ def test_training_stops_before_an_update_that_is_not_finite(
     assert same(list(trainer.model.parameters()), weights.after[1])
     assert logged(trainer, "nonfinite_update") == [None, 2]
     assert math.isnan(logged(trainer, "loss")[1]) is (poison is poison_loss)
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 3))
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.norm(features))
+        return {"logits": logits} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class OfClasses(RDropTrainer):
+    def rdrop_targets(self, inputs: Any) -> list[Target]:
+        return [Target(inputs["labels"])]
+
+
+@LEFT_OUT
+@pytest.mark.filterwarnings("ignore:.*BatchNorm")
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_statistics_of_batch_norm_are_put_back_with_the_weights(policy: str, folder: str) -> None:
+    """Two micro-batches an update, of which the last one of update 2 is NaN."""
+    torch.manual_seed(0)
+    batch = {"features": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}
+    found = []
+    for updates in (1, 2):
+        model = Normalized()
+        settings = {"gradient_accumulation_steps": 2, "max_steps": updates, "learning_rate": 0.0}
+        options = {"model": model, "batches": [batch] * 4, "settings": settings, "on_nonfinite": policy, "alpha": 1.0}
+        trainer, _ = prepared(None, set(), folder, trainer_class=OfClasses, **options)
+
+        def poison(module: Any, inputs: Any, trainer: Any = trainer) -> Any:
+            return (inputs[0] * _nan_in(trainer, {2}),)
+
+        model.norm.register_forward_pre_hook(poison)
+        stops = pytest.raises(NonfiniteUpdateError, match="still those after 1 updates")
+        with stops if (policy, updates) == ("stop", 2) else nullcontext():
+            trainer.train()
+        found.append([buffer.clone() for buffer in model.buffers()])
+    assert same(*found)
 
 
 def test_the_learning_rate_takes_its_course_over_an_update_that_is_left_out(folder: str) -> None:

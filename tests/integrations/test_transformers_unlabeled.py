@@ -85,6 +85,57 @@ def test_what_labels_say_but_for_minus_100_is_not_read(folder: str) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+NO_LABELS = [
+    ("sequence classification", -1),  # as in GLUE's test splits
+    ("sequence classification", -100),
+    ("regression", float("nan")),
+    ("multi-label", -1.0),
+    ("question answering", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "label"), NO_LABELS)
+def test_labels_of_examples_with_one_prediction_are_not_read(name: str, label: float, folder: str) -> None:
+    case = CASES[name]
+    without = without_labels(case.batches[1:2])
+    odd = {part: torch.full_like(value, label) for part, value in case.batches[1].items() if part in LABELS}
+    one, other = (
+        train(RDropTrainer, build(case), case.batches[:1], folder, alpha=ALPHA, unlabeled_dataset=given).gradients[0]
+        for given in (without, [without[0] | odd])
+    )
+    assert all(torch.equal(one[part], other[part]) for part in one)
+
+
+def test_unlabeled_examples_none_of_which_counts_are_told(folder: str) -> None:
+    others = [TAG.batches[1] | {"labels": torch.full_like(TAG.batches[1]["labels"], -100)}]
+    with pytest.warns(UserWarning, match="1 of 1 updates had no position of unlabeled_dataset that counts"):
+        train(RDropTrainer, build(TAG), TAG.batches[:1], folder, alpha=ALPHA, unlabeled_dataset=others)
+
+
+def test_unlabeled_batches_shrink_with_the_labeled_ones_where_memory_ends(folder: str) -> None:
+    """A device that holds ten rows of a forward: of two passes, batches of 5."""
+    rows: list[int] = []
+
+    def forward(module: Any, inputs: Any, named: dict[str, Tensor]) -> None:
+        if module.training and len(named["input_ids"]) > 10:
+            raise RuntimeError("CUDA out of memory. (as a device would say)")
+        rows.append(len(named["input_ids"]))
+
+    model = build(CLASSIFY)
+    model.register_forward_pre_hook(forward, with_kwargs=True)
+    row = {name: part[0] for name, part in CLASSIFY.batches[0].items()}
+    trainer = RDropTrainer(
+        model=model,
+        args=arguments(folder, max_steps=1, per_device_train_batch_size=8, auto_find_batch_size=True),
+        train_dataset=[row] * 16,
+        unlabeled_dataset=without_labels([row]) * 16,
+        alpha=1.0,
+    )
+    trainer.train()
+    assert max(rows) <= 10
+    assert rows[-2:] == [2 * trainer._train_batch_size] * 2
+
+
 def test_an_update_cut_short_has_all_its_unlabeled_batches(folder: str) -> None:
     """Of three batches, two an update: the second update has one labeled batch and two unlabeled ones."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}

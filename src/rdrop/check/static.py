@@ -196,7 +196,7 @@ def _layerdrop(sources: Iterable[DropoutSource]) -> Iterator[Finding]:
             "warning",
             "Layerdrop tosses one coin for a whole forward, so the passes of one repeated batch share the layers they "
             f"skip: {some(map(str, dropping))}.",
-            "Run one forward for each pass, sequential_passes(model, batch, dropout=(None, None)), or set it to 0.",
+            "Run one forward for each pass, sequential_passes(model, batch), or set it to 0.",
             tuple(source.module for source in dropping),
         )
 

@@ -252,7 +252,7 @@ def _shared_masks(dropping: Collection[str]) -> Finding:
         "error",
         "All rows of a forward share one dropout mask, so the two passes of a repeated batch are equal; the next "
         f"forward draws another: {some(sorted(dropping))}.",
-        "Run one forward for each pass: sequential_passes(model, batch, dropout=(None, None)).",
+        "Run one forward for each pass: sequential_passes(model, batch).",
         tuple(sorted(dropping)),
     )
 

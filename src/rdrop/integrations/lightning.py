@@ -73,7 +73,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         self.passes = passes
         self._trainer: L.Trainer | None = None
         self._sums = torch.zeros(3)
-        self._called = self._random = False
+        self._called = self._called_in_update = self._random = False
         self._updates = self._regularized = 0
         self._divergence: Tensor = torch.zeros(())  # added up over the updates, read when they have ended
 
@@ -105,7 +105,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
                 "a second loss for the same batch: the labels of the update would be counted twice. Call loss once in "
                 "training_step (an optimizer that calls it several times, as L-BFGS does, cannot be used)"
             )
-        self._called = True
+        self._called = self._called_in_update = True
         target = target if isinstance(target, Target) else Target(target)
         if target.class_weight is not None or target.task_divisor is not None:
             raise ValueError(
@@ -162,7 +162,7 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         if self.alpha > 0 and self.alpha_schedule != "constant":
             updates = trainer.estimated_stepping_batches
             self._updates = 0 if updates == float("inf") else int(updates)
-        self._trainer, self._random = trainer, False
+        self._trainer, self._random, self._called_in_update = trainer, False, False
         self._alpha_of_update()
         self._sums = torch.zeros(3)
         self._regularized, self._divergence = 0, torch.zeros((), device=pl_module.device)
@@ -184,7 +184,9 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Called by Lightning when the gradient of an update is complete, before it is clipped."""
-        if not self._called:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients and not self._called_in_update:
             raise ValueError(
                 "training_step did not call loss of this RDropCallback, so how many labels the update has is unknown. "
                 "Return rdrop.loss(logits, labels) from it"
@@ -192,11 +194,12 @@ class RDropCallback(L.Callback):  # type: ignore[misc, unused-ignore]  # where L
         sums = trainer.strategy.reduce(self._sums.to(pl_module.device), reduce_op="sum")
         count, task_loss, divergence = sums[0].clamp(min=1), sums[1], sums[2]
         batches = trainer.accumulate_grad_batches * trainer.world_size  # what Lightning and DDP have divided by
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(count).mul_(batches)
+        for gradient in gradients:
+            gradient.div_(count).mul_(batches)
         self._sums = torch.zeros_like(sums)
+        if not self._called_in_update:  # every training_step of the update returned None
+            return
+        self._called_in_update = False
         pl_module.log("task_loss", task_loss / count)
         if self.alpha > 0:
             self._regularized, self._divergence = self._regularized + 1, self._divergence + divergence.abs()

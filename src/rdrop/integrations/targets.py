@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdrop.arguments import check_classes, check_labels, values_may_be_read
+from rdrop.arguments import check_classes, check_labels, check_options_of_classes, values_may_be_read
 from rdrop.linear_loss import linear_rdrop_loss
 from rdrop.loss import rdrop_loss
 from rdrop.passes import repeat_batch
@@ -151,6 +151,7 @@ class Target:
         is_class = not self.labels.is_floating_point()
         valid = self.labels != IGNORE_INDEX if is_class else torch.ones_like(logits[..., 0], dtype=torch.bool)
         check_labels(self.task_loss, self.labels, valid, logits.shape[-1])
+        check_options_of_classes(self.task_loss, label_smoothing, self.class_weight)
         logits = at_least_float32(logits)
         if self.task_loss is not cross_entropy or self.labels.is_floating_point():
             return self.task_losses(logits, label_smoothing).sum()
@@ -349,7 +350,7 @@ def semantic_segmentation(config: Any, inputs: Batch) -> list[Target]:
     if getattr(config, "use_auxiliary_head", False):
         raise UnknownTargetError(
             "config.use_auxiliary_head (=True) adds the loss of a second head, whose logits the model does not return: "
-            "set it to False"
+            "build the model without it, from_pretrained(name, use_auxiliary_head=False)"
         )
 
     def to_pixels(logits: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import Trainer
 
 OnNonfinite = Literal["stop", "skip"]
@@ -36,7 +38,8 @@ class FiniteUpdates(Trainer):
 
     Args:
         on_nonfinite: "stop" raises before the weights have changed, with the true values in the log; "skip" leaves the
-            update out, and logs how many were, as `skipped_updates`. The step of the learning rate is counted. After
+            update out, and logs how many were, as `skipped_updates`. The running statistics of batch normalization are
+            put back in both. The step of the learning rate is counted. After
             `MOST_IN_A_ROW` of them in a row it stops too. In float16 the loss scale leaves updates out that overflow
             at its first values; they are counted, and are no reason to stop until the scale has fallen to 1.
 
@@ -59,6 +62,7 @@ class FiniteUpdates(Trainer):
 
     def _forget(self) -> None:
         self._loss_of_update: Tensor | None = None
+        self._statistics: list[tuple[Tensor, Tensor]] = []
         self._nonfinite_at = ""
         """What more is known of the place of a loss that is not finite, in parentheses; whoever computes it may say."""
         self._skipped_since_log = 0
@@ -73,14 +77,20 @@ class FiniteUpdates(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does, its `logging_nan_inf_filter` off: it hides losses, and waits for the device."""
-        self._forget()
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             return super().train(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = filtered
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `train`; and again, with a smaller batch, where `auto_find_batch_size` ran out of memory."""
+        self._forget()
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._loss_of_update is None:
+            self._statistics = _running_statistics(self.model)
         loss: Tensor = super().training_step(*args, **kwargs)
         before = self._loss_of_update
         self._loss_of_update = loss.detach() if before is None else before + loss.detach()
@@ -120,6 +130,8 @@ class FiniteUpdates(Trainer):
             self._skipped_since_log += 1
             return
         self._skipped_in_a_row += 1
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
         found, self._nonfinite_at = self._in_words(losses, norms), ""
         if self.on_nonfinite == "stop" or self._skipped_in_a_row == MOST_IN_A_ROW:
             mean = sum(losses) / len(losses)
@@ -140,7 +152,8 @@ class FiniteUpdates(Trainer):
         )
 
     def _advice(self, model: nn.Module) -> str:
-        held = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+        named = chain(model.named_parameters(), model.named_buffers())
+        held = next((name for name, weight in named if not weight.isfinite().all()), None)
         if held is not None:
             return (
                 f"The weights before it are not finite either ({held}): resume from an earlier checkpoint with a lower "
@@ -165,3 +178,9 @@ class FiniteUpdates(Trainer):
             if self.is_in_train:  # the Trainer has just taken the sum of its losses from itself
                 self._tr_loss.zero_()  # and NaN - NaN is not 0
         super().log(logs, start_time)
+
+
+def _running_statistics(model: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
+    """Returns the buffers that a forward of batch normalization changes, each with a copy of what is in it."""
+    layers = [] if model is None else [layer for layer in model.modules() if isinstance(layer, _NormBase)]
+    return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]

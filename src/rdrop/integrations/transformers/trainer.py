@@ -196,7 +196,6 @@ class RDropMixin(FiniteUpdates):
         return router_loss(self._inner_model(), outputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin()
         output = super().train(*args, **kwargs)
         self._unlabeled = None  # ends the workers of its loader
         self._require_labels()
@@ -226,6 +225,11 @@ class RDropMixin(FiniteUpdates):
             setattr(self, name, value)
         self._check_method()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `train`; and again, with a smaller batch, where `auto_find_batch_size` ran out of memory."""
+        self._begin()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _check_method(self) -> None:
         """Refuses settings that cannot be; they may have been set since the trainer was made."""
         check_method(self)
@@ -241,13 +245,15 @@ class RDropMixin(FiniteUpdates):
         self._left_over: list[Batch] = []
         self._is_epoch_over = True
         self._is_stock, self.loss_is_scaled_for_ga = False, True
-        self._forwards = 0  # of the update; 0 until a training step
+        self._weight, self._forwards = 1.0, 0  # of the update; 0 until a training step
         self._regularized = set[int]()  # the updates, while no divergence was seen
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
-        self._unlabeled, self._unlabeled_parts = self._unlabeled_batches(), list[list[Batch]]()
+        self._unlabeled, self._unlabeled_parts = None, list[list[Batch]]()
         self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
         self._updates_without_labels: Tensor | int = 0
-        self._is_warned_of_labels = self._is_warned_of_divergence = self._divergence_seen = False
+        self._updates_without_unlabeled: Tensor | int = 0
+        self._is_warned_of_labels = self._is_warned_of_unlabeled = False
+        self._is_warned_of_divergence = self._divergence_seen = False
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -277,6 +283,7 @@ class RDropMixin(FiniteUpdates):
             total = self.accelerator.gather(total[None]).sum(0)
         if unlabeled:
             total, self._unlabeled_counts = total
+            self._updates_without_unlabeled += self._unlabeled_counts[:, 0].sum() == 0
         if self.state.global_step == 0:
             self._labels_seen = torch.zeros_like(total[0, 0])
         if self._labels_seen is not None:
@@ -309,13 +316,12 @@ class RDropMixin(FiniteUpdates):
     def _counts_of(self, batch: Batch) -> Tensor:
         return torch.stack([target.count() for target in self.rdrop_targets(batch)])
 
-    def _unlabeled_batches(self) -> UnlabeledBatches | None:
-        if self.unlabeled_dataset is None:
-            return None
+    def _unlabeled_batches(self) -> UnlabeledBatches:
         args = self.args
+        asked = self.unlabeled_batch_size or args.per_device_train_batch_size
         order = UnlabeledOrder(
             size=len(self.unlabeled_dataset),
-            batch_size=self.unlabeled_batch_size or args.per_device_train_batch_size,
+            batch_size=max(1, asked * self._train_batch_size // args.train_batch_size),  # as auto_find_batch_size found
             per_update=args.gradient_accumulation_steps,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
@@ -331,10 +337,16 @@ class RDropMixin(FiniteUpdates):
 
     def _unlabeled_of_update(self, batches: list[Batch]) -> list[list[Batch]]:
         """Returns for each micro-batch those without labels beside it: one, and beside the last all that are left."""
-        if self._unlabeled is None or not self._is_regularized():
+        if self.unlabeled_dataset is None or not self._is_regularized():
             return [[] for _ in batches]
+        if self._unlabeled is None:
+            self._unlabeled = self._unlabeled_batches()
         number = (self.state.global_step + 1) // self.every - 1
-        found = [with_labels(batch, batches[0], self.label_names) for batch in self._unlabeled.of_update(number)]
+        decoder_reads = bool(getattr(getattr(self._inner_model(), "config", None), "is_encoder_decoder", False))
+        found = [
+            with_labels(batch, batches[0], self.label_names, decoder_reads=decoder_reads)
+            for batch in self._unlabeled.of_update(number)
+        ]
         last = len(batches) - 1
         return [*([batch] for batch in found[:last]), found[last:]]
 
@@ -547,10 +559,15 @@ class RDropMixin(FiniteUpdates):
 
         An update has `gradient_accumulation_steps` times `micro_batches` forwards, whose losses are added up::
 
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                loss = super().compute_loss(model, inputs, *args, **kwargs)
-                return loss + self.part_of_update(0.01 * model.head.weight.square().sum())
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+                loss = loss + self.part_of_update(0.01 * model.head.weight.square().sum())
+                return (loss, outputs) if return_outputs else loss
+
+        In evaluation it is the term itself, as the stock Trainer's loss of a batch is that of the batch.
         """
+        if not self._unwrapped_model().training:
+            return term
         return self._weight * term / self._forwards
 
     def _auxiliary(self, outputs: Any) -> Tensor | None:
@@ -680,6 +697,13 @@ class RDropMixin(FiniteUpdates):
                 f"{without} of {self.state.global_step} updates had no label that counts: all were -100, and nothing "
                 "was learned from their examples. See what the data collator leaves of the labels, and whether "
                 "truncation cuts off the part with them",
+                stacklevel=2,
+            )
+        if not self._is_warned_of_unlabeled and (without := int(self._updates_without_unlabeled)):
+            self._is_warned_of_unlabeled = True
+            warnings.warn(
+                f"{without} of {self.state.global_step} updates had no position of unlabeled_dataset that counts: all "
+                "were -100. Label with 0 every position whose predictions are to be compared",
                 stacklevel=2,
             )
         if "divergence" in logs:

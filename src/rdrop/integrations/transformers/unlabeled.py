@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from rdrop.integrations.targets import Batch
 from rdrop.passes import find_batch_size
+from rdrop.terms import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,24 @@ class UnlabeledBatches:
         return [dict(batch) for batch in islice(self._batches, self._order.per_update)]
 
 
-def with_labels(unlabeled: Batch, labeled: Batch, names: Sequence[str]) -> Batch:
-    """Returns a batch with labels that only say which of its positions count: its own, or for every example one.
+def with_labels(unlabeled: Batch, labeled: Batch, names: Sequence[str], *, decoder_reads: bool) -> Batch:
+    """Returns a batch with labels that only say which of its positions count: -100 where one does not, else 0.
 
-    The latter where labels of the `labeled` batch are one for each example, whose kind and shape they have.
+    Labels of the `labeled` batch that are one for each example make every example count. Else the unlabeled batch has
+    its own, of which nothing is read but where they are -100; unless `decoder_reads` them, as its input.
     """
-    missing = [name for name in names if isinstance(labeled.get(name), Tensor) and unlabeled.get(name) is None]
     filled = dict(unlabeled)
-    for name in missing:
-        labels = labeled[name]
-        of_examples = labels.dim() <= 2 and (labels.is_floating_point() or labels.shape[1:].numel() == 1)
-        if not of_examples:
+    for name in [name for name in names if isinstance(labeled.get(name), Tensor)]:
+        labels, own = labeled[name], unlabeled.get(name)
+        if labels.dim() <= 2 and (labels.is_floating_point() or labels.shape[1:].numel() == 1):
+            filled[name] = labels.new_zeros(find_batch_size(unlabeled), *labels.shape[1:])
+        elif own is not None:
+            filled[name] = own if decoder_reads else torch.where(own == IGNORE_INDEX, own, 0)
+        else:
             raise ValueError(
                 f"a batch of unlabeled_dataset has no {name!r}, and those of the labeled one, {tuple(labels.shape)}, "
                 "are several for an example: which positions of an unlabeled one count is not known. Give it "
                 f"{name!r}, 0 at every position to compare and -100 elsewhere, as at padding; nothing else is read "
                 "of them"
             )
-        filled[name] = labels.new_zeros(find_batch_size(unlabeled), *labels.shape[1:])
     return filled
