@@ -155,6 +155,7 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
             'fused=true: must be false where dropout is set, or task_passes is not "all"',
         ),
         (["tiny=1"], "tiny=1: must be true or false"),
+        (["name=looks.jsonl"], 'name="looks.jsonl": ends as files of the folder of the runs do; leave the ending out'),
         (["accumulation=5"], "batch_size=32: must be divisible by accumulation (=5)"),
         (["updates=20"], "warmup_updates=40: must be at most updates (=20)"),
         (["every=500"], "every=500: must be at most updates (=400)"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,23 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, m
     assert folder.result() == RESULT
     assert folder.metrics() == [ROW]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "result.json"]
+
+
+def test_processes_that_write_one_page_do_not_take_each_other_s_part(tmp_path: Path) -> None:
+    """Each of 200 writes of two threads ends; what is there at the end is one of the two, whole."""
+    pages = [bytes([letter]) * 10_000 for letter in b"ab"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda number: results.write_atomically(tmp_path / "page", pages[number % 2]), range(200)))
+    assert (tmp_path / "page").read_bytes() in pages
+    assert os.listdir(tmp_path) == ["page"]
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_one_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "result.json.0123.tmp").write_text("{")
+    (tmp_path / "mine.tmp").write_text("{")
+    with RunFolder(tmp_path).held():
+        assert not list(tmp_path.glob("result.json*"))
+    assert os.listdir(tmp_path) == ["mine.tmp"]
 
 
 def test_results_imports_the_standard_library_only() -> None:

@@ -646,6 +646,14 @@ def test_a_run_learned_if_it_is_better_than_a_constant(tmp_path, test, constant,
     assert has_learned(only(tmp_path).arms[0].runs[0]) is learned
 
 
+@pytest.mark.parametrize(("correlation", "learned"), [(0.9, True), (0.05, False), (-0.9, False)])
+def test_a_regression_learned_if_its_predictions_correlate_wherever_they_lie(tmp_path, correlation, learned):
+    """The squared error is above that of the mean label: the predictions are of another scale."""
+    test = {"pearson": correlation, "loss": 8.3}
+    write_run(tmp_path, 0.7, metric="pearson", test=test, constant={"loss": 2.1})
+    assert has_learned(only(tmp_path).arms[0].runs[0]) is learned
+
+
 @pytest.mark.parametrize(("source_use", "learned"), [(-0.01, False), (0.01, False), (1.5, True), ("NaN", None)])
 def test_a_translation_learned_if_it_is_better_with_its_source_than_with_another_one(tmp_path, source_use, learned):
     write_run(tmp_path / "a", 0.7, source_use=source_use)

@@ -89,6 +89,7 @@ def test_an_arm_is_named_by_what_it_differs_in(text: str, label: str) -> None:
         ("schedule=2x", r'^schedule="2x": is no number in the recipe that 2x could be a multiple of'),
         ("alhpa=0", r"^alhpa=0: no such key; the nearest is alpha"),
         ("alpha", r"^alpha: a setting is written key=value"),
+        ("alpha=0 'x", r"^arm=.*: cannot be read \(No closing quotation\): quote values as in a shell"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused(text: str, message: str) -> None:
@@ -135,6 +136,19 @@ def test_an_arm_may_say_in_updates_how_long_it_is_where_the_recipe_has_epochs() 
     recipe = DIGITS_VIT.replace(updates=None, epochs=20.0)
     arms = plan_arms(recipe, ["alpha=0 updates=500"], larger_batch=False).arms
     assert [(arm.updates, arm.epochs) for arm in arms.values()] == [(None, 20.0), (500, None), (None, 20.0)]
+
+
+def test_an_arm_of_twice_the_batch_is_the_one_that_stands_without_arms() -> None:
+    """As many updates and scores, where the recipe counts them in epochs."""
+    for scored in (None, 50):
+        recipe = DIGITS_VIT.replace(updates=None, epochs=20.0, patience=3, average_last=2, evaluate_every=scored)
+        standard = plan_arms(recipe, larger_batch=True).arms["baseline, twice the batch"]
+        assert (
+            plan_arms(recipe, ["alpha=0 batch_size=2x"], larger_batch=False).arms["baseline, twice the batch"]
+            == standard
+        )
+    arms = plan_arms(recipe, ["alpha=0 batch_size=2x epochs=20"], larger_batch=False).arms
+    assert arms["baseline, twice the batch"].epochs == 20.0
 
 
 def test_a_plain_arm_is_spoken_of_as_part_of_a_sentence() -> None:
@@ -297,6 +311,15 @@ def test_two_designs_of_one_baseline_and_subject_are_one_with_the_arms_of_both(t
         "baseline", "baseline, dropout 0.3", "baseline, twice the updates", SUBJECT,
     ]  # fmt: skip
     assert len((tmp_path / FILE).read_text().splitlines()) == 2
+
+
+def test_two_arms_of_one_name_that_were_asked_for_apart_both_stay() -> None:
+    """Twice the updates, with as long a warmup and with twice as long a one."""
+    arms = [{"baseline": "b0", "twice": digest, "R-Drop": "r0"} for digest in ("111111aa", "222222bb", "111111aa")]
+    first, *others = (Design(of, "R-Drop") for of in arms)
+    for other in others:
+        first = first.with_arms_of(other)
+    assert dict(first.arms) == {"baseline": "b0", "twice": "111111aa", "twice (222222)": "222222bb", "R-Drop": "r0"}
 
 
 def designed_again(runs: Path, text: str) -> Comparison:

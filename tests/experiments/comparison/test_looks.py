@@ -32,6 +32,13 @@ def test_a_look_is_remembered_once(tmp_path: Path) -> None:
     assert read_looks(tmp_path) == [look(0, 1, 2), look(0, arms="xy"), look(0, 1, 2, 3)]
 
 
+def test_a_look_at_all_runs_counts_in_the_folder_of_a_recipe_too(tmp_path: Path) -> None:
+    record_looks(tmp_path, [look(0, 1)])
+    record_looks(tmp_path / "digits", [look(0, 1), look(0, 1, 2)])
+    assert read_looks(tmp_path / "digits") == [look(0, 1), look(0, 1, 2)]
+    assert len((tmp_path / "digits" / FILE).read_text().splitlines()) == 1
+
+
 def test_without_a_look_there_is_no_file(tmp_path: Path) -> None:
     record_looks(tmp_path, [])
     assert not (tmp_path / FILE).exists()

@@ -304,7 +304,8 @@ def test_a_run_that_diverges_is_recorded_shown_and_not_trained_again(
     failed = plan_comparison(RECIPE, [0], tmp_path, larger_batch=False)[1].folder / "failed.json"
     known = json.loads(failed.read_text())
     assert known["step"] == 3
-    epoch, examples = DataOrder(RECIPE, TinyTask(RECIPE).train_size(), None).at(2)
+    task = TinyTask(RECIPE)
+    epoch, examples = DataOrder(RECIPE, task.train_size(), task.train_lengths(), parts=RECIPE.accumulation).at(2)
     assert known["batch"] == {"epoch": epoch, "examples": examples.tolist()}
     assert f"Its batch has the training examples {', '.join(map(str, examples))}, counted from 0" in known["what"]
     assert cli.run(["report", str(tmp_path)]) == 0

@@ -247,6 +247,7 @@ def test_a_damaged_run_on_fresh_seeds_is_named(
         (["alpha=1"], "a search needs several values of a key, e.g. alpha=0.3,1,3"),
         (["alpha=0,1"], "a search tries plain training anyway; leave 0 out"),
         (["seed=1,2"], "a search has its own; say how many with --tune-seeds and --seeds"),
+        (["alpha=1,2", "seed=5"], "a search has its own; say how many with --tune-seeds and --seeds"),
         (["alpah=1,2"], "no such key; the nearest is alpha"),
         (["alpha=1,2", "--seeds", "1000,"], "1000 is a seed of the search"),
         (["alpha=1,2", "--tune-seeds", "0"], "--tune-seeds"),
@@ -258,6 +259,18 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
 ) -> None:
     assert cli.run(["tune", "digits-vit", *arguments, "--runs", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+    assert trained == []
+
+
+def test_a_search_over_folds_which_would_choose_on_test_examples_is_refused(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 50)
+    arguments = ["tune", "text-classification", "--train", str(tmp_path / "train.csv"), "alpha=1,2"]
+    assert cli.run([*arguments, "data.folds=10", "--runs", str(tmp_path)]) == 2
+    assert "data.folds=10: a search would choose on examples that other seeds are tested on" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert trained == []
 
 

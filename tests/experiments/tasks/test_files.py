@@ -435,6 +435,18 @@ def test_the_file_that_a_message_tells_to_make_of_another_dialect_is_read(
     assert [[row.values["text"], row.values["label"]] for row in read_table(new, ["text", "label"])] == rows[1:]
 
 
+def test_a_long_field_and_a_byte_order_mark_survive_the_change_of_dialect(tmp_path: Path) -> None:
+    rows = [["text", "label"], ["x" * 200_000, "1"], ["y", "0"]]
+    written = io.StringIO(newline="")
+    csv.writer(written, delimiter=";", quoting=csv.QUOTE_ALL).writerows(rows)
+    path = write(tmp_path / "a.csv", "\ufeff" + written.getvalue())
+    with pytest.raises(DataError, match="made by: ") as found:
+        read_table(path, ["text", "label"])
+    subprocess.run(["bash", "-c", str(found.value).rpartition("made by: ")[2]], check=True)
+    new = tmp_path / "a-commas.csv"
+    assert [[row.values["text"], row.values["label"]] for row in read_table(new, ["text", "label"])] == rows[1:]
+
+
 def test_a_table_of_one_column_is_no_other_dialect(tmp_path: Path) -> None:
     for name, header in (("a.csv", '"a, b; c"'), ("a.tsv", "text"), ("a.csv", "text")):
         column = header.strip('"')

@@ -493,6 +493,12 @@ def test_a_file_without_names_of_columns_keeps_its_first_example_by_following_th
     )
 
 
+def test_a_file_that_names_its_text_is_not_taken_for_examples(tmp_path: Path) -> None:
+    own = write(tmp_path / "a.csv", "text,sentiment", *(f"text {row},{row % 2}" for row in range(20)))
+    with pytest.raises(DataError, match=r"has no column 'label', only 'text', 'sentiment'; set data\.label_column to"):
+        splits(OWN, train=own)
+
+
 def test_a_file_without_names_of_columns_that_has_too_few_is_not_told_to_add_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no column 'text', only 'it was number 0'; set data\.text_column"):
         splits(OWN, train=write(tmp_path / "a.csv", *(f"it was number {row}" for row in range(20))))

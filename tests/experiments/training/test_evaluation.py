@@ -252,7 +252,9 @@ def shown(command: Sequence[Any], capsys: pytest.CaptureFixture[str], status: in
     return found.out, found.err
 
 
-def test_several_runs_are_compared_and_nothing_is_written(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_are_compared_and_the_look_at_their_scores_is_all_that_is_written(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(compared)
     out, err = shown([compared], capsys)
     assert "test accuracy %" in out
@@ -260,6 +262,11 @@ def test_several_runs_are_compared_and_nothing_is_written(compared: Path, capsys
     assert "1/2" in err
     assert "2/2" in err
     assert f"left out: {compared / 'other'}: unfinished" in err
+    looks = compared / "looks.jsonl"
+    assert len(looks.read_text().splitlines()) == 1
+    shown([compared], capsys)
+    assert len(looks.read_text().splitlines()) == 1
+    looks.unlink()
     assert contents(compared) == before
 
 
@@ -330,6 +337,7 @@ def test_mistakes_are_one_line(compared: Path, tmp_path: Path, capsys: pytest.Ca
         ([compared, "alpha=2"], 2, "rdrop: alpha="),
         ([compared, 'data.test="x'], 2, "rdrop: data.test="),
         ([compared, "--test", "x.npz"], 2, "rdrop: data.test="),
+        ([compared, "data.test=x.npz", "--test", "y.npz"], 2, "given twice"),
     ):
         out, err = shown(command, capsys, status)
         assert out == ""

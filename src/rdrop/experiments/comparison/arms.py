@@ -114,6 +114,10 @@ def unlabeled_words(recipe: dict[str, Any]) -> list[str]:
 def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
     keys = [key for key in arm.descriptions() if key not in Method.model_fields and key != "seed"]
     changed = {key: arm.value(key) for key in keys if arm.value(key) != reference.value(key)}
+    for unit in ("batch_size", "batch_tokens"):
+        if changed.get(unit) and reference.value(unit):
+            same = as_many_updates(reference, changed[unit] / reference.value(unit))
+            changed = {key: value for key, value in changed.items() if same.get(key) != value}
     stretch = arm.updates / reference.updates if arm.updates and reference.updates else 1.0
     if changed.get("warmup_updates") == reference.warmup_updates * stretch:
         del changed["warmup_updates"]  # the same course of the learning rate, stretched
@@ -123,6 +127,19 @@ def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
         yield "no dropout"
     for key, value in changed.items():
         yield from _words(key, value, reference.value(key), is_plain=arm.method.is_plain)
+
+
+def as_many_updates(recipe: Recipe, times: float) -> dict[str, Any]:
+    """Returns what else changes with a batch that many times as large, for as many updates and scores."""
+    changes: dict[str, Any] = {}
+    if recipe.epochs is not None:
+        changes["epochs"] = recipe.epochs * times
+    if recipe.evaluate_every is None:  # it is scored after each of its epochs, which are shorter
+        if recipe.patience is not None:
+            changes["patience"] = max(1, round(recipe.patience * times))
+        if recipe.average_last > 1:
+            changes["average_last"] = max(1, round(recipe.average_last * times))
+    return changes
 
 
 def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]:

@@ -35,7 +35,10 @@ class Design:
 
     def with_arms_of(self, other: Design) -> Design:
         """Returns the design with the other's arms too; the subject stays last."""
-        arms = {label: digest for label, digest in {**self.arms, **other.arms}.items() if label != self.subject}
+        arms = {label: digest for label, digest in self.arms.items() if label != self.subject}
+        for label, digest in other.arms.items():
+            if digest not in self.arms.values():
+                arms[f"{label} ({digest[:6]})" if label in self.arms else label] = digest
         return Design({**arms, self.subject: self.arms[self.subject]}, self.subject)
 
     @property

@@ -12,6 +12,12 @@ SOURCE_USE = "source_use"
 LEAST_SOURCE_USE = 0.05
 """Nats by which a token's loss rises at least with the source of another sentence, if the model reads its source."""
 
+CORRELATIONS = ("pearson", "spearman")
+"""Scores that no constant has, and that do not ask where the predictions lie."""
+
+LEAST_CORRELATION = 0.1
+"""Of a run that has learned something. The threshold is ours."""
+
 TIMES_THE_CONSTANT = 10
 """A run has diverged whose valid loss is so many times that of the best constant prediction.
 
@@ -23,7 +29,8 @@ def has_learned(run: FinishedRun) -> bool | None:
     """Whether the run's test score or loss is better than the best constant prediction's; None where that is not known.
 
     One of the two is enough: where nine of ten examples are of one class, a model that tells them apart may well be no
-    more often right than a constant. A run that has measured how much it uses its source is judged by that instead.
+    more often right than a constant; and so is a correlation, which a constant prediction has not. A run that has
+    measured how much it uses its source is judged by that instead.
     """
     use = source_use(run)
     if use is not None:
@@ -37,6 +44,9 @@ def has_learned(run: FinishedRun) -> bool | None:
         for name in (run.result["metric"], "loss")
         if is_finite_number(constant.get(name)) and is_finite_number(test.get(name))
     ]
+    own = test.get(run.result["metric"])
+    if run.result["metric"] in CORRELATIONS and is_finite_number(own):
+        known.append(own >= LEAST_CORRELATION)
     return any(known) if known else None
 
 

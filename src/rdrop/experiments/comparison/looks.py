@@ -29,9 +29,12 @@ Pairs = Mapping[int, tuple[str, str]]
 def read_looks(runs: Path) -> list[Look]:
     """Reads the looks at the runs below the folder `runs`, oldest first.
 
-    Raises `ResultsError` for a file that is not what it should be.
+    Those of the folders are read too that it lies in where it is a folder of the layout. Raises `ResultsError` for a
+    file that is not what it should be.
     """
-    return [_parsed(line, where) for line, where in read_lines(runs / FILE)]
+    folders = (*reversed(runs.resolve().parents[:2]), runs)
+    lines = (line for folder in folders for line in read_lines(folder / FILE))
+    return list(dict.fromkeys(_parsed(line, where) for line, where in lines))
 
 
 def record_looks(runs: Path, looks: Iterable[Look]) -> None:

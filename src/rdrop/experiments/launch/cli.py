@@ -289,6 +289,8 @@ def tune(
     from rdrop.experiments.comparison.looks import read_looks
     from rdrop.experiments.launch import tune as tuning
 
+    if any(setting.startswith("seed=") for setting in settings or []):
+        raise RecipeError("seed", tuning.OWN_SEEDS)
     fixed, grid = tuning.split_grid(settings or [])
     fresh = parse_seeds(seeds)
     if max(fresh) >= tuning.FIRST_SEED:
@@ -344,13 +346,16 @@ def evaluate(
 ) -> None:
     """Score the test split again with the weights of finished runs: on another file, with another search.
 
-    It writes no file. Several runs are compared, as in `compare`, by the new scores. Processes that torchrun started
-    share the examples.
+    Several runs are compared, as in `compare`, by the new scores. It writes no file; without a change, a verdict is
+    remembered as one that was looked at. Processes that torchrun started share the examples.
     """
     if recipe is not None:
         find_recipe(recipe)  # which imports the class that reads the recipes of its task
+    from rdrop.experiments.comparison.looks import record_looks
+
     _require_no_file(settings or [], "--test")
-    scored, failures = _rescored(runs, [*(settings or []), *_options(data=data, test=test)])
+    changes = [*(settings or []), *_options(data=data, test=test)]
+    scored, failures = _rescored(runs, changes)
     if not _is_first_process():
         pass  # of several, which have all scores
     elif as_json:
@@ -359,7 +364,9 @@ def evaluate(
     elif len(scored) == 1 and scored[0].result is not None:
         _show_scores(scored[0].result, ("test",))
     else:
-        _show_comparisons(scored, runs, are_new_scores=True)
+        shown = _show_comparisons(scored, runs, are_new_scores=bool(changes))
+        if not changes:
+            record_looks(runs, (comparison.look() for comparison in shown))
     if failures:
         raise FailedRunsError(failures)
 
@@ -595,8 +602,8 @@ def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
 
 def _show_comparisons(
     records: list[RunRecord], root: Path, *, of: Set[Path] | None = None, are_new_scores: bool = False
-) -> None:
-    """Shows the comparisons of the records, or those with one of the runs `of`.
+) -> list[Comparison]:
+    """Shows the comparisons of the records, or those with one of the runs `of`, and returns all.
 
     These have all seeds and arms that are there, as on the page: which of them were asked for is no reason to leave
     others out. `root` is the folder that remembers the arms and the verdicts; of scores that no run has there is no
@@ -619,6 +626,7 @@ def _show_comparisons(
         # Of more contests than two, a screen would not do; the page has all.
         _show_words([comparison.verdict()], comparison.remarks(contests=2), comparison)
     _show_unusable([run for run in split_usable(records)[1] if of is None or run.path in of], console)
+    return found
 
 
 def _show_tuning(tuning: Tuning, runs: Path) -> None:

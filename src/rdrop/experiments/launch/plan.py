@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.comparison.arms import ARM_KEYS, label_of, may_tell_arms_apart
+from rdrop.experiments.comparison.arms import ARM_KEYS, as_many_updates, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import unknown_metric
 from rdrop.experiments.recipe import Method, Recipe, override, with_excluded
@@ -136,14 +136,25 @@ def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool) -
 
 def read_arm(recipe: Recipe, text: str) -> Recipe:
     """Returns the recipe of an arm: `"alpha=0 updates=4x model.dropout=0.3"`, where 4x is four times the recipe's."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise RecipeError("arm", f"cannot be read ({error}): quote values as in a shell", value=text) from None
     changes = {}
-    for key, value in read_settings(shlex.split(text), recipe.descriptions()).items():
+    for key, value in read_settings(words, recipe.descriptions()).items():
         name = saved.RENAMED.get(key, key).removeprefix("method.")
         if name in recipe.descriptions() and not may_tell_arms_apart(name):
             rule = f"is the same in all arms; they may differ in the method, the dropout rates, {', '.join(ARM_KEYS)}"
             raise RecipeError(key, rule, value=value)
         changes[name] = _multiplied(name, value, recipe)
     changes = with_excluded(changes)
+    for unit in ("batch_size", "batch_tokens"):
+        own, value = recipe.value(unit), changes.get(unit)
+        if own and type(value) is int and not changes.keys() & {"updates", "epochs"}:
+            same = as_many_updates(recipe, value / own)
+            if changes.get("evaluate_every") is not None:  # it is not scored by its epochs
+                same = {key: new for key, new in same.items() if key == "epochs"}
+            changes = {**same, **changes}
     if changes.get("alpha") != 0:
         return recipe.replace(**changes)
     for key in changes:
@@ -192,16 +203,8 @@ def with_larger_batch(baseline: Recipe) -> Recipe:
     """Returns plain training at R-Drop's compute: its batch has as many examples as R-Drop's has passes."""
     unit = "batch_size" if baseline.batch_tokens is None else "batch_tokens"
     times = baseline.method.passes
-    larger = {unit: getattr(baseline, unit) * times}
-    if baseline.epochs is not None:
-        larger["epochs"] = baseline.epochs * times  # as many updates
-    if baseline.evaluate_every is None:  # it is scored after each of its epochs, which are shorter
-        if baseline.patience is not None:
-            larger["patience"] = baseline.patience * times
-        if baseline.average_last > 1:
-            larger["average_last"] = baseline.average_last * times
     try:
-        return baseline.replace(**larger)
+        return baseline.replace(**{unit: getattr(baseline, unit) * times}, **as_many_updates(baseline, times))
     except RecipeError as error:
         rule = f"{error.rule}; this is the baseline with {times} times the batch; --no-double-batch omits it"
         raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None

@@ -30,6 +30,7 @@ from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.run_folder import TUNING, ResultsError, find_runs
 
 FIRST_SEED = 1000
+OWN_SEEDS = "a search has its own; say how many with --tune-seeds and --seeds"
 MOST_IN_FULL = 8
 """Settings of R-Drop, or of plain training, that are all tried on all seeds; of more, the worse half goes early."""
 
@@ -83,7 +84,12 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
     if not grid:
         raise RecipeError("alpha", "a search needs several values of a key, e.g. alpha=0.3,1,3")
     if "seed" in grid:
-        raise RecipeError("seed", "a search has its own; say how many with --tune-seeds and --seeds")
+        raise RecipeError("seed", OWN_SEEDS)
+    if getattr(recipe.data, "folds", None) is not None or "data.folds" in grid:
+        rule = (
+            "a search would choose on examples that other seeds are tested on; leave it out, or give a file to --test"
+        )
+        raise RecipeError("data.folds", rule, value=grid.get("data.folds", getattr(recipe.data, "folds", None)))
     method_keys = tuple(key for key in grid if key.removeprefix("method.") in Method.model_fields)
     other_keys = tuple(key for key in grid if key not in method_keys)
     rdrop = _candidates(recipe, grid, (*method_keys, *other_keys))

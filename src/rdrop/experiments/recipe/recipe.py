@@ -231,6 +231,8 @@ class Recipe(Section):
             raise RecipeError(
                 "name", "must be at most 100 letters, digits, '-', '_' or '.', the first a letter or digit", value=name
             )
+        if name.endswith((".jsonl", ".json", ".html", ".tmp")):
+            raise RecipeError("name", "ends as files of the folder of the runs do; leave the ending out", value=name)
         return name
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ import math
 import os
 import stat
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,9 @@ class RunFolder:
         if predecessor is not None:
             message = f"{self.path}: taken over from {predecessor}, which is gone."
             warnings.warn(message, RunTakenOverWarning, stacklevel=3)
+        for name in _FILES[:-1]:  # what a process that was killed was writing; of the lock, the lock takes care
+            for leftover in self.path.glob(f"{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
         try:
             yield held
         finally:
@@ -204,8 +208,11 @@ def _kind(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: a reader sees the old file or the new one, even after a crash, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Replaces `path` by `content`: a reader sees the old file or the new one, even after a crash, never a part.
+
+    Several processes may do so at a time; the last one's content stays.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     with explain_failed_write(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(temporary, content)

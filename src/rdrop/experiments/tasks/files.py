@@ -485,13 +485,20 @@ def _require_own_dialect(header: str, own: str, kind: str, path: AnyPath) -> Non
     mark = separated[0]
     name = "tabs" if mark == "\t" else repr(mark)
     what = f"the columns are separated by {name}{' and quoted' if is_quoted else ''}, and those of {kind} are not"
-    program = "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=sys.argv[1]))"
+    program = (
+        "import csv, io, sys; csv.field_size_limit(2**30); text = io.TextIOWrapper(sys.stdin.buffer, 'utf-8-sig', "
+        "newline=''); csv.writer(sys.stdout).writerows(csv.reader(text, delimiter=sys.argv[1]))"
+    )
     suffix = Path(path).suffix if Path(path).suffix in COMPRESSED else ""
     plain = Path(str(path).removesuffix(suffix))
     new = plain.with_name(f"{plain.stem}-commas.csv")
-    read = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(suffix, "cat")
-    command = f"{read} {shell_word(path)} | PYTHONUTF8=1 python3 -c {shell_word(program)} {shell_word(mark)}"
-    raise DataError(f"{path}:1: {what}; give a file made by: {command} > {shell_word(new)}")
+    file, part = shell_word(path), shell_word(f"{new}.part")
+    convert = f"PYTHONUTF8=1 python3 -c {shell_word(program)} {shell_word(mark)}"
+    read = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(suffix)
+    command = f"{convert} < {file} > {part}"
+    if read is not None:
+        command = f"(set -o pipefail; {read} {file} | {convert} > {part})"
+    raise DataError(f"{path}:1: {what}; give a file made by: {command} && mv {part} {shell_word(new)}")
 
 
 def _places(

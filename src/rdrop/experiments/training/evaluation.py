@@ -110,11 +110,14 @@ def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str
     training data; it is returned beside it.
     """
     settings = list(settings)
+    read_settings(settings, recipe.descriptions())  # each is a setting, and given once
     test = None
     if isinstance(recipe.data, DataFiles) and recipe.data.test is None:
         for setting in [setting for setting in settings if setting.startswith("data.test=")]:
             settings.remove(setting)
             value = read_settings([setting], ["data.test"])["data.test"]
+            if value is None:
+                raise RecipeError("data.test", "names the file to score", value="null")
             test = value if isinstance(value, str) else setting.removeprefix("data.test=")
     changed = override(recipe, settings)
     for setting in settings:

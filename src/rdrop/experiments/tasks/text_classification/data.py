@@ -252,7 +252,8 @@ def _read_file(path: Path, columns: _Columns) -> _Table:
     for names, may_lack in ((columns.text, False), (columns.text2, columns.text2_may_lack), (columns.label, False)):
         found = [name for name in names if name in present]
         if names and not found and not may_lack:
-            others = [*columns.label[:1], *(() if columns.text2_may_lack else columns.text2[:1])]
+            text2 = () if columns.text2_may_lack else columns.text2[:1]
+            others = [name for name in (*columns.text[:1], *text2, *columns.label[:1]) if name != names[0]]
             read_table(path, names[:1], optional=others, keys=columns.keys)  # names the column that is most like it
         chosen.append(found[0] if found else None)
     for row in rows:  # only rows of JSON can differ
