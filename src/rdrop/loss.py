@@ -225,7 +225,7 @@ def check_logits(
 
     On CPU `rdrop_loss` does this itself. Call it after a non-finite loss on an accelerator: it waits for the device,
     and computes the loss again on the CPU. `logits` `(m*N, ..., V)` and the others as in `rdrop_loss`. Where V is 1, or
-    left out, the labels are numbers. None: the divergence that goes with `task_loss`.
+    left out, the labels are numbers. `divergence` None is the one that goes with `task_loss`.
     """
     if task_loss is cross_entropy and (logits.dim() == labels.dim() == 1 or logits.shape[-1] == 1):
         task_loss = squared_error

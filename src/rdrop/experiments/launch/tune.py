@@ -86,9 +86,7 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
     if "seed" in grid:
         raise RecipeError("seed", OWN_SEEDS)
     if getattr(recipe.data, "folds", None) is not None or "data.folds" in grid:
-        rule = (
-            "a search would choose on examples that other seeds are tested on; leave it out, or give a file to --test"
-        )
+        rule = "a search would choose on examples that other seeds are tested on; leave it out, or set it to null"
         raise RecipeError("data.folds", rule, value=grid.get("data.folds", getattr(recipe.data, "folds", None)))
     method_keys = tuple(key for key in grid if key.removeprefix("method.") in Method.model_fields)
     other_keys = tuple(key for key in grid if key not in method_keys)

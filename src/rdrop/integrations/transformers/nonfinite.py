@@ -39,9 +39,9 @@ class FiniteUpdates(Trainer):
     Args:
         on_nonfinite: "stop" raises before the weights have changed, with the true values in the log; "skip" leaves the
             update out, and logs how many were, as `skipped_updates`. The running statistics of batch normalization are
-            put back in both. The step of the learning rate is counted. After
-            `MOST_IN_A_ROW` of them in a row it stops too. In float16 the loss scale leaves updates out that overflow
-            at its first values; they are counted, and are no reason to stop until the scale has fallen to 1.
+            put back in both. The step of the learning rate is counted. After `MOST_IN_A_ROW` of them in a row it stops
+            too. In float16 the loss scale leaves updates out that overflow at its first values; they are counted, and
+            are no reason to stop until the scale has fallen to 1.
 
     Raises:
         NonfiniteUpdateError: from `train`.
