@@ -1,6 +1,8 @@
 """R-Drop in Keras 3 on its torch backend, on scikit-learn's digits: a repeated batch, a divergence; the rest is Keras'.
 
-python examples/keras_fit.py  # needs pip install keras scikit-learn
+    python examples/keras_fit.py
+
+Needs pip install keras scikit-learn.
 """
 
 import os
@@ -31,9 +33,9 @@ class RDropModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        alpha = config.pop("alpha")
-        model = super().from_config(config, custom_objects)
-        model.alpha = alpha
+        own = {name: value for name, value in config.items() if name != "alpha"}
+        model = super().from_config(own, custom_objects)
+        model.alpha = config["alpha"]
         return model
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -63,18 +65,13 @@ def build_model(alpha: float) -> RDropModel:
 def train(alpha: float, epochs: int = 20) -> float:
     keras.utils.set_random_seed(0)
     images, labels = load_digits(return_X_y=True)
-    images = images.astype("float32") / 16
-    model = build_model(alpha)
+    images, model = images.astype("float32") / 16, build_model(alpha)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.AdamW(3e-3), loss=loss, metrics=["accuracy"])
     model.fit(images[:200], labels[:200], batch_size=20, epochs=epochs, verbose=0)
     return float(model.evaluate(images[200:], labels[200:], verbose=0, return_dict=True)["accuracy"])
 
 
-def main() -> None:
+if __name__ == "__main__":
     for alpha in (0.0, 5.0):
         print(f"alpha {alpha:g}: accuracy on other images {train(alpha):.3f}")
-
-
-if __name__ == "__main__":
-    main()

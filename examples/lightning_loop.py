@@ -1,6 +1,6 @@
 """R-Drop in Lightning: exact to the label over accumulation and processes, and resumed to the same bits.
 
-    python examples/lightning_loop.py 2 4     in 2 processes (of itself: 1) to the end of epoch 4 (of itself: 4)
+    python examples/lightning_loop.py 2 4     in 2 processes to the end of epoch 4; without numbers, in 1 process
     python examples/lightning_loop.py 2 8     goes on where the first stopped
 
 A tagger says of every token whether it is larger than the one before it; sentences differ in length, so batches differ

@@ -330,6 +330,23 @@ class WithOutputs(RDropTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class WithTerm(RDropTrainer):
+    """As the docstring of `part_of_update` shows it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs, **rest)
+        term = self.part_of_update(torch.tensor(1.0))
+        return (found[0] + term, found[1]) if return_outputs else found + term
+
+
+def test_a_subclass_that_adds_a_term_still_trains_without_logits(folder: str) -> None:
+    losses = []
+    for trainer_class in (RDropTrainer, WithTerm):
+        trainer = train(trainer_class, build(LLAMA), LLAMA.batches[:1], folder, alpha=ALPHA, fused=True)
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0] + 1.0)
+
+
 def test_a_subclass_that_asks_for_the_outputs_gets_them(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})  # all logits are large
     train(WithOutputs, build(LLAMA), LLAMA.batches[:1], folder, alpha=ALPHA)

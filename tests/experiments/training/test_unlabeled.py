@@ -130,6 +130,18 @@ def test_an_update_does_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
     assert rows[0][0]["divergence"] == pytest.approx(rows[1][0]["divergence"], rel=1e-5)
 
 
+@pytest.mark.parametrize("member", ["unlabeled_size", "unlabeled_lengths", "unlabeled_batch", "unlabeled_per_update"])
+def test_a_task_that_half_learns_from_unlabeled_examples_is_refused(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would train without them, and say nothing."""
+    monkeypatch.delattr(SemiSupervised, member)
+    with pytest.raises(
+        TrainingError, match=f"SemiSupervised has no {member}: a task that learns from examples without"
+    ):
+        train(RECIPE, tmp_path)
+
+
 def test_a_stopped_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "whole")
 

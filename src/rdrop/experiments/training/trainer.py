@@ -353,6 +353,13 @@ class _Training:
     def order_unlabeled(self) -> UnlabeledOrder | None:
         """The order of the examples without labels, where the task has some."""
         task = self.task
+        members = ("unlabeled_size", "unlabeled_lengths", "unlabeled_batch", "unlabeled_per_update")
+        missing = [name for name in members if not hasattr(task, name)]
+        if 0 < len(missing) < len(members):
+            raise TrainingError(
+                f"{type(task).__name__} has no {' and no '.join(missing)}: a task that learns from examples without "
+                f"labels has {', '.join(members)}"
+            )
         if not isinstance(task, LearnsFromUnlabeled) or not task.unlabeled_size():
             return None
         size, lengths = task.unlabeled_size(), task.unlabeled_lengths()

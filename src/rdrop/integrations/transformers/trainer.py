@@ -560,9 +560,9 @@ class RDropMixin(FiniteUpdates):
         An update has `gradient_accumulation_steps` times `micro_batches` forwards, whose losses are added up::
 
             def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-                loss = loss + self.part_of_update(0.01 * model.head.weight.square().sum())
-                return (loss, outputs) if return_outputs else loss
+                found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+                term = self.part_of_update(0.01 * model.head.weight.square().sum())
+                return (found[0] + term, found[1]) if return_outputs else found + term
 
         In evaluation it is the term itself, as the stock Trainer's loss of a batch is that of the batch.
         """
