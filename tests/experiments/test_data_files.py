@@ -137,6 +137,9 @@ def test_a_run_is_not_scored_again_on_other_numbers(tmp_path: Path, capsys: pyte
     write_rows(file, factor=2)
     assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
     assert f"{file}: changed after " in said(capsys)
+    file.write_text(file.read_text().replace("text,label", "review,label"))
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+    assert f"{file}: changed after " in said(capsys)  # and not that a key of the recipe should name another column
 
 
 def test_a_run_is_not_scored_again_on_an_edited_test_file_but_on_another(

@@ -69,11 +69,11 @@ def test_every_recipe_has_all_its_columns(width: int, with_runs: bool, tmp_path:
         assert found["wikitext-103"][3] == "perplexity 105.32 \u2192 104.32"
 
 
-def test_two_comparisons_of_one_recipe_have_a_line_each(tmp_path: Path) -> None:
+def test_two_comparisons_of_one_recipe_have_a_line_each_and_are_told_apart(tmp_path: Path) -> None:
     for shift, score in ((0, 0.5), (1, 0.6)):
         write_run(tmp_path, score, data={"shift": shift})
-    found = entries(listed(tmp_path, 120))
-    assert found["digits-vit"][3] == "accuracy 50.0 \u2192 \u2014 accuracy 60.0 \u2192 \u2014"
+    expected = "accuracy 50.0 \u2192 \u2014 (data.shift = 0) accuracy 60.0 \u2192 \u2014 (data.shift = 1)"
+    assert entries(listed(tmp_path, 120))["digits-vit"][3] == expected
 
 
 def test_runs_on_other_data_do_not_stand_beside_the_published_figures(tmp_path: Path) -> None:

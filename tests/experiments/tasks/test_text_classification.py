@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rdrop import cross_entropy, squared_difference, squared_error, symmetric_kl
 from rdrop.dropout import dropout_sources
+from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.tasks.files import DataError
@@ -407,6 +408,18 @@ def test_each_seed_has_a_fold_of_its_own_and_both_arms_of_a_seed_the_same(tmp_pa
         assert sorted(found[0].labels.tolist()) == [0] * 5 + [1] * 5
         tested += found[0].first
     assert sorted(tested) == sorted(f"text {row}" for row in range(40))
+
+
+def test_runs_of_folds_that_are_scored_on_a_file_share_its_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, short = str(tmp_path / "runs"), ["tiny=true", "data.tiny=false", "updates=2", "evaluate_every=2"]
+    own = ["--train", reviews(tmp_path / "a.csv", 40), "data.folds=4", "--no-double-batch", "--runs", runs]
+    assert cli.run(["compare", "text-classification", "--seeds", "2", *short, *own]) == 0
+    assert "Cross-validation: each seed is scored on a part of its own" in " ".join(capsys.readouterr().out.split())
+    for more, is_said in (([], True), (["--test", reviews(tmp_path / "b.csv", 20)], False)):
+        assert cli.run(["evaluate", runs, *more]) == 0
+        assert ("Cross-validation" in capsys.readouterr().out) == is_said
 
 
 def test_folds_of_data_with_splits_of_their_own_are_refused(tmp_path: Path) -> None:

@@ -218,9 +218,11 @@ def cross_validation(arms: Sequence[Arm]) -> str | None:
 
 
 def folds_of(run: FinishedRun) -> int | None:
-    """Returns into how many parts the examples were cut, one a seed for its test; None: they were not."""
+    """Returns into how many parts the examples were cut, one a seed for its test; None: all seeds share the test."""
     data = run.recipe.get("data")
-    folds = data.get("folds") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or data.get("test") is not None:  # the weights, scored again on a file
+        return None
+    folds = data.get("folds")
     return folds if isinstance(folds, int) else None
 
 

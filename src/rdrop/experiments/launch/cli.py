@@ -552,7 +552,7 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
             failures.append(Failure(label, run.path, f"{run.path}: {error}", 2))
             mistakes[str(error)] = error
             continue
-        scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
+        scored.append(RunRecord(run.path, result["recipe"], result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
     if scored:
         return scored, failures

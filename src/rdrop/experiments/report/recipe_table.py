@@ -90,16 +90,19 @@ def _published(published: Published, between: str) -> str:
 def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
     """Returns, by recipe, the mean test score of the baseline and of its first R-Drop arm, a line for each comparison.
 
-    Without the comparisons on other data than the recipe's: their scores do not belong beside what is published.
+    Those of one name are told apart by the settings in which they differ. Without the comparisons on other data than
+    the recipe's: their scores do not belong beside what is published.
     """
     # Statistics take a second to import, and without any run the list needs none.
     from rdrop.experiments.comparison.comparison import comparisons
     from rdrop.experiments.comparison.designs import read_designs
     from rdrop.experiments.comparison.paired import mean
     from rdrop.experiments.comparison.wording import words
+    from rdrop.experiments.report.settings import distinguishing_settings, titled
 
     found: dict[str, list[str]] = {}
-    for comparison in comparisons(find_runs(runs), designs=read_designs(runs)):
+    all_of_runs = comparisons(find_runs(runs), designs=read_designs(runs))
+    for comparison, setting in zip(all_of_runs, distinguishing_settings(all_of_runs), strict=True):
         rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain]
         rdrop = [arm for arm in rdrop if comparison.subject in (None, arm)][:1]
         dataset = dataset_of(comparison.arms[0].runs[0].recipe)
@@ -108,5 +111,6 @@ def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
             arms = (comparison.baseline, *rdrop)
             means = [mean(tuple(arm.scores(comparison.metric, "test").values())) for arm in arms]
             figures = f" {ARROW} ".join(style.score(value) for value in (*means, None)[:2])
-            found.setdefault(comparison.name, []).append(f"{words(comparison.metric)}{between}{figures}")
+            line = titled(f"{words(comparison.metric)}{between}{figures}", setting)
+            found.setdefault(comparison.name, []).append(line)
     return found

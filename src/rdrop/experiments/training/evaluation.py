@@ -59,6 +59,12 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         raise ResultsError(problem)
     own = load_recipe(run.path / RECIPE)
     recipe, test = scoring_recipe(own, settings)
+    then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
+    if changed := data_files.changed_in_place(then, was, data):
+        raise ResultsError(
+            f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
+            "held. To score other examples, give them a file of its own: --test FILE."
+        )
     where = "data.folder" if getattr(recipe.data, "train", None) is None else "data.train=FILE"
     if getattr(recipe.data, "unlabeled", None) not in (None, "all"):
         where += " and data.unlabeled=FILE"
@@ -68,12 +74,6 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             task = load_task(recipe, test)
     except MissingDataError as error:
         raise MissingDataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
-    then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
-    if changed := data_files.changed_in_place(then, was, data):
-        raise ResultsError(
-            f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
-            "held. To score other examples, give them a file of its own: --test FILE."
-        )
     is_other = any(
         data_files.is_other_when_moved(then, was.get(key), now, data.get(key)) for key in ("folder", "train")
     )
@@ -100,7 +100,10 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     if str(of_training.get("has begun", "")).startswith(LATE):
         del of_training["has begun"]
     notes = of_training | task.notes
-    return run.result | {"test": scores, "constant": constant, "notes": notes}
+    saved = run.result["recipe"]
+    if test is not None:
+        saved = saved | {"data": saved["data"] | {"test": test}}
+    return run.result | {"recipe": saved, "test": scores, "constant": constant, "notes": notes}
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:
