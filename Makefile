@@ -32,7 +32,7 @@ demo-short: $(VENV)/installed  ## the same code path in seconds: two seeds, few 
 test: $(VENV)/installed  ## the default tests, with the README's code blocks
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not long'
 
-test-long: $(VENV)/installed  ## what takes 40 minutes or more; stopped and started again, it goes on. rm build/long.jsonl: all anew
+test-long: $(VENV)/installed  ## what takes 20 minutes or more; stopped and started again, it goes on. rm build/long.jsonl: all anew
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m long --timeout 3600 --keep=build/long.jsonl
 
 # One thread and the processor's clock: what else runs on the machine hardly shows.

@@ -9,7 +9,8 @@ runs alone do not say it, and their churn go into benchmarks/results/arms.jsonl,
 each part of a page between `<!-- results: NAME -->` and `<!-- /results: NAME -->` again, and what one arm is above
 another between `<!-- contrast: NAME; ARM; OTHER ARM -->` and `<!-- /contrast -->`, and draws the plot of
 benchmarks/gains.py; a test holds that they are what the records give. A verdict that a page has had is a look:
-benchmarks/results/looks.jsonl remembers its runs, and the p of a later one on more seeds is corrected for it.
+benchmarks/results/looks.jsonl remembers its runs, and the p of a later one on more seeds is corrected for it. A
+comparison that no page has is not complete: its runs wait in the records for the seeds that were planned.
 """
 
 from __future__ import annotations
@@ -88,6 +89,12 @@ def recorded_comparisons() -> dict[str, Comparison]:
     runs = [RunRecord(Path(record["digest"]), record["recipe"], record, []) for record in read()]
     designs = [Design(line["arms"], line["subject"]) for line in read_arms().values()]
     return {comparison.name: comparison for comparison in comparisons(runs, read_looks(RESULTS), designs)}
+
+
+def shown() -> set[str]:
+    """Names of the comparisons that a page has."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    return {match[2] for text in texts for pattern in (PART, CONTRAST) for match in pattern.finditer(text)}
 
 
 def rewritten(page: str, found: dict[str, Comparison]) -> str:
@@ -191,7 +198,7 @@ def main() -> None:
     if options.what == "add":
         add(options.runs, options.command)
     found = recorded_comparisons()
-    record_looks(RESULTS, (comparison.look() for comparison in found.values()))
+    record_looks(RESULTS, (found[name].look() for name in sorted(shown())))
     for page in PAGES:
         page.write_text(rewritten(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     gains.PLOT.write_text(gains.draw(found), encoding="utf-8")

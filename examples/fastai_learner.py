@@ -5,16 +5,18 @@
 Needs pip install fastai.
 """
 
+from typing import Any
+
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rdrop import check_rdrop, rdrop_loss, repeat_batch
+from rdrop import check_rdrop, rdrop_loss, repeat_batch, split_passes, symmetric_kl
 
 
 def build_model() -> nn.Module:
@@ -25,31 +27,30 @@ class RDrop(Callback):
     """Repeats the training batches and adds the divergence to their loss; validation is fastai's own. alpha 0: plain.
 
     The task loss is the learner's, which gets logits and is a mean over the batch; its class weights act on it alone.
+    The divergence must fit it: `symmetric_kl` fits a cross-entropy, `bernoulli_kl` a binary cross-entropy,
+    `squared_difference` a squared error.
     """
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
+    run_valid = False
 
-    def before_fit(self) -> None:
-        """Called by fastai."""
-        self.plain_loss = self.learn.loss_func
-        self.learn.loss_func = self.loss
-
-    def after_fit(self) -> None:
-        """Called by fastai."""
-        self.learn.loss_func = self.plain_loss
+    def __init__(self, alpha: float, divergence: Any = symmetric_kl) -> None:
+        self.alpha, self.divergence = alpha, divergence
 
     def before_batch(self) -> None:
         """Called by fastai."""
-        if self.training and self.alpha > 0:
-            self.learn.xb = repeat_batch(self.xb)  # one forward of [x; x]: two dropout masks
+        if self.alpha > 0:  # one forward of [x; x]: two dropout masks
+            self.learn.xb, self.learn.yb = repeat_batch(self.xb), repeat_batch(self.yb)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if not self.learn.training or self.alpha == 0:
-            return self.plain_loss(logits, labels)
-        ignore_index = getattr(self.plain_loss, "ignore_index", -100)
-        divergence = rdrop_loss(logits, labels, alpha=self.alpha, ignore_index=ignore_index, task_passes=())
-        return self.plain_loss(logits, repeat_batch(labels)) + divergence.loss
+    def after_loss(self) -> None:
+        """Called by fastai."""
+        if self.alpha == 0:
+            return
+        logits = self.pred
+        self.learn.pred, self.learn.yb = split_passes((logits, self.yb))[0]  # the first pass, for fastai's metrics
+        of_loss = {"ignore_index": getattr(self.loss_func, "ignore_index", -100), "divergence": self.divergence}
+        divergence = rdrop_loss(logits, *self.yb, alpha=self.alpha, task_passes=(), **of_loss)
+        self.learn.loss_grad = self.loss_grad + divergence.loss
+        self.learn.loss = self.loss_grad.clone()
 
 
 def train(alpha: float, epochs: int = 20) -> float:

@@ -15,26 +15,27 @@ import keras
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from rdrop import rdrop_loss, repeat_batch, split_passes
+from rdrop import rdrop_loss, repeat_batch, split_passes, symmetric_kl
 
 
 class RDropModel(keras.Model):
     """A Keras model whose `fit` has R-Drop; its last layer gives logits. alpha 0 is plain training.
 
     The task loss is the compiled one, a mean over the batch, with the weights of classes and examples and with what the
-    layers add; the divergence is of all examples alike. Metrics of the training are of both passes. `evaluate` and
-    `predict` are Keras' own: one pass, no dropout.
+    layers add; the divergence is of all examples alike. It must fit that loss: `symmetric_kl` fits a cross-entropy; for
+    a binary one make a subclass with `divergence = staticmethod(bernoulli_kl)`, for a squared error with
+    `squared_difference`. Metrics of the training are of both passes. `evaluate` and `predict` are Keras' own.
     """
 
     alpha = 1.0
+    divergence = staticmethod(symmetric_kl)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "alpha": self.alpha}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        own = {name: value for name, value in config.items() if name != "alpha"}
-        model = super().from_config(own, custom_objects)
+        model = super().from_config({name: value for name, value in config.items() if name != "alpha"}, custom_objects)
         model.alpha = config["alpha"]
         return model
 
@@ -44,13 +45,14 @@ class RDropModel(keras.Model):
             data = repeat_batch(keras.tree.map_structure(keras.ops.convert_to_tensor, data, none_is_leaf=False))
         return super().train_step(data)
 
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Tensor:
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True) -> Tensor:
         """Called by Keras for every batch, also while it evaluates."""
         loss: Tensor = super().compute_loss(x, y, y_pred, sample_weight, training)
         if training and self.alpha > 0:
-            loss = loss + rdrop_loss(y_pred, split_passes(y)[0], alpha=self.alpha, task_passes=()).loss
+            labels = split_passes(y)[0]
+            if labels.ndim == y_pred.ndim and labels.shape[-1] == 1 < y_pred.shape[-1]:  # classes (N, 1)
+                labels = labels.squeeze(-1)
+            loss = loss + rdrop_loss(y_pred, labels, alpha=self.alpha, task_passes=(), divergence=self.divergence).loss
         return loss
 
 

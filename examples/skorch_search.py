@@ -13,7 +13,7 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from skorch import NeuralNetClassifier
 from torch import Tensor, nn
 
-from rdrop import check_rdrop, rdrop_loss, repeat_batch
+from rdrop import check_rdrop, rdrop_loss, repeat_batch, symmetric_kl
 
 
 def build_model() -> nn.Module:
@@ -24,28 +24,35 @@ class RDrop:
     """Written before a class of skorch, gives its training steps R-Drop. alpha 0 is plain training.
 
     The task loss is the criterion of the net, which gets logits and is a mean over the batch; its class weights act on
-    it alone. `predict`, `predict_proba` and the validation loss are skorch's own: one pass, no dropout.
+    it alone. The divergence must fit it: `symmetric_kl` fits a cross-entropy, `bernoulli_kl` a binary cross-entropy,
+    `squared_difference` a squared error. Predictions, `forward` and the validation loss are skorch's own.
     """
 
-    def __init__(self, module: Any, alpha: float = 1.0, criterion: Any = nn.CrossEntropyLoss, **options: Any) -> None:
+    def __init__(
+        self,
+        module: Any,
+        alpha: float = 1.0,
+        criterion: Any = nn.CrossEntropyLoss,
+        divergence: Any = symmetric_kl,
+        **options: Any,
+    ) -> None:
         super().__init__(module, criterion=criterion, **options)
-        self.alpha = alpha
-
-    def infer(self, x: Any, **fit_params: Any) -> Any:
-        repeats = self.module_.training and self.alpha > 0  # one forward of [x; x]: two dropout masks
-        return super().infer(repeat_batch(x) if repeats else x, **fit_params)
+        self.alpha, self.divergence = alpha, divergence
 
     def get_loss(self, y_pred: Tensor, y_true: Tensor, *args: Any, training: bool = False, **options: Any) -> Tensor:
         if not training or self.alpha == 0:
             return super().get_loss(y_pred, y_true, *args, training=training, **options)
         task_loss = super().get_loss(y_pred, repeat_batch(y_true), *args, training=training, **options)
-        ignore_index = getattr(self.criterion_, "ignore_index", -100)
+        of_loss = {"ignore_index": getattr(self.criterion_, "ignore_index", -100), "divergence": self.divergence}
         labels = y_true.to(y_pred.device)
-        return task_loss + rdrop_loss(y_pred, labels, alpha=self.alpha, ignore_index=ignore_index, task_passes=()).loss
+        return task_loss + rdrop_loss(y_pred, labels, alpha=self.alpha, task_passes=(), **of_loss).loss
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
-        step = super().train_step_single(batch, **fit_params)
-        return step | {"y_pred": step["y_pred"][: len(batch[1])]}  # the first pass, for skorch's scores
+        if self.alpha == 0:
+            return super().train_step_single(batch, **fit_params)
+        x, y = batch
+        step = super().train_step_single((repeat_batch(x), y), **fit_params)  # of [x; x]: two dropout masks
+        return step | {"y_pred": step["y_pred"][: len(y)]}  # the first pass, for skorch's scores
 
 
 class RDropClassifier(RDrop, NeuralNetClassifier):

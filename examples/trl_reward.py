@@ -19,6 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from trl_sft import NUMBERS, WORDS, words_as_tokens
 
 from rdrop import bernoulli_kl
+from rdrop.integrations.requirements import require_randomness
 
 PAIRS = [{"chosen": larger, "rejected": smaller} for smaller, larger in combinations(NUMBERS, 2)]
 random.Random(0).shuffle(PAIRS)
@@ -28,6 +29,8 @@ class RDropRewardTrainer(RewardTrainer):
     def __init__(self, *args: Any, alpha: float, **options: Any) -> None:
         self.alpha = alpha
         super().__init__(*args, **options)
+        if alpha > 0 and self.args.disable_dropout:
+            raise ValueError("R-Drop needs the dropout that TRL switches off: RewardConfig(disable_dropout=False)")
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **options: Any) -> Any:
         if not model.training or self.alpha == 0:
@@ -38,6 +41,8 @@ class RDropRewardTrainer(RewardTrainer):
         task_loss, outputs = super().compute_loss(model, twice, return_outputs=True, **options)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         odds = chosen - rejected - twice.get("margin", 0)  # (2N,): the logit that the chosen one is better
+        if self.state.global_step == 0:
+            require_randomness(self.accelerator.unwrap_model(model), [odds], passes=2)
         loss = task_loss + self.alpha / 2 * bernoulli_kl(odds.view(2, -1, 1)).mean()
         return (loss, outputs) if return_outputs else loss
 
@@ -51,21 +56,12 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassific
 
 def train(alpha: float, updates: int = 60) -> dict[str, float]:
     tokenizer = words_as_tokens()
+    learning = {"max_steps": updates, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "save_strategy": "no"}
+    on_cpu = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "activation_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
         trainer = RDropRewardTrainer(
             model=small_llama(tokenizer),
-            args=RewardConfig(
-                folder,
-                max_steps=updates,
-                per_device_train_batch_size=32,
-                learning_rate=3e-3,
-                save_strategy="no",
-                disable_tqdm=True,
-                use_cpu=True,
-                bf16=False,
-                dataloader_pin_memory=False,
-                activation_checkpointing=False,
-            ),
+            args=RewardConfig(folder, disable_dropout=False, disable_tqdm=True, **learning, **on_cpu),
             train_dataset=Dataset.from_list(PAIRS[:58]),
             eval_dataset=Dataset.from_list(PAIRS[58:]),
             processing_class=tokenizer,

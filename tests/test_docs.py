@@ -13,6 +13,7 @@ from torch import nn
 
 import rdrop
 from rdrop.experiments import recipes
+from rdrop.experiments.comparison.looks import read_looks
 from rdrop.experiments.recipe.method import Method
 from rdrop.integrations import transformers
 
@@ -168,6 +169,13 @@ def test_the_results_in_the_pages_are_those_of_the_records(page):
     assert "digits" in [name for _, name, _ in experiments.PART.findall(text)]
     made = experiments.rewritten(text, experiments.recorded_comparisons())
     assert made == text, "run: python benchmarks/experiments.py pages"
+
+
+def test_nobody_has_looked_at_a_verdict_that_no_page_has():
+    """Runs of a comparison that is not complete wait in the records for the seeds that were planned."""
+    seen = frozenset().union(*read_looks(experiments.RESULTS))
+    for name, comparison in experiments.recorded_comparisons().items():
+        assert name in experiments.shown() or not seen & comparison.look()
 
 
 def test_the_plot_of_gains_is_that_of_the_records():

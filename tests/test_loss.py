@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -229,6 +230,42 @@ def test_any_callable_is_a_divergence_or_a_task_loss():
     torch.testing.assert_close(terms.task_loss, focal(logits, labels.repeat(2)).mean())
     torch.testing.assert_close(terms.divergence, total_variation(logits.unflatten(0, (2, 3))).mean())
     torch.testing.assert_close(terms.loss, terms.task_loss + terms.divergence)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_partial_of_cross_entropy_is_a_task_loss_as_any_other_callable(implementation, alpha):
+    logits, labels = random_logits(6, 4), torch.tensor([0, IGNORED, 2])
+    options = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), "label_smoothing": 0.1}
+    found, expected = (
+        rdrop_loss(logits, labels, alpha=alpha, task_loss=task_loss, implementation=implementation)
+        for task_loss in (partial(cross_entropy, **options), lambda z, y: cross_entropy(z, y, **options))
+    )
+    assert found == expected
+    plain = F.cross_entropy(logits, labels.repeat(2), reduction="sum", **options) / 4
+    torch.testing.assert_close(found.task_loss, plain)
+
+
+def test_weights_and_smoothing_go_into_the_callable_as_the_error_says():
+    logits, labels, weight = random_logits(6, 4), torch.tensor([0, 1, 2]), torch.rand(4).double()
+    with pytest.raises(ValueError, match="put them into the callable"):
+        rdrop_loss(logits, labels, alpha=1.0, task_loss=partial(cross_entropy), weight=weight)
+    for task_loss in (partial(cross_entropy, weight=weight), lambda z, y: cross_entropy(z, y, weight=weight)):
+        terms = rdrop_loss(logits, labels, alpha=1.0, task_loss=task_loss, reduction="sum")
+        torch.testing.assert_close(
+            terms.task_loss, F.cross_entropy(logits, labels.repeat(2), weight, reduction="sum") / 2
+        )
+
+
+@pytest.mark.parametrize("divergence", [bernoulli_kl, squared_difference])
+def test_numbers_whose_last_dimension_is_left_out_have_a_divergence_without_labels(divergence):
+    outputs, numbers = random_logits(6), torch.tensor([0.5, float(IGNORED), 2.0])
+    short, long = (
+        rdrop_loss(logits, labels, alpha=2.0, divergence=divergence, task_passes=())
+        for logits, labels in ((outputs, numbers), (outputs[:, None], numbers[:, None]))
+    )
+    assert short == long
+    torch.testing.assert_close(short.divergence, divergence(outputs.view(2, 3, 1)).mean())
 
 
 # ------------------------------------------------------------------------------------------------ alpha and reductions

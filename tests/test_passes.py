@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rdrop.dropout import dropout_rate
 from rdrop.passes import agree, call_model, repeat_batch, rows_of, sequential_passes, split_passes
@@ -187,6 +187,30 @@ def test_images_of_several_or_no_examples_are_repeated_whole() -> None:
     assert (len(one["pixel_values"]), len(one["image_sizes"])) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("pixel_values", "image_position_ids"),
+        ("pixel_values_videos", "video_position_ids", "num_frames_per_video"),
+        ("image_grid_thw", "image_merge_sizes"),
+        ("video_grid_thw", "video_merge_sizes", "video_compression_mask"),
+        ("image_pixel_values", "image_sizes", "image_attention_mask"),
+        ("audio_input_features", "audio_embed_sizes", "audio_attention_mask"),
+        ("feature_attention_mask", "audio_feature_lengths", "video_second_per_grid"),
+    ],
+    ids=", ".join,
+)
+def test_what_stands_beside_the_images_videos_or_sounds_is_repeated_with_them(names: tuple[str, ...]) -> None:
+    """As in Gemma 4, VideoLLaMA 3, Phi-4 multimodal and Qwen2.5-Omni."""
+    media = {name: torch.arange(5.0)[:, None] + row for row, name in enumerate(names)}
+    repeated = repeat_batch({"input_ids": rows(2), "labels": rows(2)} | media)
+    assert repeated["input_ids"].shape == (4, 2)
+    assert all(repeated[name].equal(torch.cat([media[name]] * 2)) for name in names)
+    for name in names:
+        with pytest.raises(ValueError, match="cannot be cut"):
+            rows_of({"input_ids": rows(2), name: media[name]}, 0, 1, batch_size=2)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_positions_along_three_axes_are_repeated_along_the_second_dimension(size: int) -> None:
     positions = torch.arange(3 * size * 5).view(3, size, 5)
@@ -271,9 +295,14 @@ def test_passes_must_be_a_positive_integer(passes: Any) -> None:
 
 
 def test_packed_and_nested_sequences_are_refused_with_the_way_out() -> None:
-    packed = pack_padded_sequence(torch.zeros(2, 3, 1), torch.tensor([3, 2]), batch_first=True)
-    with pytest.raises(TypeError, match=r"batch\['x'\] is a PackedSequence.*repeat the padded batch first"):
+    padded, lengths = torch.arange(6.0).view(2, 3, 1), torch.tensor([3, 2])
+    packed = pack_padded_sequence(padded, lengths, batch_first=True)
+    with pytest.raises(TypeError, match=r"batch\['x'\] is a PackedSequence.*repeat the padded batch first") as raised:
         repeat_batch({"x": packed})
+    remedy = str(raised.value).rpartition("then pack it: ")[2]
+    found, counted = pad_packed_sequence(eval(remedy), batch_first=True)
+    padded[1, 2] = 0.0
+    assert (counted.tolist(), found.tolist()) == ([3, 2, 3, 2], [*padded.tolist(), *padded.tolist()])
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)
     with pytest.raises(TypeError, match=r"batch\['y'\] is a nested tensor.*pad it"):
         repeat_batch({"x": rows(2), "y": nested}, batch_size=2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,12 +133,13 @@ def rdrop_loss(
     alpha = checked_alpha(alpha)
     check_options(label_smoothing, reduction, num_items)
     refuse_forward_mode(logits, labels, weight)
-    of_labels = _with_options(task_loss, label_smoothing, weight)
-    if logits.dim() == labels.dim() == 1 and task_loss is not cross_entropy:  # regression, last dimension left out
-        logits, labels = logits[:, None], labels[:, None]
+    check_options_of_classes(task_loss, label_smoothing, weight)
+    if logits.dim() == labels.dim() == 1 and not (task_loss is cross_entropy and divergence in OF_SOFTMAXES):
+        logits, labels = logits[:, None], labels[:, None]  # one number each, its dimension left out
     passes = _split(logits, labels)
     is_empty = len(labels) == 0
     task_passes = _chosen_task_passes(task_passes, len(passes), alpha, is_empty=is_empty)
+    of_labels = task_loss
     if is_empty:  # which does not tell m
         passes = logits.reshape(max(2, 1 + max(task_passes, default=0)), *labels.shape[:1], *logits.shape[1:])
     indices = labels.dim() == logits.dim() - 1
@@ -154,14 +154,16 @@ def rdrop_loss(
     _check_divergence(task_loss, divergence)
     check_classes(task_loss if task_passes else None, divergence, "logits", logits, logits.shape[-1])
     if not task_passes:  # labels only say which positions count: class 0 is as good as any
-        labels, weight = torch.zeros_like(valid, dtype=torch.long), None
-        of_labels = _with_options(cross_entropy, 0.0, None)
-        indices = True
+        labels, indices = torch.zeros_like(valid, dtype=torch.long), True
+        of_labels, label_smoothing, weight = cross_entropy, 0.0, None
     else:
         _check_weight(weight, classes=logits.shape[-1])
     if overwrite_logits:
         _check_overwritable(logits)
-    why_not = _why_no_kernel(of_labels, divergence, labels)
+    of_classes: dict[str, Any] = (
+        {"label_smoothing": label_smoothing, "weight": weight} if of_labels is cross_entropy else {}
+    )
+    why_not = _why_no_kernel(of_labels, divergence, labels, weight)
     kernel = kernel_for(implementation, logits, len(passes), why_not)
     if task_passes:
         check_labels(task_loss, labels, valid, logits.shape[-1], read_by_kernel=kernel is not None)
@@ -170,13 +172,13 @@ def rdrop_loss(
     losses = None
     if kernel is None:
         tasks, divergences = _reference_terms(
-            of_labels, divergence, passes, labels, valid, alpha, task_passes=task_passes, indices=indices
+            of_labels, of_classes, divergence, passes, labels, valid, alpha, task_passes=task_passes, indices=indices
         )
     else:
         from . import kernels
 
         name = kernels.DIVERGENCES[OF_SOFTMAXES.index(divergence)]
-        options = {**of_labels.keywords, "divergence": name, "implementation": kernel}
+        options = {**of_classes, "divergence": name, "implementation": kernel}
         targets = kernels.marked(labels, valid) if indices else labels
         if len(task_passes) < len(passes):
             tasks, divergences = _kernel_terms_apart(passes, targets, task_passes, alpha, options)
@@ -264,15 +266,9 @@ def _probable(
 # ---------------------------------------------------------------------------------------------- the terms
 
 
-def _with_options(task_loss: TaskLoss, label_smoothing: float, weight: Tensor | None) -> partial[Tensor]:
-    check_options_of_classes(task_loss, label_smoothing, weight)
-    if task_loss is cross_entropy:
-        return partial(cross_entropy, label_smoothing=label_smoothing, weight=weight)
-    return partial(task_loss)
-
-
 def _reference_terms(
-    task_loss: partial[Tensor],
+    task_loss: TaskLoss,
+    of_classes: dict[str, Any],
     divergence: Divergence,
     passes: Tensor,
     labels: Tensor,
@@ -288,7 +284,7 @@ def _reference_terms(
         passes = passes.masked_fill(~valid[None, ..., None], 0.0)
         labels = labels.masked_fill(~valid, 0)
     if task_passes:
-        tasks = _mean_task_loss(task_loss, _chosen(passes, task_passes), labels)
+        tasks = _mean_task_loss(task_loss, of_classes, _chosen(passes, task_passes), labels)
     else:
         tasks = passes.new_zeros(valid.shape)
     with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
@@ -320,12 +316,13 @@ def _chosen(passes: Tensor, which: tuple[int, ...]) -> Tensor:
     return torch.stack([passes[index] for index in which])
 
 
-def _mean_task_loss(task_loss: partial[Tensor], passes: Tensor, labels: Tensor) -> Tensor:
-    """Computes the mean over the passes of the task loss: `(N, ...)`."""
+def _mean_task_loss(task_loss: TaskLoss, of_classes: dict[str, Any], passes: Tensor, labels: Tensor) -> Tensor:
+    """Computes the mean over the passes of the task loss, whose options are `of_classes`: `(N, ...)`."""
     m, n = passes.shape[:2]
     repeated = labels.expand(m, *labels.shape).flatten(0, 1)
     expected = torch.Size((m * n, *passes.shape[2:-1]))
-    values = _one_value_per_position(task_loss(passes.flatten(0, 1), repeated), expected, "task_loss", task_loss.func)
+    values = task_loss(passes.flatten(0, 1), repeated, **of_classes)
+    values = _one_value_per_position(values, expected, "task_loss", task_loss)
     return values.view(m, n, *values.shape[1:]).mean(0)
 
 
@@ -339,10 +336,9 @@ def _one_value_per_position(values: Tensor, expected: torch.Size, argument: str,
     return values
 
 
-def _why_no_kernel(task_loss: partial[Tensor], divergence: Divergence, labels: Tensor) -> str | None:
-    if task_loss.func is not cross_entropy or divergence not in OF_SOFTMAXES:
+def _why_no_kernel(task_loss: TaskLoss, divergence: Divergence, labels: Tensor, weight: Tensor | None) -> str | None:
+    if task_loss is not cross_entropy or divergence not in OF_SOFTMAXES:
         return "it computes cross_entropy with symmetric_kl, detached_kl or kl_from_first, nothing else"
-    weight = task_loss.keywords["weight"]
     if labels.requires_grad or (weight is not None and weight.requires_grad):
         return "it has no gradient in the class weights or in the labels"
     return None

@@ -26,8 +26,12 @@ MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "in
 # order of the examples; a list of a part for each example; positions along several axes, `(3, N, T)`.
 OF_MEDIA = (
     *("pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_grid_thw", "video_grid_thw"),
-    *("image_sizes", "image_sizes_videos", "second_per_grid_ts", "spatial_shapes"),
-    *("input_features", "feature_attention_mask", "input_features_mask"),
+    *("image_sizes", "image_sizes_videos", "second_per_grid_ts", "video_second_per_grid", "spatial_shapes"),
+    *("image_position_ids", "video_position_ids", "num_frames_per_video"),  # Gemma 4
+    *("image_merge_sizes", "video_merge_sizes", "video_compression_mask"),  # VideoLLaMA 3
+    *("input_features", "feature_attention_mask", "input_features_mask", "audio_feature_lengths"),
+    *("image_pixel_values", "image_attention_mask"),  # Phi-4
+    *("audio_input_features", "audio_embed_sizes", "audio_attention_mask"),
 )
 LIST_OF_EXAMPLES = ("labels", "mask_labels", "class_labels")
 POSITIONS = "position_ids"
@@ -291,7 +295,8 @@ def _children(nest: object, place: str = "the batch") -> dict[Any, Any]:
     if isinstance(nest, PackedSequence):
         raise TypeError(
             f"{place} is a PackedSequence, whose rows are interleaved; repeat the padded batch first, "
-            "then pack it: pack_padded_sequence(repeat_batch(padded), repeat_batch(lengths), ...)"
+            "then pack it: pack_padded_sequence(repeat_batch(padded), repeat_batch(lengths), batch_first=True, "
+            "enforce_sorted=False)"
         )
     if isinstance(nest, Mapping):
         return dict(nest.items())

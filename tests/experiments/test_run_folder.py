@@ -101,8 +101,11 @@ def test_find_runs_reports_a_run_whose_recipe_is_gone(tmp_path: Path) -> None:
 
 
 def test_find_runs_of_no_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="is not a folder"):
+    with pytest.raises(ResultsError, match="does not exist"):
         find_runs(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultsError, match="is not a folder"):
+        find_runs(tmp_path / "file")
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def reward_trainer(trainer_class: Any, model: Any, folder: str, settings: Any, *
     data = Dataset.from_list(CHOICES)
     return trainer_class(
         model=model,
-        args=RewardConfig(folder, **(quiet | {"bf16": False, "disable_tqdm": True} | settings)),
+        args=RewardConfig(
+            folder, **(quiet | {"bf16": False, "disable_tqdm": True, "disable_dropout": False} | settings)
+        ),
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer(),

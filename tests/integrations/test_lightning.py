@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from rdrop.integrations.lightning import RDropCallback
 from rdrop.integrations.targets import Target
-from rdrop.terms import squared_difference, squared_error
+from rdrop.terms import cross_entropy, squared_difference, squared_error
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -212,6 +213,29 @@ def weighted_loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
 def test_a_training_step_that_would_train_something_else_is_refused(step: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fitted(Classifier(RDropCallback(alpha=1.0), step=step))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_task_loss_with_the_weights_in_it_trains_as_the_error_says(alpha: float) -> None:
+    weight = torch.tensor([1.0, 2.0, 3.0])
+
+    def trained(task_loss: Any) -> nn.Module:
+        def step(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+            return model.rdrop.loss(model.layers(model.rdrop.repeat(images)), Target(labels, task_loss=task_loss))
+
+        return fitted(Classifier(RDropCallback(alpha=alpha), step=step))
+
+    found, expected, plain = (
+        trained(task_loss)
+        for task_loss in (
+            partial(cross_entropy, weight=weight),
+            lambda logits, labels: nn.functional.cross_entropy(logits, labels, weight, reduction="none"),
+            cross_entropy,
+        )
+    )
+    for one, other, without in zip(found.parameters(), expected.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+        assert not torch.allclose(one, without)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -33,7 +33,14 @@ from other_trainers import (
 )
 from torch import nn
 
-from rdrop import rdrop_loss, repeat_batch
+from rdrop import (
+    bernoulli_kl,
+    binary_cross_entropy,
+    rdrop_loss,
+    repeat_batch,
+    squared_difference,
+    squared_error,
+)
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported
 pytestmark = [  # of the libraries' own code
@@ -134,6 +141,95 @@ def test_skorch_scores_the_training_by_the_first_pass() -> None:
     )
 
 
+def test_skorch_gives_one_output_for_each_example_outside_of_a_training_step() -> None:
+    net = example_of("skorch")["RDropClassifier"](Model, alpha=ALPHA, **OF_SKORCH).fit(IMAGES.numpy(), LABELS.numpy())
+    for training in (False, True):
+        assert net.forward(IMAGES.numpy(), training=training).shape == (40, 10)
+
+
+CRITERIA = {
+    nn.BCEWithLogitsLoss: {"task_loss": binary_cross_entropy, "divergence": bernoulli_kl},
+    nn.MSELoss: {"task_loss": squared_error, "divergence": squared_difference},
+}
+ONE_HOT = nn.functional.one_hot(LABELS, 10).float()
+
+
+def one_update_by_hand(criterion: Any) -> nn.Module:
+    return trained_by_hand(ALPHA, [[(1.0, (IMAGES, ONE_HOT))]], **CRITERIA[criterion])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_skorch_compares_the_passes_by_the_divergence_of_the_criterion(criterion: Any) -> None:
+    from skorch import NeuralNet
+
+    class Net(example_of("skorch")["RDrop"], NeuralNet):  # type: ignore[misc]
+        pass
+
+    divergence = CRITERIA[criterion]["divergence"]
+    net = Net(Model, alpha=ALPHA, criterion=criterion, divergence=divergence, **OF_SKORCH | {"batch_size": 40})
+    assert_same_weights(net.fit(IMAGES.numpy(), ONE_HOT.numpy()).module_, one_update_by_hand(criterion))
+    assert net.get_params()["divergence"] is divergence
+
+
+def test_skorch_learns_yes_or_no_of_one_number_for_each_example() -> None:
+    from skorch import NeuralNetBinaryClassifier
+
+    class Net(example_of("skorch")["RDrop"], NeuralNetBinaryClassifier):  # type: ignore[misc]
+        pass
+
+    class One(Model):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images)[:, 0]
+
+    options = {"criterion": nn.BCEWithLogitsLoss, "divergence": bernoulli_kl, **OF_SKORCH, "batch_size": 40}
+    yes = ONE_HOT[:, 0]
+    found = Net(One, alpha=ALPHA, **options).fit(IMAGES.numpy(), yes.numpy()).module_
+    model = One().train()
+    losses = {"task_loss": binary_cross_entropy, "divergence": bernoulli_kl}
+    rdrop_loss(model(repeat_batch(IMAGES)), yes, alpha=ALPHA, **losses).loss.backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight -= RATE * weight.grad
+    assert_same_weights(found, model)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_fastai_compares_the_passes_by_the_divergence_of_the_loss(criterion: Any) -> None:
+    from fastai.data.core import DataLoaders
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(IMAGES, ONE_HOT), 40)
+    callback = example_of("fastai")["RDrop"](ALPHA, CRITERIA[criterion]["divergence"])
+    learner = fastai_learner(ALPHA, loss_func=criterion(), cbs=callback, metrics=[])
+    learner.dls = DataLoaders(loader, loader, device="cpu")
+    assert_same_weights(fitted(learner).model, one_update_by_hand(criterion))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_fastai_has_the_loss_of_its_learner_after_training_was_interrupted(error: type[BaseException]) -> None:
+    from fastai.callback.core import Callback
+
+    class Interrupted(Callback):
+        def before_backward(self) -> None:
+            raise error("stop")
+
+    learner = fastai_learner(ALPHA, loss_func=nn.CrossEntropyLoss())
+    before = learner.loss_func
+    with pytest.raises(error), learner.added_cbs(Interrupted()):
+        fitted(learner)
+    assert learner.loss_func is before
+    assert_same_weights(fitted(learner).model, trained_by_hand(ALPHA))
+
+
+def test_fastai_scores_the_training_by_the_first_pass() -> None:
+    learner = fastai_learner(ALPHA, images=16)
+    learner.recorder.train_metrics = True
+    fitted(learner)
+    first_pass = Model().train()(repeat_batch(IMAGES[:16]))[:16]
+    right = (first_pass.argmax(-1) == LABELS[:16]).float().mean()
+    assert learner.recorder.values[-1][1] == pytest.approx(right.item(), abs=1e-6)
+
+
 def test_fastai_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """From the weights and the optimizer that fastai saves, masks seeded."""
     from fastai.optimizer import SGD
@@ -209,6 +305,40 @@ def test_an_update_of_keras_is_that_of_the_gradient_written_out() -> None:
         expected = before.value - 0.5 * before.value.grad
         torch.testing.assert_close(found.value, expected)
         assert before.value.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("criterion", ["binary_crossentropy", "mean_squared_error"])
+def test_keras_compares_the_passes_by_the_divergence_of_a_subclass(criterion: str) -> None:
+    other = keras_model(ALPHA)
+    import keras
+
+    of_loss = CRITERIA[nn.MSELoss if criterion == "mean_squared_error" else nn.BCEWithLogitsLoss]
+
+    class Other(type(other)):  # type: ignore[misc]
+        divergence = staticmethod(of_loss["divergence"])
+
+    model = Other(other.inputs, other.outputs)
+    model.alpha = ALPHA
+    losses = {"binary_crossentropy": keras.losses.BinaryCrossentropy(from_logits=True)}
+    model.compile(optimizer=keras.optimizers.SGD(0.5), loss=losses.get(criterion, criterion))
+    before = [weight.value.detach().clone() for weight in other.trainable_weights]
+    torch.manual_seed(1)
+    rdrop_loss(other(repeat_batch(IMAGES), training=True), ONE_HOT, alpha=ALPHA, **of_loss).loss.backward()
+    gradients = [weight.value.grad.clone() for weight in other.trainable_weights]
+    torch.manual_seed(1)
+    model.train_on_batch(IMAGES.numpy(), ONE_HOT.numpy())
+    for found, start, gradient in zip(model.trainable_weights, before, gradients, strict=True):
+        torch.testing.assert_close(found.value, start - 0.5 * gradient)
+
+
+def test_keras_takes_classes_in_a_column_as_its_own_loss_does() -> None:
+    """As `keras.datasets.cifar10` has them."""
+    models = [keras_model(ALPHA), keras_model(ALPHA)]
+    for model, labels in zip(models, (LABELS.numpy(), LABELS.numpy().astype("uint8")[:, None]), strict=True):
+        torch.manual_seed(1)
+        model.fit(IMAGES.numpy(), labels, batch_size=16, shuffle=False, verbose=0)
+    for found, expected in zip(models[1].trainable_weights, models[0].trainable_weights, strict=True):
+        assert torch.equal(found.value, expected.value)
 
 
 def test_keras_saves_alpha_with_the_model(tmp_path: Path) -> None:

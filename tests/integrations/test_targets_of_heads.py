@@ -37,6 +37,7 @@ from transformers import (
     HubertForCTC,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    Trainer,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
@@ -69,11 +70,12 @@ def electra() -> nn.Module:
     return with_stand_in(model, model.electra.embeddings)
 
 
-def segformer() -> nn.Module:
+def segformer(num_labels: int = 3) -> nn.Module:
     sizes = {"hidden_sizes": [8], "num_attention_heads": [2], "depths": [1], "sr_ratios": [1], "strides": [2]}
-    rest = {"patch_sizes": [3], "mlp_ratios": [2], "num_encoder_blocks": 1, "decoder_hidden_size": 8, "num_labels": 3}
+    rest = {"patch_sizes": [3], "mlp_ratios": [2], "num_encoder_blocks": 1, "decoder_hidden_size": 8}
     off = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-    model = SegformerForSemanticSegmentation(SegformerConfig(num_channels=1, **sizes, **rest, **off))
+    config = SegformerConfig(num_channels=1, num_labels=num_labels, **sizes, **rest, **off)
+    model = SegformerForSemanticSegmentation(config)
     return with_stand_in(model, model.decode_head.linear_projections[0])
 
 
@@ -103,6 +105,13 @@ def images_with_maps(generator: torch.Generator, batch: dict[str, Tensor]) -> di
     labels = torch.randint(0, 3, (n, 9, 11), generator=generator)
     labels[:, 2] = 255
     return {"pixel_values": torch.randn(n, 1, 12, 12, generator=generator, dtype=torch.float64), "labels": labels}
+
+
+def images_with_masks(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    images = images_with_maps(generator, batch)
+    labels = images["labels"]
+    labels[:, :, 4] = -1
+    return images | {"labels": torch.where((labels >= 0) & (labels != 255), labels.clamp(max=1), labels)}
 
 
 def sounds(generator: torch.Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +151,18 @@ def segformer_by_hand(model: Any, output: Any, batch: dict[str, Tensor], passes:
     return task, len(apart), apart.sum(), len(apart)
 
 
+def binary_segformer_by_hand(model: Any, output: Any, batch: dict[str, Tensor], passes: int) -> Sums:
+    """The task loss is divided by all pixels, the divergence by those that count."""
+    wide = F.interpolate(output.logits, size=(9, 11), mode="bilinear", align_corners=False).squeeze(1)
+    labels = batch["labels"]
+    counted = (labels >= 0) & (labels != 255)
+    logits = torch.stack([part[counted] for part in wide.chunk(passes)])
+    yes = labels[counted].to(logits).expand_as(logits)
+    task = F.binary_cross_entropy_with_logits(logits, yes, reduction="sum") / passes
+    apart = of_pairs(torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1))
+    return task, labels.numel(), apart.sum(), int(counted.sum())
+
+
 def of_fixed_pairs(logs: Tensor) -> Tensor:
     """The same of two passes, the target of each direction held fixed."""
     a, b = logs
@@ -168,6 +189,7 @@ HeadCase = tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], Call
 CASES: dict[str, HeadCase] = {
     "replaced-token detection": (electra, some_replaced, electra_by_hand),
     "segmentation": (segformer, images_with_maps, segformer_by_hand),
+    "segmentation, yes or no": (partial(segformer, 1), images_with_masks, binary_segformer_by_hand),
     "CTC, wav2vec 2": (wav2vec2, sounds, ctc_by_hand),
     "CTC, HuBERT": (hubert, sounds, ctc_by_hand),
 }
@@ -219,6 +241,26 @@ def test_the_models_own_loss_is_the_one_that_its_targets_predict(name: str) -> N
     plain = sum(target.plain_loss(target.logits(model(**batch))) / target.count()[1] for target in targets)
     torch.testing.assert_close(plain, model(**batch).loss.double(), rtol=1e-5, atol=1e-6)
     assert not any(target.is_one_softmax for target in targets)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "segmentation, yes or no"])
+def test_segmentation_at_alpha_zero_and_in_evaluation_is_the_stock_trainers(name: str, tmp_path: Any) -> None:
+    make, add_labels, _ = CASES[name]
+    batches = batches_of(add_labels)[:2]
+    settings = {"max_steps": 2, "per_device_eval_batch_size": 1}
+    ours = train(RDropTrainer, build(make), batches, str(tmp_path), settings, alpha=0.0)
+    stock = train(Trainer, build(make), batches, str(tmp_path), settings)
+    assert all(map(torch.equal, ours.model.parameters(), stock.model.parameters()))
+    evaluated = [trainer.evaluate(batches)["eval_loss"] for trainer in (ours, stock)]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_label_smoothing_of_yes_or_no_per_pixel_is_refused(tmp_path: Any) -> None:
+    make, add_labels, _ = CASES["segmentation, yes or no"]
+    settings = {"label_smoothing_factor": 0.1}
+    for alpha in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"label_smoothing_factor \(=0.1\) is for class labels"):
+            train(RDropTrainer, build(make), batches_of(add_labels)[:1], str(tmp_path), settings, alpha=alpha)
 
 
 def test_two_views_of_one_sound_are_what_specaugment_hides_of_it() -> None:

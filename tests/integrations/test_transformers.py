@@ -1,8 +1,11 @@
 """What a training step of the Trainer with R-Drop computes: gradients, logs, and when it is plain."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +43,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     Seq2SeqTrainer,
     Trainer,
     ViTForImageClassification,
@@ -49,6 +54,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
+from rdrop import cross_entropy
 from rdrop.integrations.targets import UnknownTargetError
 from rdrop.integrations.transformers import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, Target
 
@@ -459,6 +465,24 @@ def test_class_weights_are_those_of_cross_entropy_over_the_whole_update(alpha: f
     assert worst_difference(trained.gradients[0], gradients_of(model)) < 1e-6
 
 
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+def test_a_loss_for_compute_loss_func_trains_as_the_task_loss_of_a_target(alpha: float, folder: str) -> None:
+    """As the error about `compute_loss_func` says."""
+
+    def trained(task_loss: Any) -> Any:
+        class Remedied(RDropTrainer):
+            def rdrop_targets(self, inputs: dict[str, Any]) -> list[Target]:
+                return [Target(inputs["labels"], task_loss=task_loss)]
+
+        settings = {"gradient_accumulation_steps": 4}
+        return train(Remedied, build(CLASSIFY), CLASSIFY.batches, folder, settings, alpha=alpha).gradients[0]
+
+    found = trained(partial(cross_entropy, weight=CLASS_WEIGHT))
+    expected = trained(lambda logits, labels: F.cross_entropy(logits, labels, CLASS_WEIGHT, reduction="none"))
+    assert worst_difference(found, expected) < 1e-6
+    assert worst_difference(trained(cross_entropy), expected) > 1e-2
+
+
 class WeightedTagger(RDropTrainer):
     def rdrop_targets(self, inputs: dict[str, Any]) -> list[Target]:
         return [Target(inputs["labels"], class_weight=torch.tensor([1.0, 5.0, 0.0]))]
@@ -821,7 +845,40 @@ def test_label_smoothing_without_decoder_inputs_is_refused(alpha: float, folder:
     case = CASES["sequence to sequence, label smoothing"]
     batches = [{k: v for k, v in batch.items() if k != "decoder_input_ids"} for batch in case.batches]
     settings = {"label_smoothing_factor": 0.1}
-    refuses("decoder_input_ids", build(case), folder, batches=batches, settings=settings, alpha=alpha)
+    message = r"decoder_input_ids.*as DataCollatorForSeq2Seq\(tokenizer, model=model\) does"
+    refuses(message, build(case), folder, batches=batches, settings=settings, alpha=alpha)
+
+
+def m2m_config() -> M2M100Config:
+    settings = {name: value for name, value in bart_config().to_dict().items() if name != "model_type"}
+    return M2M100Config(**settings)
+
+
+CANNOT_PREPARE = {
+    "M2M100": replace(CASES["sequence to sequence, BART"], model=lambda: M2M100ForConditionalGeneration(m2m_config())),
+    "Whisper": CASES["speech to text"],
+}
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+@pytest.mark.parametrize("name", CANNOT_PREPARE)
+def test_a_model_that_cannot_prepare_decoder_inputs_learns_smoothed_labels_as_the_error_says(
+    name: str, alpha: float, folder: str
+) -> None:
+    case, settings = CANNOT_PREPARE[name], {"label_smoothing_factor": 0.1}
+    batch = case.batches[0]
+    with pytest.raises(ValueError, match="decoder_input_ids") as raised:
+        train(RDropSeq2SeqTrainer, build(case), [batch], folder, settings, alpha=alpha)
+    assert "DataCollatorForSeq2Seq" not in str(raised.value)
+    collated = dict(batch)
+    exec("\n".join(re.findall("`(.+?)`", str(raised.value))), {"batch": collated})
+    found = train(RDropSeq2SeqTrainer, build(case), [collated], folder, settings, alpha=alpha)
+    model = build(case)
+    passes = 2 if alpha else 1
+    loss, *_ = loss_by_hand(case, model, [batch], alpha=alpha, passes=passes, label_smoothing=0.1)
+    loss.backward()
+    assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-6
+    train(RDropSeq2SeqTrainer, build(case), [batch], folder, {"label_smoothing_factor": 0}, alpha=alpha)
 
 
 def test_label_smoothing_of_an_encoder_decoder_that_classifies_needs_no_decoder_inputs(folder: str) -> None:

@@ -129,6 +129,21 @@ def test_the_best_is_kept_under_its_final_name_and_loaded_at_the_end(tmp_path: P
         trained._load_best_model()
 
 
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints", "every_save"])
+def test_a_checkpoint_is_pushed_from_where_it_stays(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The upload goes on in a thread after the call."""
+    pushed: list[tuple[Path, bool]] = []
+
+    def push(self: Trainer, checkpoint_folder: str) -> None:
+        pushed.append((Path(checkpoint_folder), why_damaged(Path(checkpoint_folder)) is None))
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer(tmp_path, push_to_hub=True, hub_strategy=strategy, save_total_limit=None).train()
+    assert pushed == [(tmp_path / f"checkpoint-{step}", True) for step in range(1, STEPS + 1)]
+    assert all(why_damaged(folder) is None for folder, _ in pushed)
+
+
 # ------------------------------------------------------------------------------------------------------- damaged ones
 
 

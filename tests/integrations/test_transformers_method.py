@@ -26,7 +26,7 @@ from gradient_agreement import (
     worst_difference,
 )
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 from rdrop.integrations.transformers import RDropTrainer
@@ -227,6 +227,46 @@ def test_the_loss_of_a_router_is_its_mean_over_the_update(method: Any, accumulat
     (loss,), (task_loss,), (auxiliary,) = (logged(found, name) for name in ("loss", "task_loss", "auxiliary_loss"))
     divergence = sum(logged(found, "divergence"))
     assert loss == pytest.approx(task_loss + method["alpha"] / 2 * divergence + auxiliary, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [{"alpha": ALPHA}, {"alpha": 0.0}, {"alpha": ALPHA, "fused": True}])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_with_label_smoothing_no_alpha_minimizes_or_logs_the_loss_of_a_router(
+    method: Any, accumulation: int, folder: str
+) -> None:
+    """As the stock Trainer, which takes a smoothed loss of the logits alone."""
+    batches, alpha = MIXTRAL.batches[:accumulation], method["alpha"]
+    settings = {"gradient_accumulation_steps": accumulation, "label_smoothing_factor": 0.1}
+    found = train(RDropTrainer, build(MIXTRAL), batches, folder, settings, **method)
+    model: Any = build(MIXTRAL)
+    passes = 2 if alpha else 1
+    loss, *_ = loss_by_hand(MIXTRAL, model, batches, alpha=alpha, passes=passes, label_smoothing=0.1)
+    loss.backward()
+    assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-6
+    assert logged(found, "auxiliary_loss") == []
+    (logged_loss,), (task_loss,) = logged(found, "loss"), logged(found, "task_loss")
+    assert logged_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert logged_loss == pytest.approx(task_loss + alpha / 2 * sum(logged(found, "divergence")), rel=1e-5)
+    if alpha == 0:
+        stock = train(Trainer, build(MIXTRAL), batches, folder, settings)
+        assert all(map(torch.equal, found.model.parameters(), stock.model.parameters()))
+
+
+def test_an_auxiliary_loss_of_ones_own_is_left_out_with_label_smoothing_at_alpha_zero_too(folder: str) -> None:
+    kind = type("LlamaForCausalLM", (WithPenalty,), {})  # by that name the stock Trainer shifts the labels
+    case = replace(LLAMA, model=lambda: kind(LLAMA.model().config))
+
+    class Remedied(RDropTrainer):
+        def auxiliary_loss(self, outputs: Any) -> Tensor:
+            return penalty(outputs)
+
+    for alpha, passes in ((ALPHA, 2), (0.0, 1)):
+        settings = {"label_smoothing_factor": 0.1}
+        found = train(Remedied, build(case), case.batches[:1], folder, settings, alpha=alpha, fused=False)
+        model: Any = build(case)
+        loss, *_ = loss_by_hand(case, model, case.batches[:1], alpha=alpha, passes=passes, label_smoothing=0.1)
+        loss.backward()
+        assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-6
 
 
 def test_micro_batches_share_the_loss_of_a_router(folder: str) -> None:

@@ -41,6 +41,8 @@ from sft_agreement import (
 )
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -48,6 +50,7 @@ from transformers import (
 )
 from trl import RewardTrainer, SFTTrainer
 
+from rdrop import bernoulli_kl
 from rdrop.integrations.transformers import RDropMixin
 from rdrop.integrations.trl import RDropSFTTrainer
 
@@ -150,6 +153,33 @@ def test_the_routers_loss_is_added_once_with_trls_coefficient(fused: bool, folde
     assert worst_difference(found.gradients[0], gradients_of(model)) < 1e-12
     assert logged(found, "auxiliary_loss") == [pytest.approx(auxiliary.item())]
     assert logged(found, "aux_loss") == [pytest.approx(auxiliary.item() / COEFFICIENT)]
+
+
+SMOOTHED = {"max_steps": 1, "label_smoothing_factor": 0.1, "train_sampling_strategy": "sequential"}
+
+
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated:FutureWarning")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_with_label_smoothing_the_routers_loss_is_neither_minimized_nor_part_of_the_task_loss(
+    accumulation: int, folder: str
+) -> None:
+    """As in TRL, which takes a smoothed loss of the logits alone."""
+
+    def settings(coefficient: float) -> dict[str, Any]:
+        return SMOOTHED | {"gradient_accumulation_steps": accumulation, "router_aux_loss_coef": coefficient}
+
+    for alpha in (ALPHA, 0.0):
+        found, without = (
+            rdrop(with_stand_in(experts()), TEXT, folder, settings(coefficient), alpha=alpha, every=1)
+            for coefficient in (COEFFICIENT, 0.0)
+        )
+        assert worst_difference(found.gradients[0], without.gradients[0]) < 1e-12
+        assert logged(found, "auxiliary_loss") == []
+        (loss,), (task_loss,) = logged(found, "loss"), logged(found, "task_loss")
+        assert loss == pytest.approx(task_loss + alpha / 2 * sum(logged(found, "divergence")))
+        assert logged(found, "aux_loss") != []  # TRL's metric stays
+    stock = tune(SFTTrainer, with_stand_in(experts()), TEXT, folder, settings(COEFFICIENT))
+    assert same_bits(stock.model, found.model)
 
 
 # ------------------------------------------------------------------------------------------------- TRL, where plain
@@ -345,6 +375,41 @@ def rewarding(trainer_class: Any, folder: str, settings: Any, **options: Any) ->
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(LlamaConfig(**(OF_EVERY_MODEL | DROPOUT | {"num_labels": 1})))
     return reward_trainer(trainer_class, model, folder, {"per_device_train_batch_size": 2} | settings, **options)
+
+
+def reward_bert() -> Any:
+    sizes = {name: OF_EVERY_MODEL[name] for name in ("vocab_size", "pad_token_id", "hidden_size", "intermediate_size")}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    return BertForSequenceClassification(BertConfig(**sizes, **layers))
+
+
+def test_reward_modeling_refuses_to_have_its_dropout_switched_off_and_the_remedy_works(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose dropout is in modules, which TRL sets to 0 unless told not to."""
+    seen: list[float] = []
+
+    def watched(passes: Tensor) -> Tensor:
+        seen.append(bernoulli_kl(passes).mean().item())
+        return bernoulli_kl(passes)
+
+    monkeypatch.setitem(RDropRewardTrainer.compute_loss.__globals__, "bernoulli_kl", watched)
+    switched_off = {"disable_dropout": True, "max_steps": 2}
+    with pytest.raises(ValueError, match=r"RewardConfig\(disable_dropout=False\)"):
+        reward_trainer(RDropRewardTrainer, reward_bert(), folder, switched_off, alpha=1.0)
+    reward_trainer(
+        RDropRewardTrainer, reward_bert(), folder, switched_off | {"disable_dropout": False}, alpha=1.0
+    ).train()
+    assert len(seen) == 2
+    assert min(seen) > 0
+    reward_trainer(RDropRewardTrainer, reward_bert(), folder, switched_off, alpha=0.0).train()
+
+
+def test_reward_modeling_of_a_model_without_dropout_is_refused(folder: str) -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**(OF_EVERY_MODEL | {"num_labels": 1})))
+    with pytest.raises(ValueError, match="nothing is random in LlamaForSequenceClassification"):
+        reward_trainer(RDropRewardTrainer, model, folder, {}, alpha=1.0).train()
 
 
 def test_at_alpha_zero_and_in_evaluation_reward_modeling_is_trls_to_the_bit(folder: str) -> None:

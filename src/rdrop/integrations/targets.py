@@ -52,7 +52,8 @@ class Target:
         class_weight: `(V,)`, as `weight` in `F.cross_entropy`: the task loss is the weighted mean.
         transform: what makes the logits `(N, ..., V)` of the model's output, where that is something else.
         task_divisor: what divides the sum of the task loss over a batch, where that is not the number of positions: of
-            a loss per example, the number of examples. Such a loss stands at the first position of its example.
+            a loss per example, the number of examples. Such a loss stands at the first position of its example. Of a
+            mean over ignored positions too, the number of all.
     """
 
     labels: Tensor
@@ -343,9 +344,13 @@ def question_answering(config: Any, inputs: Batch) -> list[Target]:
 
 
 def semantic_segmentation(config: Any, inputs: Batch) -> list[Target]:
-    """Returns one class per pixel: the logits of a coarser grid, brought to the size of the labels `(N, H, W)`."""
+    """Returns one class per pixel: the logits of a coarser grid, brought to the size of the labels `(N, H, W)`.
+
+    SegFormer with one logit per pixel learns yes or no, and divides that loss by all pixels, the ignored ones too.
+    """
     labels = _required(inputs, "labels")
-    if config.num_labels < 2:
+    is_binary = config.num_labels == 1 and config.model_type == "segformer"
+    if config.num_labels < 2 and not is_binary:
         raise ValueError(f"num_labels (={config.num_labels}) is a softmax over one class: set num_labels=2")
     if getattr(config, "use_auxiliary_head", False):
         raise UnknownTargetError(
@@ -358,7 +363,17 @@ def semantic_segmentation(config: Any, inputs: Batch) -> list[Target]:
         return wide.movedim(1, -1)
 
     ignored = labels == getattr(config, "semantic_loss_ignore_index", IGNORE_INDEX)
-    return [Target(labels.masked_fill(ignored, IGNORE_INDEX), transform=to_pixels)]
+    if not is_binary:
+        return [Target(labels.masked_fill(ignored, IGNORE_INDEX), transform=to_pixels)]
+    return [
+        Target(
+            labels.long().masked_fill(ignored | (labels < 0), IGNORE_INDEX),
+            task_loss=partial(binary_cross_entropy),  # no more than a callable, so that whole numbers may be ignored
+            divergence=bernoulli_kl,
+            transform=to_pixels,
+            task_divisor=torch.tensor(labels.numel(), device=labels.device),
+        )
+    ]
 
 
 def replaced_token_detection(config: Any, inputs: Batch) -> list[Target]:

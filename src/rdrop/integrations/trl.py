@@ -89,7 +89,7 @@ class RDropSFTTrainer(RDropMixin, SFTTrainer):  # type: ignore[misc, unused-igno
         computed = SFTTrainer.compute_loss(self, model, inputs, outputs_wanted, counts[0, 0])
         loss, outputs = computed if outputs_wanted else (computed, None)
         terms = {"task_loss": loss.detach()}
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and self.label_smoother is None:  # else TRL's loss is of the logits alone
             part = loss.new_tensor(self.router_aux_loss_coef * self._metrics["train"]["aux_loss"][-1])
             terms = {
                 "task_loss": loss.detach() - part / self._accumulation,

@@ -176,6 +176,19 @@ def test_contests_are_corrected_for_one_another_by_holm():
     assert [own.contests for own in both] == [2, 2]
 
 
+def test_the_least_seeds_are_fewer_where_the_others_leave_them_by_holm():
+    """Of two, a weak one leaves the other the whole correction, and a strong one leaves none."""
+    short = paired_difference(by_seed(1, 2, 3, 4, 5), by_seed(0, 0, 0, 0, 0), HIGHER)
+    mixed = paired_difference(by_seed(5, 1, -4, 2, 1, -2), by_seed(*[0] * 6), HIGHER)
+    for other, least in ((range(1, 10), 6), (range(-4, 5), 7)):
+        beside = paired_difference(by_seed(*other), by_seed(*[0] * 9), HIGHER)
+        for own, expected in ((short, Outcome.TOO_FEW), (mixed, (Outcome.NOT_SHOWN, Outcome.TOO_FEW)[least - 6])):
+            first = judged([(*ARMS, own), (*ARMS, beside)])[0]
+            assert (first.least_seeds, first.outcome) == (least, expected)
+    alone = judged([(*ARMS, mixed), (*ARMS, paired_difference(by_seed(1), by_seed(0), HIGHER))])[0]
+    assert (alone.contests, alone.least_seeds) == (1, 6)  # the other has no p
+
+
 def test_more_contests_and_looks_need_more_seeds():
     assert contest(*range(1, 7), contests=2).least_seeds == 7
     assert contest(*range(1, 7), contests=2).outcome is Outcome.TOO_FEW

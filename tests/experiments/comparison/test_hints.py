@@ -1,6 +1,6 @@
 """What the curves of finished runs say: each hint where it applies, and where it does not."""
 
-import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,11 @@ def test_a_valid_loss_that_turned_up_on_a_seed_or_is_hardly_known_says_nothing(l
     assert nothing_to_regularize(arm(0.0, run(0.0, valid_loss=FALLS), run(0.0, 1, valid_loss=losses))) is None
 
 
-def test_a_valid_score_that_rises_at_the_end_says_that_both_arms_are_still_learning() -> None:
+def test_a_valid_score_that_rises_at_the_end_says_that_it_is_still_learning() -> None:
     said = still_learning(arm(0.0, run(0.0, accuracy=RISES), run(0.0, 1, accuracy=RISES)), "accuracy")
     assert said == (
-        "The valid accuracy of the baseline still rises at the end: both arms are still learning. Train longer before "
-        "you judge (docs/when-it-helps.md)."
+        "The valid accuracy of the baseline still rises at the end: it is still learning. Train longer before you "
+        "judge (docs/when-it-helps.md)."
     )
     said = still_learning(arm(0.0, run(0.0, valid_loss=[*FALLS[:3], 0.8, 0.6, 0.4])), "loss")
     assert said is not None
@@ -85,7 +85,8 @@ def test_a_converged_score_of_most_seeds_says_nothing_of_still_learning(others: 
 def test_a_divergence_of_zero_says_that_r_drop_does_nothing() -> None:
     assert no_divergence(arm(1.0, run(1.0, divergence=[0.0, 1e-6, 0.0]), run(1.0, 1, divergence=[0.0]))) == (
         "The divergence of R-Drop (alpha 1) stays at 0: its passes hardly differ, so R-Drop does nothing. Raise the "
-        "dropout rate, or give each pass a view of its own (docs/when-it-helps.md)."
+        "dropout rate, or let their inputs differ: views=each for images, a cutoff and its cutoff_ratio for texts "
+        "(docs/when-it-helps.md)."
     )
 
 
@@ -121,7 +122,7 @@ def test_a_baseline_past_its_best_early_is_told_of_a_shorter_one_which_ends_the_
     baseline = arm(0.0, *(with_best(run(0.0, seed), 10 * (1 + seed), **lengths) for seed in (0, 1)))
     said = best_early(baseline, [baseline])
     assert said is not None
-    assert f'Set it beside, in `rdrop compare`: --arm "alpha=0 {settings}" (docs/when-it-helps.md).' in said
+    assert f"Set it beside, in `rdrop compare`: --arm 'alpha=0 {settings}' (docs/when-it-helps.md)." in said
     recipe = find_recipe("digits").replace(**{"alpha": 1.0, "epochs": None} | lengths)
     _, shorter, _ = plan_arms(recipe, [f"alpha=0 {settings}"], larger_batch=False).arms.values()
     planned = {key: value for key, value in shorter.saved().items() if key in lengths}
@@ -133,7 +134,7 @@ def test_a_baseline_past_its_best_early_on_most_seeds_is_told_on_how_many() -> N
     baseline = arm(0.0, *(with_best(run(0.0, seed), step, updates=100) for seed, step in enumerate((10, 50, 60))))
     said = best_early(baseline, [baseline])
     assert said is not None
-    assert "are from the first 50 % of its updates on 2 of 3 seeds." in said
+    assert "are from the first 50 % of its planned updates on 2 of 3 seeds." in said
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,11 @@ def test_a_baseline_whose_best_is_late_on_half_of_the_seeds_or_not_known_says_no
     assert best_early(baseline, [baseline]) is None
 
 
+def arms_given(said: str) -> list[str]:
+    """The settings of each `--arm`, as a shell reads them."""
+    return shlex.split(said.partition("`rdrop compare`: ")[2].partition(" (docs")[0])[1::2]
+
+
 def test_the_hint_of_a_shorter_baseline_keeps_the_larger_batch_that_arms_would_replace() -> None:
     recipe = find_recipe("text-classification").replace(epochs=20.0, patience=3, **{"model.name": "minilm"})
     plain, _, larger = plan_arms(recipe, larger_batch=True).arms.values()
@@ -156,7 +162,7 @@ def test_the_hint_of_a_shorter_baseline_keeps_the_larger_batch_that_arms_would_r
     ]
     said = best_early(arms[0], arms)
     assert said is not None
-    given = re.findall(r'--arm "(.*?)"', said)
+    given = arms_given(said)
     assert given == ["alpha=0 batch_size=16 epochs=40 patience=6", "alpha=0 epochs=10"]
     found = plan_arms(recipe, given, larger_batch=True).arms
     assert larger in found.values()
@@ -172,7 +178,7 @@ def test_the_hint_of_a_shorter_baseline_keeps_the_arms_that_a_recipe_brings() ->
     ]
     said = best_early(arms[0], arms)
     assert said is not None
-    given = re.findall(r'--arm "(.*?)"', said)
+    given = arms_given(said)
     assert given[-1] == "alpha=0 updates=500 warmup_updates=50 model.dropout=0.5"
     again = plan_arms(recipe, given, larger_batch=True).arms
     assert set(again) > set(planned)
@@ -213,7 +219,40 @@ def test_the_settings_of_a_shorter_baseline_can_be_typed() -> None:
     rdrop = replace(arm(1.0, with_best(run(1.0), 10, **lengths)), batch=1_048_576)
     said = best_early(baseline, [baseline, rdrop, larger])
     assert said is not None
-    assert '--arm "alpha=0 batch_size=2097152" --arm "alpha=0 updates=1500000"' in said
+    assert "--arm 'alpha=0 batch_size=2097152' --arm 'alpha=0 updates=1500000'" in said
+
+
+def test_settings_with_blanks_are_quoted_as_an_arm_reads_them() -> None:
+    recipe = find_recipe("digits-vit").replace(updates=100, warmup_updates=10)
+    plain = recipe.replace(method=recipe.method.plain())
+    started = plain.replace(init_from="my runs/first")
+    arms = [
+        Arm(label, of.method, 32, (replace(with_best(run(0.0), 10, **of.saved()), method=of.method),))
+        for label, of in (("baseline", plain), ("started", started), ("R-Drop", recipe))
+    ]
+    said = best_early(arms[0], arms)
+    assert said is not None
+    given = arms_given(said)
+    assert started in plan_arms(recipe, given, larger_batch=True).arms.values()
+
+
+def test_a_training_that_is_past_its_best_is_not_advised_to_be_longer_nor_one_that_still_learns_to_be_shorter() -> None:
+    early = arm(0.0, *(with_best(run(0.0, seed, valid_loss=FALLS), 10, updates=100) for seed in (0, 1)))
+    (said,) = hints(early, [early, arm(1.0, run(1.0))], "accuracy", pays=False)
+    assert "planned to be shorter" in said
+    learning = arm(
+        0.0, *(with_best(run(0.0, seed, valid_loss=FALLS, accuracy=RISES), 10, updates=100) for seed in (0, 1))
+    )
+    (said,) = hints(learning, [learning, arm(1.0, run(1.0))], "accuracy", pays=False)
+    assert "Train longer" in said
+
+
+def test_a_training_that_its_patience_has_ended_is_not_advised_to_be_longer() -> None:
+    for made, advised in ((80, False), (100, True)):
+        runs = [with_best(run(0.0, seed, valid_loss=FALLS, accuracy=RISES), 70, updates=100) for seed in (0, 1)]
+        baseline = arm(0.0, *(replace(own, result=own.result | {"updates": made}) for own in runs))
+        assert (nothing_to_regularize(baseline) is not None) == advised
+        assert (still_learning(baseline, "accuracy") is not None) == advised
 
 
 SLOW = [2.0, 1.9, 1.8, 1.2]
@@ -225,6 +264,8 @@ def test_a_training_loss_far_above_the_baseline_s_says_that_alpha_is_too_large()
         "The training loss of R-Drop (alpha 5) ends at 1.2, far above 0.1 of the baseline: alpha is too large. Lower "
         "it, or let it rise (alpha_schedule=quadratic) (docs/when-it-helps.md)."
     )
+    rises = replace(rdrop, method=Method(alpha=5.0, alpha_schedule="quadratic"))
+    assert str(alpha_too_large(rises, baseline, "accuracy")).endswith("Lower it (docs/when-it-helps.md).")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +281,8 @@ def test_folds_are_said_with_what_they_mean() -> None:
     assert said.startswith("Cross-validation: each seed is scored on a part of its own, of 5 (data.folds), and 2 seeds")
     assert "2 seeds are compared. Scores of different parts are of different examples. 3 of the parts are not" in said
     assert cross_validation([arm(0.0, run(0.0, data={"folds": None}), run(0.0, 1))]) is None
+    scored = run(0.0, data={"folds": 5})
+    assert cross_validation([arm(0.0, replace(scored, result=scored.result | {"test_file": "new.csv"}))]) is None
 
 
 def test_seeds_beyond_the_folds_are_said_to_share_parts() -> None:

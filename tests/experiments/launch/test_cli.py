@@ -142,7 +142,19 @@ def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.Capt
     [
         (["trian", "digits"], "No such command 'trian'"),
         (["train"], "Missing argument 'RECIPE'"),
-        (["train", "digits-vit", "--seed", "3"], "No such option: --seed"),
+        (["train", "digits-vit", "--seed", "3"], "No such option: --seed. A setting of the recipe is written without "),
+        (
+            ["train", "digits-vit", "--seeds", "3"],
+            "No such option: --seeds. A setting of the recipe is written without ",
+        ),
+        (
+            ["compare", "digits", "--alpha=1"],
+            "option: --alpha. A setting of the recipe is written without hyphens: alpha=",
+        ),
+        (["compare", "digits", "--batch-size", "8"], "without hyphens: batch_size=..."),
+        (["compare", "digits", "--seed", "8"], "--seeds"),
+        (["compare", "digits", "--what", "8"], "No such option: --what"),
+        (["compare", "digits", "--arm", "alpha=0 dropout=0.3"], "leave it out; the rate of the model is model.dropout"),
         (["train", "digit"], 'recipe="digit": no such recipe; the nearest is digits'),
         (["train", "alpha=1"], "no such recipe; rdrop list shows all"),
         (["list", "nope"], "no such recipe; rdrop list shows all"),
@@ -163,7 +175,10 @@ def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.Capt
             ["compare", "digits-vit", "batch_size=160", "data.train_labels=200"],
             "2 times the batch; --no-double-batch omits it",
         ),
-        (["report", "nowhere"], "nowhere is not a folder"),
+        (
+            ["report", "nowhere"],
+            "nowhere does not exist. Give the folder that holds the runs; `rdrop compare digits` makes",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_training")
@@ -277,9 +292,9 @@ def test_seeds_and_arms_that_are_there_are_not_left_out_of_a_verdict_that_asks_f
     capsys.readouterr()
     assert cli.run(["compare", "digits-vit", "alpha=0.5", "--seeds", "0,2,3", "--runs", str(tmp_path)]) == 0
     assert "digits-vit: 8 seeds" in capsys.readouterr().out
-    assert cli.run(["compare", "digits-vit", "alpha=2", "--seeds", "9,", "--runs", str(tmp_path)]) == 0
+    assert cli.run(["compare", "digits-vit", "alpha=2", "--seeds", "9,10", "--runs", str(tmp_path)]) == 0
     of_compare = capsys.readouterr().out
-    assert "digits-vit: 9 seeds" in of_compare
+    assert "digits-vit: 10 seeds" in of_compare
     assert "p is corrected for 4 comparisons" in " ".join(of_compare.split())
     assert cli.run(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == of_compare

@@ -248,6 +248,7 @@ def test_a_damaged_run_on_fresh_seeds_is_named(
         (["alpha=0,1"], "a search tries plain training anyway; leave 0 out"),
         (["seed=1,2"], "a search has its own; say how many with --tune-seeds and --seeds"),
         (["alpha=1,2", "seed=5"], "a search has its own; say how many with --tune-seeds and --seeds"),
+        (["alpha=1,2", "alpha=3"], "alpha: given twice: 1,2 and 3; give all values at once"),
         (["alpah=1,2"], "no such key; the nearest is alpha"),
         (["alpha=1,2", "--seeds", "1000,"], "1000 is a seed of the search"),
         (["alpha=1,2", "--tune-seeds", "0"], "--tune-seeds"),

@@ -388,7 +388,7 @@ def test_only_unfinished_runs_are_listed(tmp_path):
 def test_no_run_at_all_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(ResultsError, match="holds no run"):
         write_report(tmp_path)
-    with pytest.raises(ResultsError, match="is not a folder"):
+    with pytest.raises(ResultsError, match="does not exist"):
         write_report(tmp_path / "nowhere")
 
 

@@ -1,5 +1,7 @@
 """Scores of predicted classes: calibration as it is defined, and what is noted beside the numbers."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,11 @@ def test_the_calibration_error_is_the_gap_of_each_of_15_bins_weighted_by_its_siz
 
 def test_gaps_of_opposite_sign_do_not_cancel_between_bins_but_do_within_one() -> None:
     assert calibration_error(np.array([0.5, 0.9]), np.array([True, False])) == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_the_calibration_error_of_a_diverged_model_is_no_number() -> None:
+    confidence = top_class_confidence(np.array([[1.0, 2.0], [np.inf, 0.0]]))
+    assert math.isnan(calibration_error(confidence, np.array([True, False])))
     assert calibration_error(np.array([0.75, 0.75, 0.75, 0.75]), np.array([1, 1, 1, 0], dtype=bool)) == 0
 
 

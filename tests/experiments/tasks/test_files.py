@@ -167,6 +167,19 @@ def test_the_remedy_of_a_message_mends_the_file_when_followed_word_for_word(
     assert path.read_bytes() == before
 
 
+def test_a_mended_side_of_parallel_text_brings_the_other_side_with_it(tmp_path: Path) -> None:
+    write(tmp_path / "it's a corpus.de", "ein H\xe4uschen\n".encode("cp1252"))
+    write(tmp_path / "it's a corpus.en", "a cottage\n")
+    with pytest.raises(DataError, match="for cp1252 here") as found:
+        list(ParallelText(tmp_path / "it's a corpus.de", tmp_path / "it's a corpus.en"))
+    command, _, copy = str(found.value).partition("; if the two are named by what their names have in common, also: ")
+    for line in (command.rpartition(" by: ")[2], copy):
+        subprocess.run(["bash", "-c", line], check=True)
+    assert list(ParallelText(tmp_path / "it's a corpus-mended.de", tmp_path / "it's a corpus-mended.en")) == [
+        ("ein H\xe4uschen", "a cottage")
+    ]
+
+
 @pytest.mark.parametrize(
     ("encoding", "word"),
     [
@@ -431,7 +444,10 @@ def test_the_file_that_a_message_tells_to_make_of_another_dialect_is_read(
         read_table(path, ["text", "label"], keys={"text": "data.text_column"})
     command = str(found.value).rpartition("made by: ")[2]
     subprocess.run(["bash", "-c", command], check=True)
-    (new,) = tmp_path.glob("*-commas.csv")
+    (new,) = [*tmp_path.glob("*-commas.csv"), *tmp_path.glob("*-tabs.tsv")]
+    assert new.suffix == (".tsv" if ".tsv" in name else ".csv")  # which a folder may ask for
+    if new.suffix == ".tsv":
+        rows[2][0] = "two lines | and tabs"
     assert [[row.values["text"], row.values["label"]] for row in read_table(new, ["text", "label"])] == rows[1:]
 
 
@@ -461,6 +477,14 @@ def test_the_first_name_that_is_there_is_found(tmp_path: Path) -> None:
         find_file(tmp_path, "train.tsv", "train.csv")
     with pytest.raises(DataError, match="there is no such folder"):
         find_file(tmp_path / "none", "train.tsv")
+
+
+def test_two_files_of_one_split_are_refused_where_only_one_may_be_there(tmp_path: Path) -> None:
+    write(tmp_path / "valid.tsv", "x")
+    assert find_file(tmp_path, "valid.tsv", "dev.tsv", only=True) == tmp_path / "valid.tsv"
+    write(tmp_path / "dev.tsv.gz", "x")
+    with pytest.raises(DataError, match=r"valid\.tsv and dev\.tsv\.gz are both there; move the one away"):
+        find_file(tmp_path, "valid.tsv", "dev.tsv", only=True)
 
 
 def test_held_out_rows_are_disjoint_whole_and_the_seed_s_own() -> None:

@@ -177,7 +177,10 @@ def test_a_broken_image_is_named_when_it_is_read(tmp_path: Path, broken: bytes |
         (lambda root: write_image(root / "loose.png"), "loose.png: is no folder"),
         (lambda root: (root / "a" / "notes.txt").write_text("x"), "notes.txt: is no image by its name"),
         (lambda root: (root / "c").mkdir(), "c: the class has no images"),
-        (lambda root: (root / "a" / "deeper").mkdir(), "deeper: is no image by its name"),
+        (
+            lambda root: (root / "a" / "deeper").mkdir(),
+            "deeper: is a folder in the folder of a class; if these are splits",
+        ),
     ],
 )
 def test_a_folder_that_is_not_class_folders_is_refused(
@@ -344,6 +347,18 @@ def test_what_the_hub_lacks_is_named(hub: list[tuple[Any, ...]]) -> None:
     assert "has 30 images, and data.expected_train=50000" in refusal(splits, HUB, expected_train=50_000)
 
 
+def test_texts_of_the_hub_are_names_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str | None, *, split: str, **options: object) -> datasets.Dataset:
+        images = [Image.new("L", (8, 8), 100 + index) for index in range({"train": 30, "test": 6}[split])]
+        names = ["pear", "apple", "fig"]
+        return datasets.Dataset.from_dict({"img": images, "fine_label": [names[i % 3] for i in range(len(images))]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = splits(HUB)
+    assert found["train"].images.classes == ("apple", "fig", "pear")
+    assert found["test"].images.labels.tolist() == [2, 0, 1, 2, 0, 1]
+
+
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -421,6 +436,25 @@ def test_a_slip_in_the_name_of_a_split_is_not_passed_over(tmp_path: Path) -> Non
         splits, IMAGE_CLASSIFICATION, folder=str(tmp_path)
     )
     assert "give it as data.folder" in refusal(splits, IMAGE_CLASSIFICATION, train=str(tmp_path))
+
+
+def test_a_split_that_is_packed_or_there_twice_is_not_passed_over(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 10, "b": 10})
+    for name in ("valid.zip", "validation.tar.gz", "test.npy"):
+        (tmp_path / name).touch()
+        said = refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path))
+        assert said == f"{tmp_path / name}: is no folder, .npz or .bin file; unpack or convert it, or move it away"
+        (tmp_path / name).unlink()
+    (tmp_path / "README.md").touch()
+    for name in ("val", "valid"):
+        write_classes(tmp_path / name, {"a": 2, "b": 2})
+    assert f"{tmp_path / 'valid'} and val are one split" in refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path))
+
+
+def test_one_file_among_class_folders_is_not_taken_for_all_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 10, "b": 10})
+    np.savez(tmp_path / "features.npz", images=np.full((20, 8, 8), 200, np.uint8), labels=np.arange(20) % 2)
+    assert "features.npz: is no folder" in refusal(splits, IMAGE_CLASSIFICATION, folder=str(tmp_path))
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -877,9 +911,7 @@ def test_a_model_that_cannot_be_had_as_asked_is_refused(pretrained: Path, tmp_pa
 def test_dropout_that_a_model_does_not_have_is_refused(pretrained: Path, tmp_path: Path) -> None:
     config = ConvNextConfig(hidden_sizes=[4, 4], depths=[1, 1], num_stages=2, num_labels=5)
     ConvNextForImageClassification(config).save_pretrained(pretrained)
-    with pytest.raises(
-        RecipeError, match=r"model\.dropout=0\.1: must be 0: a convnext model has no hidden_dropout_prob"
-    ):
+    with pytest.raises(RecipeError, match=r"model\.dropout=0\.1: must be 0: a convnext model has no such rate"):
         fine_tuning(pretrained, tmp_path)
     plain = {"alpha": 0.0, "model.dropout": 0.0, "model.attention_dropout": 0.0}
     task = fine_tuning(pretrained, tmp_path, **plain)

@@ -1,6 +1,7 @@
 """Language modeling: the text of each split, its tokens, blocks and windows, the perplexity, and the models."""
 
 import gzip
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,16 @@ import pytest
 import torch
 from tests.real_data import real_data
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from rdrop.dropout import dropout_sources
 from rdrop.experiments.recipe.settings import RecipeError
@@ -58,9 +68,9 @@ def own_file(folder: Path, text: str, name: str = "own.txt") -> str:
 
 def on_words(folder: Path, text: str, **changes: object) -> LanguageModelingRecipe:
     """A small model of the words of `text`, which is all three splits (with spaces that are no words)."""
-    path, other = own_file(folder, text), own_file(folder, text.replace("\n", " \n"), "other.txt")
+    path, valid, test = (own_file(folder, text.replace("\n", f"{' ' * n}\n"), f"own{n}.txt") for n in range(3))
     small = {"model.layers": 1, "model.hidden_size": 16, "model.heads": 2, "model.intermediate_size": 16}
-    given = {"data.train": path, "data.valid": other, "data.test": other, "data.min_count": 1, "data.lines": None}
+    given = {"data.train": path, "data.valid": valid, "data.test": test, "data.min_count": 1, "data.lines": None}
     sizes = {"data.block_size": 4, "data.context": 2}
     return WIKITEXT_2_VALID.replace(**{**given, **sizes, **small, **changes})
 
@@ -320,8 +330,8 @@ def test_the_perplexity_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_perplexity_of_pieces_is_by_word(tmp_path: Path) -> None:
-    path, test = own_file(tmp_path, "the old house\n" * 30), own_file(tmp_path, "the old house\n" * 20, "test.txt")
-    given = {"data.train": path, "data.valid": test, "data.test": test, "data.vocabulary": 258}
+    path, valid, test = (own_file(tmp_path, "the old house\n" * lines, f"{lines}.txt") for lines in (30, 10, 20))
+    given = {"data.train": path, "data.valid": valid, "data.test": test, "data.vocabulary": 258}
     task = LanguageModeling(FROM_SCRATCH.replace(**given))
     tokens = task._tokens["test"]
     uniform = Memory(task._vocabulary.size, slope=0.0)
@@ -407,6 +417,37 @@ def save_gpt2(folder: Path) -> str:
         GPT2Config(vocab_size=257, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(path)
     return str(path)
+
+
+def test_a_model_that_reads_what_it_is_to_predict_is_refused_until_it_is_a_decoder(tmp_path: Path) -> None:
+    folder = save_gpt2(tmp_path)  # whose tokenizer serves
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaForMaskedLM(
+        RobertaConfig(vocab_size=257, max_position_embeddings=40, bos_token_id=0, eos_token_id=0, **sizes)
+    ).save_pretrained(folder)
+    text = own_file(tmp_path, "the old house by the river\n" * 30)
+    recipe = FINE_TUNING.replace(**{"model.name": folder, "data.train": text, "data.block_size": 16, "data.context": 8})
+    recipe = recipe.replace(**{"model.embedding_dropout": None})
+    with pytest.raises(RecipeError, match=r"reads the tokens that it is to predict; .* set is_decoder to true in conf"):
+        load_task(recipe).build_model()
+    config = Path(folder) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_decoder": True}))
+    assert load_task(recipe).build_model().config.is_decoder
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt_neo", "mpt", "biogpt", "modernbert-decoder", "gpt2", "llama", "opt", "gemma3_text"]
+)
+def test_no_rate_of_a_model_is_left_as_it_was(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    present = [key for key, names in RATE_NAMES.items() if any(hasattr(config, name) for name in names)]
+    set_rates(config, {key: 0.25 if key in present else None for key in RATE_NAMES}, RATE_NAMES)
+    own = {name: value for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float)}
+    assert {value for name, value in own.items() if not name.startswith(NOT_OURS)} == {0.25}
+
+
+NOT_OURS = ("layerdrop", "classifier", "summary", "activation")
+"""Rates that are always 0, or of parts that a language model does not have."""
 
 
 def test_a_rate_that_the_model_does_not_have_is_refused() -> None:

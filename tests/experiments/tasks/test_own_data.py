@@ -114,6 +114,21 @@ def test_what_is_no_text_in_a_data_set_of_the_hub_is_named_by_row_and_column(
         load_from_hub(task, [lists] * 20, monkeypatch)
 
 
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "image-classification"])
+def test_what_chooses_the_checkpoint_does_not_score_it(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = TASKS[task](tmp_path)
+    part, copy = (file.with_name(f"{name}{file.suffix}") for name in ("part", "copy"))
+    for path in (part, copy):
+        path.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    command = ["train", task, *SHORT, "--train", str(file), "--valid", str(part), "--test", str(copy)]
+    assert cli.run([*command, "--runs", str(tmp_path / "runs")]) == 2
+    assert f"is test, and has the same content as {part}, which chooses the checkpoint" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("other_path", ["itself", "link", "copy"])

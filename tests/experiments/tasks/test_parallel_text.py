@@ -185,11 +185,11 @@ def test_a_file_for_a_split_leaves_its_rows_in_train(tmp_path: Path) -> None:
     own = {"data.train": write_table(tmp_path / "a.tsv", 40), "data.test": write_table(tmp_path / "b.csv", 3)}
     splits = loaded(TRANSLATION, **own)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 36, "valid": 4, "test": 3}
-    own["data.valid"] = own["data.test"]
+    own["data.valid"] = write_table(tmp_path / "c.csv", 2)
     own["data.train"] = write_table(tmp_path / "few.tsv", 6)
     assert {split: len(pairs) for split, pairs in loaded(TRANSLATION, **own).items()} == {
         "train": 6,
-        "valid": 3,
+        "valid": 2,
         "test": 3,
     }
 

@@ -136,10 +136,11 @@ def test_a_list_in_a_cell_is_read_as_the_list_that_it_is(tmp_path: Path) -> None
         return sorted({example.summaries for examples in found.values() for example in examples})
 
     assert loaded(str(["it's good", "fine"]), '["née", "b"]') == [("it's good", "fine"), ("née", "b")]
-    for text in ("[sic] a good film", "['quoted] and 'more']", '["one", 2]', "[1, 2]"):
+    for text in ("[sic] a good film", "['quoted] and 'more']", "[1, 2]"):
         assert loaded(text) == [(text,)]
-    with pytest.raises(DataError, match=r"a\.csv:2: summary is a list that cannot be read for certain"):
-        loaded("['movie 0 good' 'long movie 0']")
+    for text in ("['movie 0 good' 'long movie 0']", '["one", 2]', '["a summary", null]', "['a', 1, 'b']"):
+        with pytest.raises(DataError, match=r"a\.csv:2: summary is a list that cannot be read for certain"):
+            loaded(text)
 
 
 def test_splits_without_a_file_are_held_out_as_the_split_seed_draws(tmp_path: Path) -> None:
@@ -227,8 +228,9 @@ def test_the_decoder_reads_each_token_before_it_has_to_write_it() -> None:
 
 def test_a_batch_is_padded_masked_and_labeled(tmp_path: Path) -> None:
     pair = [{"document": "a", "summary": "b"}, {"document": "a a a", "summary": "b b"}]
-    path, test = (str(write_rows(tmp_path / name, pair[:size])) for name, size in (("pair.jsonl", 2), ("a.jsonl", 1)))
-    task = Summarization(own(tmp_path, **{"data.train": path, "data.valid": test, "data.test": test}))
+    parts = {"pair.jsonl": pair, "a.jsonl": pair[:1], "b.jsonl": pair[1:]}
+    path, valid, test = (str(write_rows(tmp_path / name, rows)) for name, rows in parts.items())
+    task = Summarization(own(tmp_path, **{"data.train": path, "data.valid": valid, "data.test": test}))
     batch = task.train_batch([0, 1], epoch=0)
     start, pad, end = 0, 1, 2
     a, b = batch["input_ids"][0, 0].item(), batch["labels"][0, 0].item()

@@ -414,12 +414,15 @@ def test_runs_of_folds_that_are_scored_on_a_file_share_its_examples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, short = str(tmp_path / "runs"), ["tiny=true", "data.tiny=false", "updates=2", "evaluate_every=2"]
-    own = ["--train", reviews(tmp_path / "a.csv", 40), "data.folds=4", "--no-double-batch", "--runs", runs]
+    own = ["--train", reviews(tmp_path / "a.csv", 40), "data.folds=4", "--arm", "alpha=0 updates=2x", "--runs", runs]
     assert cli.run(["compare", "text-classification", "--seeds", "2", *short, *own]) == 0
     assert "Cross-validation: each seed is scored on a part of its own" in " ".join(capsys.readouterr().out.split())
     for more, is_said in (([], True), (["--test", reviews(tmp_path / "b.csv", 20)], False)):
         assert cli.run(["evaluate", runs, *more]) == 0
-        assert ("Cross-validation" in capsys.readouterr().out) == is_said
+        shown = capsys.readouterr()
+        assert ("Cross-validation" in shown.out) == is_said
+        assert shown.out.count("test accuracy") == 1  # the arms are one comparison
+        assert shown.err.count("baseline, twice the updates") == 2
 
 
 def test_folds_of_data_with_splits_of_their_own_are_refused(tmp_path: Path) -> None:
@@ -483,7 +486,7 @@ def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Pat
     assert len(splits(OWN, **changes).train) == 16
 
 
-@pytest.mark.parametrize("name", ["a b.csv", "a.tsv", "a.csv.gz", "sep.csv"])
+@pytest.mark.parametrize("name", ["a b.csv", "a.tsv", "a.csv.gz", "sep.csv", "mark.csv"])
 def test_a_file_without_names_of_columns_keeps_its_first_example_by_following_the_message(
     tmp_path: Path, name: str
 ) -> None:
@@ -491,6 +494,7 @@ def test_a_file_without_names_of_columns_keeps_its_first_example_by_following_th
     examples = [mark.join((f"it was number {row}", "ab"[row % 2])) for row in range(20)]
     opener = gzip.open if name.endswith(".gz") else open
     with opener(tmp_path / name, "wt") as file:
+        file.write("\ufeff" if name == "mark.csv" else "")  # as Excel's "CSV UTF-8" begins
         file.write("\r\n".join((["sep=;"] if name == "sep.csv" else []) + examples))
     with pytest.raises(
         DataError, match=r"has no column 'text', only 'it was number 0', 'a'; if this line is an ex"
@@ -504,6 +508,15 @@ def test_a_file_without_names_of_columns_keeps_its_first_example_by_following_th
     assert sorted([*named.train.first, *named.valid.first, *named.test.first]) == sorted(
         f"it was number {row}" for row in range(20)
     )
+
+
+def test_of_more_fields_than_columns_the_user_says_which_are_meant(tmp_path: Path) -> None:
+    own = write(tmp_path / "a.csv", *(f"id{row},{row % 2},it was number {row}" for row in range(20)))
+    with pytest.raises(DataError, match=r"put a line above it that names all 3 columns in their order, those") as error:
+        splits(OWN, train=own)
+    assert "printf" not in str(error.value)
+    named = write(tmp_path / "b.csv", "id,label,text", *Path(own).read_text().splitlines())
+    assert splits(OWN, train=named).train.first[0].startswith("it was number")
 
 
 def test_a_file_that_names_its_text_is_not_taken_for_examples(tmp_path: Path) -> None:
@@ -575,8 +588,8 @@ def rte() -> TextClassification:
 
 def test_a_batch_is_padded_to_its_longest_text(tmp_path: Path) -> None:
     rows = ["a b c d e f,yes", "a b,no", "a,yes", *["b c,no"] * 9]
-    own, test = (write(tmp_path / name, "text,label", *some) for name, some in (("a.csv", rows), ("b.csv", rows[1:])))
-    task = TextClassification(OWN.replace(**{"data.train": own, "data.valid": test, "data.test": test}))
+    own, valid, test = (write(tmp_path / f"{first}.csv", "text,label", *rows[first:]) for first in range(3))
+    task = TextClassification(OWN.replace(**{"data.train": own, "data.valid": valid, "data.test": test}))
     vocabulary = task._tokenizer.get_vocab()
     pad, start, end, a, b = (vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "Ġa", "Ġb"))
     batch = task.train_batch([2, 1], epoch=0)

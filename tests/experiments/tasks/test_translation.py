@@ -80,9 +80,10 @@ def test_lengths_are_those_of_the_longer_side_with_its_end(tiny: Translation) ->
 
 def test_long_and_uneven_pairs_are_skipped_in_train_only_and_counted(tmp_path: Path) -> None:
     pairs = [("a b c", "d e f")] * 26 + [("a " * 30 + "b", "d " * 30 + "e")] * 2 + [("a b c d", "e")] * 2
-    test = tmp_path / "test.tsv"
-    test.write_text(f"source\ttarget\n{'a ' * 30}b\te d e f\n", encoding="utf-8")
-    files = {"data.valid": str(test), "data.test": str(test)}
+    valid, test = tmp_path / "valid.tsv", tmp_path / "test.tsv"
+    for path in (valid, test):
+        path.write_text(f"source\ttarget\n{'a ' * 30}b\te d e f{path.stem[0]}\n", encoding="utf-8")
+    files = {"data.valid": str(valid), "data.test": str(test)}
     limits = {"data.max_length": 20, "data.max_ratio": 3.0}
     task = Translation(own(tmp_path, pairs, **files, **limits))
     skipped = {"skipped_empty": 0, "skipped_too_long": 2, "skipped_uneven": 2}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.paired import PairedDifference
-from rdrop.experiments.comparison.statistics import holm, is_shown, least_seeds, seeds_needed
+from rdrop.experiments.comparison.statistics import LEVEL, holm, is_shown, least_seeds, seeds_needed
 
 
 class Outcome(Enum):
@@ -37,6 +38,8 @@ class Contest:
     """How many contests are judged together, this one included."""
     looks: tuple[int, ...] = ()
     """How many seeds the earlier looks that count had, ascending."""
+    p_values_of_others: tuple[float, ...] = ()
+    """Of the contests that are judged together with it, before any correction."""
 
     @property
     def tests(self) -> int:
@@ -51,8 +54,15 @@ class Contest:
 
     @property
     def least_seeds(self) -> int:
-        """The least number of seeds that can show a difference here."""
-        return least_seeds(self.tests)
+        """The least number of seeds that can show a difference here, the other contests being what they are.
+
+        By Holm's method the others may leave fewer seeds enough than their number alone would.
+        """
+        return next(seeds for seeds in count(least_seeds()) if self._least_p(seeds) <= LEVEL)
+
+    def _least_p(self, seeds: int) -> float:
+        """Returns the least p that so many seeds can have, after all corrections."""
+        return holm([2 / 2**seeds, *self.p_values_of_others])[0] * (1 << len(self.looks))
 
     @property
     def outcome(self) -> Outcome:
@@ -68,7 +78,7 @@ class Contest:
             return Outcome.EQUAL
         if difference.mean is None or difference.interval is None:
             return Outcome.UNDECIDED
-        if not is_shown(difference.interval, self.p_value):  # by Holm's method, others may leave few seeds enough
+        if not is_shown(difference.interval, self.p_value):
             return Outcome.TOO_FEW if len(difference.seeds) < self.least_seeds else Outcome.NOT_SHOWN
         return _direction(difference)
 
@@ -113,12 +123,14 @@ def judged(entries: Sequence[Entry], looks: Iterable[Sequence[frozenset[int]]] =
 
 def _corrected(entries: Sequence[Entry], looks: Sequence[Iterable[frozenset[int]]]) -> tuple[Contest, ...]:
     """`looks` are those that count for each contest; the ones at fewer seeds than it has are its earlier ones."""
-    corrected = iter(holm([p for *_, difference in entries if (p := difference.p_value) is not None]))
+    raw = {place: p for place, (*_, difference) in enumerate(entries) if (p := difference.p_value) is not None}
+    corrected = dict(zip(raw, holm([*raw.values()]), strict=True))
     contests = []
-    for (arm, reference, difference), own in zip(entries, looks, strict=True):
+    for place, ((arm, reference, difference), own) in enumerate(zip(entries, looks, strict=True)):
         earlier = tuple(sorted(len(seeds) for seeds in own if len(seeds) < len(difference.seeds)))
-        p_value = None if difference.p_value is None else min(1.0, 2 ** len(earlier) * next(corrected))
-        contests.append(Contest(arm, reference, difference, p_value, len(entries), earlier))
+        p_value = min(1.0, 2 ** len(earlier) * corrected[place]) if place in raw else None
+        others = tuple(p for at, p in raw.items() if at != place)
+        contests.append(Contest(arm, reference, difference, p_value, len(others) + 1, earlier, others))
     return tuple(contests)
 
 

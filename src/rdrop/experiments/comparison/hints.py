@@ -5,6 +5,7 @@ Each function looks at one thing and returns a sentence, or None where it does n
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from rdrop.experiments.comparison.learning import has_learned
 from rdrop.experiments.comparison.wording import counted, words
 from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import typed
+from rdrop.experiments.shown import shell_line
 
 PAGE = "docs/when-it-helps.md"
 LEAST_SCORES = 6
@@ -44,16 +46,20 @@ def hints(baseline: Arm | None, arms: Sequence[Arm], metric: str, *, pays: bool)
         return []
     found = [no_divergence(arm) for arm in rdrop]
     if baseline is not None:
-        found += [still_learning(baseline, metric), None if pays else nothing_to_regularize(baseline)]
+        learning, early = still_learning(baseline, metric), best_early(baseline, arms)
+        found += [learning, None if pays or early else nothing_to_regularize(baseline)]
         found += [alpha_too_large(arm, baseline, metric) for arm in rdrop]
-        found.append(best_early(baseline, arms))
+        found.append(None if learning else early)  # a training is not too long and too short
     return [hint for hint in (*found, cross_validation(arms)) if hint is not None]
 
 
 def nothing_to_regularize(baseline: Arm) -> str | None:
-    """Says that plain training does not overfit: its valid loss never turned up on any seed."""
+    """Says that plain training does not overfit: its valid loss never turned up on any seed.
+
+    One that its patience has ended cannot be made longer.
+    """
     curves = [_curve(run, "valid", "loss") for run in baseline.runs]
-    if not curves or any(len(curve) < LEAST_SCORES or _turned_up(curve) for curve in curves):
+    if not curves or _end_early(baseline) or any(len(curve) < LEAST_SCORES or _turned_up(curve) for curve in curves):
         return None
     return (
         f"The valid loss of {baseline.phrase} never turned up: it has not overfitted, so there is little to regularize "
@@ -67,14 +73,19 @@ def _turned_up(losses: Sequence[float]) -> bool:
 
 
 def still_learning(baseline: Arm, metric: str) -> str | None:
-    """Says that plain training has not converged: its valid score still rises at the end, on most seeds."""
+    """Says that plain training has not converged: its valid score still rises at the end, on most seeds.
+
+    One that its patience has ended cannot be made longer.
+    """
+    if _end_early(baseline):
+        return None
     curves = [_curve(run, "valid", metric) for run in baseline.runs]
     rising = [len(curve) >= LEAST_SCORES and _rises(curve, metric) for curve in curves]
     if sum(rising) * 2 <= len(rising):
         return None
     course = "rises" if metrics.find(metric).higher_is_better else "falls"
     return (
-        f"The valid {words(metric)} of {baseline.phrase} still {course} at the end: both arms are still learning. "
+        f"The valid {words(metric)} of {baseline.phrase} still {course} at the end: it is still learning. "
         f"Train longer before you judge ({PAGE})."
     )
 
@@ -93,7 +104,8 @@ def no_divergence(arm: Arm) -> str | None:
     if not rows or any(row["divergence"] > NO_DIVERGENCE * _number(row.get("task_loss")) for row in rows):
         return None
     has_views = arm.method.views == "each"
-    remedy = "augment them more" if has_views else "give each pass a view of its own"
+    inputs = "let their inputs differ: views=each for images, a cutoff and its cutoff_ratio for texts"
+    remedy = "augment them more" if has_views else inputs
     return (
         f"The divergence of {arm.label} stays at 0: its passes hardly differ, so R-Drop does nothing. Raise the "
         f"dropout rate, or {remedy} ({PAGE})."
@@ -108,9 +120,10 @@ def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
     start, low, high = _mean_loss(baseline, 0), _mean_loss(baseline, -1), _mean_loss(arm, -1)
     if start is None or low is None or high is None or not start > low or high - low <= FAR_ABOVE * (start - low):
         return None
+    or_rise = ", or let it rise (alpha_schedule=quadratic)" if arm.method.alpha_schedule == "constant" else ""
     return (
         f"The training loss of {arm.label} ends at {high:.3g}, far above {low:.3g} of {baseline.phrase}: alpha is too "
-        f"large. Lower it, or let it rise (alpha_schedule=quadratic) ({PAGE})."
+        f"large. Lower it{or_rise} ({PAGE})."
     )
 
 
@@ -130,9 +143,9 @@ def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
     recipe = baseline.runs[0].recipe
     if any(arm.method.is_plain and _is_shorter(arm.runs[0].recipe, recipe) for arm in arms if arm.runs):
         return None
-    given = " ".join(f'--arm "{settings}"' for settings in _with_a_shorter(baseline, arms))
+    given = " ".join(shell_line(["--arm", settings]) for settings in _with_a_shorter(baseline, arms))
     return (
-        f"The weights of {baseline.phrase} are from the first {100 * EARLY:.0f} % of its updates on {early} of "
+        f"The weights of {baseline.phrase} are from the first {100 * EARLY:.0f} % of its planned updates on {early} of "
         f"{counted(len(shares), 'seed')}. A training that is planned to be shorter, so that its learning rate falls in "
         f"time, may do as well as R-Drop for less. Set it beside, in `rdrop compare`: {given} ({PAGE})."
     )
@@ -160,7 +173,8 @@ def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     for key in {**arm, **reference}:
         value, other = (side.get(key, _added_default(key)) for side in (arm, reference))
         if value != other and key not in skipped:
-            found.append(typed(key, int(value) if isinstance(value, float) and value.is_integer() else value))
+            number = int(value) if isinstance(value, float) and value.is_integer() else value
+            found.append(shlex.quote(typed(key, number)))  # as `--arm` reads its words
     return " ".join(found)
 
 
@@ -187,6 +201,13 @@ def _planned_updates(run: FinishedRun) -> float | None:
         return updates or None
     scored = [row["step"] for row in run.metrics if row.get("kind") == "valid"]  # after every epoch
     return epochs * min(scored) if scored else None
+
+
+def _end_early(arm: Arm) -> bool:
+    """Whether most runs of an arm were ended before their planned length, by their patience."""
+    lengths = [(run.result.get("updates"), _planned_updates(run)) for run in arm.runs]
+    early = [int(made) < round(planned) for made, planned in lengths if made and planned]
+    return 2 * sum(early) > len(lengths)
 
 
 def _is_shorter(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -220,9 +241,8 @@ def cross_validation(arms: Sequence[Arm]) -> str | None:
 def folds_of(run: FinishedRun) -> int | None:
     """Returns into how many parts the examples were cut, one a seed for its test; None: all seeds share the test."""
     data = run.recipe.get("data")
-    if not isinstance(data, Mapping) or data.get("test") is not None:  # the weights, scored again on a file
-        return None
-    folds = data.get("folds")
+    is_of_a_file = run.result.get("test_file") is not None  # its weights were scored again
+    folds = data.get("folds") if isinstance(data, Mapping) and not is_of_a_file else None
     return folds if isinstance(folds, int) else None
 
 

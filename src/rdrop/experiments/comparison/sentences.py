@@ -54,12 +54,16 @@ def corrections(contests: Sequence[Contest]) -> list[str]:
     silent = (Outcome.NO_SEEDS, Outcome.NOT_LEARNED, Outcome.EQUAL, Outcome.UNDECIDED)  # which say no p
     if all(contest.outcome in silent for contest in contests):
         return []
-    if len(contests) > 1:
-        sentences.append(
-            f"p is corrected for {len(contests)} comparisons by Holm's method: where none has a difference, the chance "
-            "that any of them seems to have one is at most 5 %."
-        )
     of_contests = dict.fromkeys(contest.looks for contest in contests)
+    judged = sum(contest.p_value is not None for contest in contests)
+    if judged > 1:
+        chance = (
+            ": where none has a difference, and all arms were planned before the first verdict, the chance that any of "
+            "them seems to have one is at most 5 %"
+        )
+        sentences.append(
+            f"p is corrected for {judged} comparisons by Holm's method{'' if any(of_contests) else chance}."
+        )
     where = "" if len(of_contests) == 1 else ", in the comparisons of which they had shown nothing"
     for looks in filter(None, of_contests):
         sentences.append(

@@ -42,7 +42,7 @@ from rdrop.experiments.launch.plan import Command, Run, plan_arms
 from rdrop.experiments.launch.terminal import Terminal, escaped_warnings
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.recipes import find_recipe
+from rdrop.experiments.recipes import RECIPES, find_recipe
 from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, RunRecord, find_runs
 from rdrop.experiments.run_folder.data_files import require_unchanged
 from rdrop.experiments.shown import escaped, shell_line
@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
         with escaped_warnings():
             return int(_command()(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
-        return _fail(error.format_message(), status=2)
+        return _fail(_advice_on_setting(error) or error.format_message(), status=2)
     except (RecipeError, ResultsError, DataError, TrackerError, RunLockedError) as error:
         return _fail(str(error), status=2)
     except MistakeError as error:
@@ -118,6 +118,17 @@ def run(arguments: Sequence[str]) -> int:
         return error.status
     except OSError as error:
         return _fail(str(error), status=1)
+
+
+def _advice_on_setting(error: Exception) -> str | None:
+    """Returns what to type where a key of a recipe was typed as an option: `--alpha 1`, `--batch-size=32`."""
+    option = getattr(error, "option_name", None)
+    if option is None or any(other.startswith(option) for other in getattr(error, "possibilities", None) or ()):
+        return None
+    name = str(option).lstrip("-").replace("-", "_")
+    keys = {key for recipe in RECIPES.values() for key in recipe.descriptions()}
+    found = next((key for key in (name, name.removesuffix("s")) if key in keys), None)
+    return found and f"No such option: {option}. A setting of the recipe is written without hyphens: {found}=..."
 
 
 @cache
@@ -195,7 +206,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="N|A,B,...",
-            help="How many seeds, from 0; or which ones. Not given: the fewest that can show a difference.",
+            help="How many seeds, from 0; or which ones. Not given: the fewest that can show a difference between "
+            "the arms of this command; with further arms in the folder it takes more.",
         ),
     ] = None,
     data: DataFolder = None,
@@ -532,7 +544,8 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
     if not finished:
         reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
         raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    in_order = [(run.path, arm.label) for of in comparisons(records) for arm in of.arms for run in arm.runs]
+    compared = comparisons(records, designs=read_designs(runs))
+    in_order = [(run.path, arm.label) for of in compared for arm in of.arms for run in arm.runs]
     arms, places = dict(in_order), {path: place for place, (path, _) in enumerate(in_order)}
     finished.sort(key=lambda run: (run.recipe["name"], run.seed, places.get(run.path, len(places)), run.path))
     console = Terminal(stderr=True, quiet=not _is_first_process())
@@ -552,7 +565,7 @@ def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fa
             failures.append(Failure(label, run.path, f"{run.path}: {error}", 2))
             mistakes[str(error)] = error
             continue
-        scored.append(RunRecord(run.path, result["recipe"], result, run.metrics))
+        scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
         console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
     if scored:
         return scored, failures

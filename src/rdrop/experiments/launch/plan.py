@@ -159,9 +159,9 @@ def read_arm(recipe: Recipe, text: str) -> Recipe:
         return recipe.replace(**changes)
     for key in changes:
         if (key in Method.model_fields and key != "alpha") or key.startswith("data.unlabeled"):
-            raise RecipeError(
-                key, "means nothing to an arm of plain training (alpha=0); leave it out", value=changes[key]
-            )
+            instead = "; the rate of the model is model.dropout" if key == "dropout" else ""
+            rule = f"means nothing to an arm of plain training (alpha=0); leave it out{instead}"
+            raise RecipeError(key, rule, value=changes[key])
     del changes["alpha"]
     return recipe.replace(method=recipe.method.plain()).replace(**changes)
 

@@ -73,6 +73,10 @@ def split_grid(settings: Iterable[str]) -> tuple[list[str], dict[str, list[str]]
             raise RecipeError(key, "given twice", value=text)
         else:
             grid[key] = values
+    for setting in fixed:
+        key, _, text = setting.partition("=")
+        if key in grid:
+            raise RecipeError(key, f"given twice: {','.join(grid[key])} and {text}; give all values at once")
     return fixed, grid
 
 

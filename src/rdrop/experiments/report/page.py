@@ -204,7 +204,7 @@ def glossary() -> Markup:
         ),
         "Better, worse": (
             "Said where the 95 % interval excludes zero and the corrected p is at most 0.05, which takes six seeds or "
-            "more. Of 100 comparisons without a difference, at most 5 are told apart."
+            "more. Of 100 comparisons without a difference, at most 5 are told apart at the first look."
         ),
         "80 % power": (
             "So many seeds find a difference of that size in 80 of 100 repetitions, by the same rule, if the "

@@ -188,7 +188,10 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
     Raises `ResultsError` if `root` is not a folder.
     """
     if not Path(root).is_dir():
-        raise ResultsError(f"{root} is not a folder. Give the folder that holds the runs, such as runs/.")
+        what = "is not a folder" if os.path.lexists(root) else "does not exist"
+        raise ResultsError(
+            f"{root} {what}. Give the folder that holds the runs; `rdrop compare digits` makes some, in runs/."
+        )
     return [_read_record(path) for path in _run_paths(Path(root))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ SHOWN_CLASSES, LONGEST_NAME = 8, 60  # in a note
 def top_class_confidence(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Returns the probability that the softmax of logits `(N, V)` gives to the most likely class, `(N,)`."""
     wide = logits.astype(np.float64)
-    confidence: NDArray[np.float64] = 1 / np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1)
+    with np.errstate(invalid="ignore"):  # of infinite logits it is NaN
+        confidence: NDArray[np.float64] = 1 / np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1)
     return confidence
 
 
@@ -25,7 +27,10 @@ def calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool
     The N predictions are put into `BINS` bins of equal width by their confidence, the probability of the class that is
     predicted. The error is the mean over the predictions of |accuracy of the bin - mean confidence of the bin|, as in
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Each bin has its upper end and not its lower one.
+    Of a diverged model, which is certain of nothing, it is NaN.
     """
+    if not np.isfinite(confidence).all():
+        return math.nan
     bins = np.ceil(confidence * BINS).astype(np.int64)
     return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
 

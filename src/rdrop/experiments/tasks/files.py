@@ -149,8 +149,8 @@ class ParallelText:
         self.files = source, target
         first, second = map(count_lines, self.files)
         if first != second:
-            for path in self.files:
-                for _ in lines_of(path):  # what is wrong with a file explains its count
+            for side in (0, 1):
+                for _ in self._lines(side):  # what is wrong with a file explains its count
                     pass
             longer, shorter = (source, target) if first > second else (target, source)
             least, most = sorted((first, second))
@@ -164,13 +164,26 @@ class ParallelText:
         return self._size
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for number, pair in enumerate(zip(*map(lines_of, self.files), strict=True), start=1):
+        for number, pair in enumerate(zip(self._lines(0), self._lines(1), strict=True), start=1):
             for path, line in zip(self.files, pair, strict=True):
                 if is_blank(line):
                     raise DataError(
                         f"{path}:{number}: the line is empty; delete it, and line {number} of the other file"
                     )
             yield pair
+
+    def _lines(self, side: int) -> Iterator[str]:
+        """Yields the lines of a file; where a new one is to be made of it, the error says what the other then needs."""
+        path, other = self.files[side], self.files[1 - side]
+        try:
+            yield from lines_of(path)
+        except DataError as error:
+            if shell_word(_mended(path)) not in str(error):
+                raise
+            copy = f"cp {shell_word(other)} {shell_word(_mended(other))}"
+            raise DataError(
+                f"{error}; if the two are named by what their names have in common, also: {copy}"
+            ) from error
 
 
 def read_table(
@@ -242,12 +255,17 @@ def table_kind(path: AnyPath) -> str:
     return kind
 
 
-def find_file(folder: AnyPath, *names: str) -> Path:
-    """Finds the first of `names` that is in `folder`, each also tried with `.gz` and `.xz` at its end."""
-    wanted = [f"{name}{suffix}" for name in names for suffix in COMPRESSED]
-    for name in wanted:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
+def find_file(folder: AnyPath, *names: str, only: bool = False) -> Path:
+    """Finds the first of `names` that is in `folder`, each also tried with `.gz` and `.xz` at its end.
+
+    `only`: no other of them may be there too.
+    """
+    wanted = [Path(folder) / f"{name}{suffix}" for name in names for suffix in COMPRESSED]
+    found = [path for path in wanted if path.is_file()]
+    if only and len(found) > 1:
+        raise DataError(f"{found[0]} and {found[1].name} are both there; move the one away that is not meant")
+    if found:
+        return found[0]
     if not Path(folder).is_dir():
         raise MissingDataError(f"{folder}: there is no such folder; set data.folder to the one with {names[0]}")
     raise MissingDataError(f"{folder}: has no {' or '.join(names)}, nor one with .gz or .xz; put it there")
@@ -275,6 +293,8 @@ def hub_text(value: object, where: str, column: str) -> str:
     """Returns what a row of the hub has in a column: text, or a number as it is written. Raises `DataError`."""
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):  # as in a JSON line
+        return "true" if value else "false"
     if isinstance(value, Number):
         return str(value)
     if value is None:
@@ -450,14 +470,18 @@ def _first_wrong_byte(raw: bytes) -> int:
 
 def _filtered(path: AnyPath, command: str) -> str:
     """Returns the shell command that writes the file to a new one, through another command, all of it or nothing."""
-    plain, suffix = Path(_without_suffix(path)), Path(path).suffix
-    compressed = suffix if suffix in COMPRESSED[1:] else ""
-    new = plain.with_name(f"{plain.stem}-mended{plain.suffix}{compressed}")
+    new = _mended(path)
     file, part, target = (shell_word(name) for name in (path, f"{new}.part", new))
-    program = {".gz": "gzip", ".xz": "xz"}.get(compressed)
+    program = {".gz": "gzip", ".xz": "xz"}.get(new.suffix)
     if program is None:
         return f"{command} < {file} > {part} && mv {part} {target}"
     return f"(set -o pipefail; {program} -dc {file} | {command} | {program} > {part}) && mv {part} {target}"
+
+
+def _mended(path: AnyPath) -> Path:
+    """Returns the name of the file that is made of one which cannot be read."""
+    plain, suffix = Path(_without_suffix(path)), Path(path).suffix
+    return plain.with_name(f"{plain.stem}-mended{plain.suffix}{suffix if suffix in COMPRESSED[1:] else ''}")
 
 
 def _csv_records(lines: list[str], path: AnyPath, start: int, mark: str) -> Iterator[tuple[int, list[str]]]:
@@ -485,13 +509,22 @@ def _require_own_dialect(header: str, own: str, kind: str, path: AnyPath) -> Non
     mark = separated[0]
     name = "tabs" if mark == "\t" else repr(mark)
     what = f"the columns are separated by {name}{' and quoted' if is_quoted else ''}, and those of {kind} are not"
-    program = (
+    rows = (
         "import csv, io, sys; csv.field_size_limit(2**30); text = io.TextIOWrapper(sys.stdin.buffer, 'utf-8-sig', "
-        "newline=''); csv.writer(sys.stdout).writerows(csv.reader(text, delimiter=sys.argv[1]))"
+        "newline=''); rows = csv.reader(text, delimiter=sys.argv[1]); "
     )
+    ending, write = {
+        ".csv": ("commas.csv", "csv.writer(sys.stdout).writerows(rows)"),
+        ".tsv": (
+            "tabs.tsv",
+            "sys.stdout.writelines('\\t'.join(field.translate({9: 32, 10: 32, 13: 32}) for field in row) + '\\n' "
+            "for row in rows)",
+        ),
+    }[kind]
+    program = rows + write
     suffix = Path(path).suffix if Path(path).suffix in COMPRESSED else ""
     plain = Path(str(path).removesuffix(suffix))
-    new = plain.with_name(f"{plain.stem}-commas.csv")
+    new = plain.with_name(f"{plain.stem}-{ending}")
     file, part = shell_word(path), shell_word(f"{new}.part")
     convert = f"PYTHONUTF8=1 python3 -c {shell_word(program)} {shell_word(mark)}"
     read = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(suffix)
@@ -530,13 +563,22 @@ def require_columns(
 
 
 def _naming(path: AnyPath, example: Sequence[str], columns: Sequence[str], mark: str, start: int) -> str:
-    """Says how to put a line with the names of its columns above an example; "" for one with too few fields."""
+    """Says how to put a line with the names of its columns above an example; "" for one with too few fields.
+
+    Which of more fields are meant, nobody but the user knows.
+    """
     if len(example) < len(columns) or not any(example):
         return ""
-    names = [*columns, *(f"column{number}" for number in range(len(columns) + 1, len(example) + 1))]
+    if len(example) > len(columns):
+        names = " and ".join(map(repr, columns))
+        return (
+            f"if this line is an example, put a line above it that names all {len(example)} columns in their order, "
+            f"those that are meant {names}, the others as you like"
+        )
     above = [] if start == 1 else [f"sep={mark}"]
-    lines = shell_line([*above, mark.join(names)])
-    command = _filtered(path, f"(printf '%s\\n' {lines}; {'cat' if start == 1 else 'tail -n +2'})")
+    lines = shell_line([*above, mark.join(columns)])
+    rest = r"LC_ALL=C sed $'1s/^\xef\xbb\xbf//'" if start == 1 else "tail -n +2"
+    command = _filtered(path, f"(printf '%s\\n' {lines}; {rest})")
     return f"if this line is an example, give a file with the names of its columns above it, in their order: {command}"
 
 

@@ -103,7 +103,7 @@ def _require_sane(settings: Any, name: str) -> None:
             raise RecipeError("model.name", rule, value=name)
         if key == "quantization_config" and value is not None:
             raise RecipeError("model.name", "is quantized, and such weights are not trained; give others", value=name)
-        if "layer" in str(key) and isinstance(value, (int, float)) and value > MOST_LAYERS:
+        if str(key).endswith(("layer", "layers")) and isinstance(value, (int, float)) and value > MOST_LAYERS:
             rule = (
                 f"its config.json asks for {key} {min(value, 1e300):.0e}, and {MOST_LAYERS} is the most; get it again"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,16 @@ def require_count(where: str, found: int, expected: int | None, unit: str, key: 
 
 
 def require_different_files(files: Mapping[str, Sequence[AnyPath]]) -> None:
-    """Raises `DataError` if valid or test has the files of train, by whatever path, or copies of them."""
-    train = files["train"]
-    for split, own in files.items():
-        if split != "train" and len(own) == len(train) and all(map(have_same_content, train, own)):
+    """Raises `DataError` if two splits have the same files, by whatever path, or copies of them."""
+    because = {
+        "train": "which is trained on: its score would be one of what was learned",
+        "valid": "which chooses the checkpoint: its score would be one of what was chosen",
+    }
+    for (first, ones), (split, own) in combinations(files.items(), 2):
+        if len(own) == len(ones) and all(map(have_same_content, ones, own)):
             raise DataError(
-                f"{own[0]}: is {split}, and has the same content as {train[0]}, which is trained on: its score would "
-                f"be one of what was learned; give data.{split} another file, or none, and 10 % of the training file "
-                "are held out"
+                f"{own[0]}: is {split}, and has the same content as {ones[0]}, {because[first]}; give data.{split} "
+                "another file, or none, and 10 % of the training file are held out"
             )
 
 

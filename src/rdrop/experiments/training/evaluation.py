@@ -37,12 +37,15 @@ SCORING_KEYS = (
     "data.test",
     "data.test_name",
     "data.counts",
+    "data.codes",
 )
 """Files may have moved: that those of the training are what they were is seen by their fingerprint."""
 
 
 def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     """Scores the run's weights on the test split again: its result with other `test`, and the `notes` on the scores.
+
+    `test_file` is the file that was scored in the place of examples which the run had held out, else None.
 
     Without settings these are its own again. `settings` change the recipe as in `override`, but only what training did
     not see: `SCORING_KEYS`, and the keys of `decoding`. The training data are loaded as in the run: vocabulary and
@@ -65,9 +68,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
             "held. To score other examples, give them a file of its own: --test FILE."
         )
-    where = "data.folder" if getattr(recipe.data, "train", None) is None else "data.train=FILE"
-    if getattr(recipe.data, "unlabeled", None) not in (None, "all"):
-        where += " and data.unlabeled=FILE"
+    where = _keys_of_places(recipe.data)
     now: dict[str, str] = {}
     try:
         with data_files.noting(now, recipe.saved()["data"]):
@@ -100,10 +101,17 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     if str(of_training.get("has begun", "")).startswith(LATE):
         del of_training["has begun"]
     notes = of_training | task.notes
-    saved = run.result["recipe"]
-    if test is not None:
-        saved = saved | {"data": saved["data"] | {"test": test}}
-    return run.result | {"recipe": saved, "test": scores, "constant": constant, "notes": notes}
+    return run.result | {"test": scores, "constant": constant, "notes": notes, "test_file": test}
+
+
+def _keys_of_places(data: object) -> str:
+    """Returns the settings by which files that have moved are named."""
+    has_own = getattr(data, "train", None) is not None
+    keys = ("train", "valid", "test", "codes", "unlabeled") if has_own else ("folder", "unlabeled")
+    given = [key for key in keys if getattr(data, key, None) not in (None, "all")]
+    return (
+        " and ".join(f"data.{key}={'FOLDER' if key == 'folder' else 'FILE'}" for key in given) or "data.folder=FOLDER"
+    )
 
 
 def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,8 +95,25 @@ def check_label_smoothing(epsilon: float, model: Any, inputs: Batch, targets: Se
     if model.config.is_encoder_decoder and not of_inputs and "decoder_input_ids" not in inputs:
         raise ValueError(
             "with label_smoothing_factor the Trainer keeps the labels from the model, which then cannot derive its "
-            "decoder_input_ids: put them into the batch, as DataCollatorForSeq2Seq(tokenizer, model=model) does"
+            f"decoder_input_ids: {_decoder_inputs_remedy(model)}"
         )
+
+
+def _decoder_inputs_remedy(model: Any) -> str:
+    """Returns how the data collator makes the decoder's inputs, as the model makes them of its labels."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return "put them into the batch, as DataCollatorForSeq2Seq(tokenizer, model=model) does"
+    modules = [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__]
+    shift = next((module["shift_tokens_right"] for module in modules if "shift_tokens_right" in module), None)
+    config = model.config.get_text_config()
+    pad, start = (getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id"))
+    if shift is None or pad is None or start is None or len(inspect.signature(shift).parameters) != 3:
+        return f"put them into the batch, as {type(model).__name__} makes them, or set label_smoothing_factor=0"
+    return (
+        f"put them into the batch in the data collator, by `from {shift.__module__} import shift_tokens_right` and "
+        f'`batch["decoder_input_ids"] = shift_tokens_right(batch["labels"], {pad}, {start})`, as '
+        f"{type(model).__name__} does; or set label_smoothing_factor=0"
+    )
 
 
 def why_not_fused(trainer: Any, model: nn.Module, targets: Sequence[Target], outputs_wanted: bool) -> str | None:

@@ -79,6 +79,7 @@ class DurableCheckpoints(Trainer):
             shutil.rmtree(saving, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._output_dir_of_save: str | None = str(saving)
+        self._is_push_due = False
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -94,7 +95,16 @@ class DurableCheckpoints(Trainer):
             _put_in_place(saving / name, final)
             saving.rmdir()
             _prune(run_dir, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self._is_push_due:
+            self._push_from_checkpoint(str(final))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint to the Hub once it has its name: the upload reads its files in a thread."""
+        if getattr(self, "_output_dir_of_save", None) is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._is_push_due = True
 
     def _get_output_dir(self, trial: Any) -> str:
         redirected: str | None = getattr(self, "_output_dir_of_save", None)

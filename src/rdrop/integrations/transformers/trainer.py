@@ -190,7 +190,8 @@ class RDropMixin(FiniteUpdates):
         """Returns what the model adds to the loss of its targets, a scalar of one forward; None if nothing.
 
         `router_loss` unless overridden: that of a mixture of experts, which is in its outputs. The mean over the
-        forwards of an update is minimized with the rest, in plain steps too. `outputs` are the model's own; where the
+        forwards of an update is minimized with the rest, in plain steps too. Not with `label_smoothing_factor`: the
+        Trainer then takes the loss of the logits alone, and so does R-Drop. `outputs` are the model's own; where the
         loss is computed from hidden states, their logits are zeros.
         """
         return router_loss(self._inner_model(), outputs)
@@ -572,12 +573,16 @@ class RDropMixin(FiniteUpdates):
 
     def _auxiliary(self, outputs: Any) -> Tensor | None:
         """Returns this forward's part of the mean of the auxiliary loss over the update."""
-        auxiliary = self.auxiliary_loss(outputs)
+        auxiliary = self._minimized_auxiliary(outputs)
         if auxiliary is None:
             return None
         part = self.part_of_update(auxiliary)
         self._term_means.add(self.state.global_step, auxiliary_loss=part.detach())
         return part
+
+    def _minimized_auxiliary(self, outputs: Any) -> Tensor | None:
+        """Returns the auxiliary loss; None with label smoothing, which the Trainer computes from the logits alone."""
+        return self.auxiliary_loss(outputs) if self.label_smoother is None else None
 
     def _encodes_once(self, encoder_once: EncoderOnce, inputs: Batch, target: Target) -> bool:
         def forward() -> Any:
@@ -650,8 +655,9 @@ class RDropMixin(FiniteUpdates):
         if not self._loss_is_overridden() and (alone or self._divides_by_count is not False):
             loss, outputs = self._stock_loss(model, inputs, counts[0, 0] if len(targets) == 1 else None)
             # The model adds an auxiliary loss in every micro-batch, whatever divides the rest.
-            stock = alone or (self._divides_by_count and self.auxiliary_loss(outputs) is None)
-            if alone and self._checks_left and type(self).auxiliary_loss is not RDropMixin.auxiliary_loss:
+            stock = alone or (self._divides_by_count and self._minimized_auxiliary(outputs) is None)
+            is_added = type(self).auxiliary_loss is not RDropMixin.auxiliary_loss and self.label_smoother is None
+            if alone and self._checks_left and is_added:
                 self._check_own_loss(outputs, targets)
         else:
             outputs, stock = model(**inputs), False

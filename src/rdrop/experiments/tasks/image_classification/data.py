@@ -82,15 +82,10 @@ def notes_on(splits: Mapping[str, Split]) -> dict[str, str]:
     labels = {name: images.labels[rows] for name, (images, rows) in splits.items()}
     notes = note_on_case(classes) | notes_on_classes(classes, labels)
     for first, second in PAIRS:
-        (known, known_rows), (images, rows) = splits[first], splits[second]
-        count, size = count_repeated(known.source, known_rows, images.source, rows), len(rows)
-        if count is None:
-            said = f"not counted: above {MOST_IMAGES:,} images or {MOST_BYTES >> 30} GiB nothing is compared"
-        elif count:
-            said = f"{count} of {size}, byte for byte"
-        else:
-            continue
-        notes[f"{second} images that are {WHERE_REPEATED[first]}"] = said
+        known, rows = splits[first]
+        said = _said_of_repeats(known.source, rows, splits[second])
+        if said is not None:
+            notes[f"{second} images that are {WHERE_REPEATED[first]}"] = said
     return notes
 
 
@@ -98,9 +93,16 @@ def note_on_unlabeled(test: Split, unlabeled: Unlabeled | None) -> dict[str, str
     """Returns how many images of test are among those that are learned from without a label, if any are."""
     if unlabeled is None:
         return {}
-    count = count_repeated(unlabeled.source, unlabeled.rows, test.images.source, test.rows)
-    said = f"{count} of {len(test.rows)}, byte for byte"
-    return {f"test images that are {WHERE_REPEATED['unlabeled']}": said} if count else {}
+    said = _said_of_repeats(unlabeled.source, unlabeled.rows, test)
+    return {} if said is None else {f"test images that are {WHERE_REPEATED['unlabeled']}": said}
+
+
+def _said_of_repeats(known: Source, known_rows: NDArray[np.int64], scored: Split) -> str | None:
+    """Says how many of the images that are scored are among the known ones; None where none is."""
+    count = count_repeated(known, known_rows, scored.images.source, scored.rows)
+    if count is None:
+        return f"not counted: above {MOST_IMAGES:,} images or {MOST_BYTES >> 30} GiB nothing is compared"
+    return f"{count} of {len(scored.rows)}, byte for byte" if count else None
 
 
 def _load(data: ImageData) -> dict[str, Split]:
@@ -138,7 +140,8 @@ def _read_folder(folder: Path, data: ImageData) -> dict[str, ImageSet]:
     if not _is_cut_into_splits(folder):
         paths = [Path(entry.path) for entry in entries_of(folder)]
         files = [path for path in paths if path.suffix in SUFFIXES[1:]]
-        return {"train": read_images(files[0] if len(files) == 1 else folder)}
+        is_one_file = len(files) == 1 and not any(map(os.path.isdir, paths))
+        return {"train": read_images(files[0] if is_one_file else folder)}
     _require_known_names(folder)
     wanted = {"train": "train", "valid": data.valid_split, "test": data.test_split}
     found = {name: _find_split(folder, split) for name, split in wanted.items() if split is not None}
@@ -176,9 +179,16 @@ def _require_own_places(places: Mapping[str, Path]) -> None:
 
 
 def _require_known_names(folder: Path) -> None:
-    """A split whose name has a slip would be silently replaced by one that is held out."""
+    """A split whose name has a slip, or that is packed, would be silently replaced by one that is held out."""
     known = [name for names in SYNONYMS for name in names]
+    for names in SYNONYMS:
+        found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        there = [path for path in found if os.path.exists(path)]
+        if len(there) > 1:
+            raise DataError(f"{there[0]} and {there[1].name} are one split; move the one away that is not meant")
     for entry in sorted(folder.iterdir()):
+        if entry.name.partition(".")[0] in known and entry.suffix not in SUFFIXES:
+            raise DataError(f"{entry}: is no folder, .npz or .bin file; unpack or convert it, or move it away")
         is_split = (entry.is_dir() or entry.suffix in SUFFIXES[1:]) and not entry.name.startswith(".")
         if is_split and entry.stem not in known:
             nearest = nearest_name(entry.stem, known)

@@ -153,7 +153,7 @@ def read_cifar_100(path: Path) -> ImageSet:
 
 
 def read_hub(hub: str, config: str | None, split: str, image_column: str, label_column: str) -> ImageSet:
-    """Reads a split of a data set on the hub, with a column of images and one of labels, integers from 0."""
+    """Reads a split of a data set on the hub, with a column of images and one of labels: texts, or integers from 0."""
     rows = load_hub(hub, config, split)
     where = f"{hub} ({split})"
     for key, column in (("image_column", image_column), ("label_column", label_column)):
@@ -165,11 +165,13 @@ def read_hub(hub: str, config: str | None, split: str, image_column: str, label_
         raise DataError(f"{where}:{found.index(None) + 1}: {label_column} has no value; choose another column or split")
     labels = np.asarray(found)
     names = getattr(rows.features[label_column], "names", None)
-    require_labels(labels, len(rows), f"{where}:{label_column}", classes=len(names) if names else None)
-    classes = tuple(names) if names else _numbers(labels.max() + 1)
+    if names is None and labels.dtype.kind == "U":
+        names, labels = np.unique(labels, return_inverse=True)
+    require_labels(labels, len(rows), f"{where}:{label_column}", classes=None if names is None else len(names))
+    classes = _numbers(labels.max() + 1) if names is None else tuple(map(str, names))
     require_one_spelling(classes, f"{where}:{label_column}")
     images = HubImages(rows, image_column, where)
-    return ImageSet(where, classes, labels.astype(np.int64), images, declares_classes=bool(names))
+    return ImageSet(where, classes, labels.astype(np.int64), images, declares_classes=names is not None)
 
 
 def _numbers(count: int) -> tuple[str, ...]:
@@ -192,6 +194,11 @@ def _images_of(folder: Path) -> list[str]:
     if not entries:
         raise DataError(f"{folder}: the class has no images; add some, or delete the folder")
     for entry in entries:
+        if os.path.isdir(entry.path):
+            raise DataError(
+                f"{entry.path}: is a folder in the folder of a class; if these are splits, call them train, valid and "
+                "test, in lower case, else move it away"
+            )
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             shown = " ".join(sorted(SUFFIXES))
             raise DataError(f"{entry.path}: is no image by its name ({shown}); move it away")

@@ -60,8 +60,14 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 100
 DECODERS = min(16, os.cpu_count() or 1)  # threads: Pillow decodes and resizes without Python's lock
 
-DROPOUT_FIELDS = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
-"""The model's keys, and what the configurations of ViT, DeiT, BEiT and Swin call them. Both are 0 by default."""
+RATE_NAMES = {
+    "dropout": (
+        *("hidden_dropout_prob", "hidden_dropout_rate", "dropout_rate", "dropout", "resid_pdrop", "embd_pdrop"),
+        *("classifier_dropout_prob", "classifier_dropout"),
+    ),
+    "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
+}
+"""What the configurations of transformers call each of our rates, the one of ViT first. Both are 0 by default."""
 SHAPE_FIELDS = {
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -244,17 +250,19 @@ class ImageClassification(WithoutTokens):
 
 def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...]) -> PreTrainedConfig:
     # Dropout is read when the model is built; setting it later has no effect.
-    options: dict[str, Any] = {field: getattr(model, key) for key, field in DROPOUT_FIELDS.items()}
-    options["id2label"] = dict(enumerate(classes))
+    options: dict[str, Any] = {"id2label": dict(enumerate(classes))}
     options["label2id"] = {name: label for label, name in enumerate(classes)}
     if model.name is None:
+        options |= {names[0]: getattr(model, key) for key, names in RATE_NAMES.items()}
         shape = {field: getattr(model, key) for key, field in SHAPE_FIELDS.items()}
         return ViTConfig(image_size=image_size, **shape, **options)
     config: PreTrainedConfig = pretrained_config(model.name, AutoModelForImageClassification, "classifier of images")
-    for key, field in DROPOUT_FIELDS.items():
-        if options[field] and field not in type(config)().to_dict():
-            rule = f"must be 0: a {config.model_type} model has no {field}"
-            raise RecipeError(f"model.{key}", rule, value=options[field])
+    fields = type(config)().to_dict()
+    for key, names in RATE_NAMES.items():
+        rate, present = getattr(model, key), [name for name in names if name in fields]
+        if rate and not present:
+            raise RecipeError(f"model.{key}", f"must be 0: a {config.model_type} model has no such rate", value=rate)
+        options |= dict.fromkeys(present, rate)
     for field, value in options.items():
         setattr(config, field, value)
     return config

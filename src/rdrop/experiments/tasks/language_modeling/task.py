@@ -52,13 +52,18 @@ LONG_LINE = 20  # characters; shorter ones, such as headings, recur in any text
 MOST_TOKENS_OF_A_WORD = 60
 """In the mean: above, the perplexity by word of a new model of 50,000 tokens is above 1e280."""
 TRIED_TOKENS = 8  # of a pre-trained model's first forward
+MOST_LEAKED = 1e-3
+"""How far logits may move, as a share of their spread, when a later token changes: by rounding."""
 EVALUATION_LOGITS = 2**25  # computed at once: 128 MB
 LONGEST_EVALUATION_BATCH = 64
 
 RATE_NAMES = {
-    "dropout": ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout"),
-    "embedding_dropout": ("embd_pdrop", "embedding_dropout", "embed_dropout"),
-    "attention_dropout": ("attn_pdrop", "attention_dropout"),
+    "dropout": (
+        *("resid_pdrop", "resid_dropout", "hidden_dropout", "hidden_dropout_prob", "residual_dropout", "dropout"),
+        "mlp_dropout",
+    ),
+    "embedding_dropout": ("embd_pdrop", "emb_pdrop", "embedding_dropout", "embed_dropout"),
+    "attention_dropout": ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
 }
 """What the configurations of transformers' causal language models call each of our rates."""
 
@@ -102,7 +107,7 @@ class LanguageModeling:
             largest = max(self._vocabulary.start_id, *(int(tokens.ids.max()) for tokens in self._tokens.values()))
             require_rows(pretrained, model.name, largest)
             inputs = {"input_ids": self.train_batch([0], 0)["input_ids"][:, :TRIED_TOKENS]}
-            try_out(pretrained, model.name, lambda: self.logits(pretrained, inputs))
+            try_out(pretrained, model.name, lambda: self._require_causal(pretrained, inputs["input_ids"]))
             return pretrained
         if self._clusters is None:
             return GPT2LMHeadModel(self._gpt2_config(self._vocabulary.size))
@@ -116,6 +121,17 @@ class LanguageModeling:
             dropout=model.softmax_dropout,
             tied=model.adaptive_tied,
         )
+
+    def _require_causal(self, model: nn.Module, ids: Tensor) -> None:
+        """Refuses a model whose logits of a position depend on a later token: on the one to predict."""
+        other = ids.clone()
+        other[:, -1] = ids[:, -1] + 1 if int(ids[0, -1]) == 0 else ids[:, -1] - 1
+        earlier, changed = (self.logits(model, {"input_ids": own})[:, :-1] for own in (ids, other))
+        if earlier.numel() and (earlier - changed).abs().max() > MOST_LEAKED * earlier.std():
+            rule = (
+                "reads the tokens that it is to predict; give a causal model, or set is_decoder to true in config.json"
+            )
+            raise RecipeError("model.name", rule, value=self._model.name)
 
     def train_size(self) -> int:
         return -(-len(self._tokens["train"].ids) // self._data.block_size)

@@ -75,7 +75,8 @@ def _from_files(data: "SummarizationData", train: str) -> Examples:
 def _from_folder(data: "SummarizationData", folder: Path) -> Examples:
     examples = {}
     for split, names in SPLIT_NAMES.items():
-        path = find_file(folder, *(name + suffix for name in names for suffix in (".jsonl", ".csv", ".tsv")))
+        candidates = (name + suffix for name in names for suffix in (".jsonl", ".csv", ".tsv"))
+        path = find_file(folder, *candidates, only=True)
         examples[split] = _read(path, data, split)
         require_count(str(path), len(examples[split]), _count(data, split), "examples")
     return examples
@@ -151,17 +152,15 @@ def _example(row: TableRow, data: "SummarizationData", split: str) -> Example:
 
 def _listed(text: Any, where: str) -> list[Any]:
     """Returns the texts of a list that stands in a cell as Python or JSON writes it; of any other text, the text."""
-    if not isinstance(text, str) or text[:2] not in ("['", '["') or text[-2:] not in ("']", '"]'):
+    if not isinstance(text, str) or text[:2] not in ("['", '["') or text[-1] != "]":
         return [text]
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-            continue
-        if read is json.loads or repr(found) == text:
-            return found
+        if all(isinstance(each, str) for each in found) and (read is json.loads or repr(found) == text):
+            return list(found)
         raise DataError(  # NumPy sets no commas, and Python makes one text of those that stand side by side
             f'{where} is a list that cannot be read for certain ({text[:40]!r}); write it as JSON, ["one", "two"]'
         )

@@ -196,7 +196,7 @@ def _names_of_splits(dev: Sequence[str]) -> tuple[str, ...]:
 def _files_in(folder: str, data: TextClassificationData) -> list[tuple[str, Path]]:
     if data.glue is None:
         return [
-            (split, find_file(folder, *(f"{name}{kind}" for name in names for kind in TABLES)))
+            (split, find_file(folder, *(f"{name}{kind}" for name in names for kind in TABLES), only=True))
             for split, names in (("train", ("train",)), ("valid", ("valid", "dev")), ("test", ("test",)))
         ]
     glue = GLUE[data.glue]
