@@ -1,6 +1,7 @@
 """A data file that is edited: no result of the earlier content is taken for one of the new."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from rdrop.experiments.recipe import override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.report.settings import distinguishing_settings, titled
 from rdrop.experiments.run_folder import find_runs
-from rdrop.experiments.run_folder.data_files import below, changed, noting
+from rdrop.experiments.run_folder.data_files import below, changed, contents_of, noting
 from rdrop.experiments.tasks.task import load_task
 
 SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2", "checkpoint_every=1"]
@@ -267,6 +268,17 @@ def test_a_designed_comparison_is_of_one_file_of_unlabeled_examples_too(tmp_path
         [both, both, both, (1,)],
     ]
     assert [setting["content of b.csv"] for setting in distinguishing_settings(found)] == ["other", "u"]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", None])
+def test_a_hostile_result_does_not_keep_the_files_of_other_runs_from_being_compared(
+    tmp_path: Path, content: str | None
+) -> None:
+    if content is None:
+        os.mkfifo(tmp_path / "result.json")  # to read it would never end
+    else:
+        (tmp_path / "result.json").write_text(content)
+    assert contents_of(tmp_path) == {}
 
 
 def test_a_search_checks_all_of_its_runs_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

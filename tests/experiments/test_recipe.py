@@ -152,7 +152,18 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["optimizer=nag", "beta1=0"], "beta1=0: must be above 0 for the optimizer nag: it is the momentum"),
         (
             ["fused=true", "task_passes=first"],
-            'fused=true: must be false where dropout is set, or task_passes is not "all"',
+            'fused=true: must be false where dropout is set, task_passes is not "all" or divergence not "symmetric"',
+        ),
+        (
+            ["fused=true", "divergence=from-first"],
+            'fused=true: must be false where dropout is set, task_passes is not "all" or divergence not "symmetric"',
+        ),
+        (["alpha=1", "dropout=[0,0]"], "dropout=[...]: must have a rate above 0, or all passes would be the same"),
+        (["alpha=1", "method.alpha=3"], "alpha=3: given twice, by two of its names"),
+        (["warmup_steps=5", "warmup_updates=7"], "warmup_updates=7: given twice, by two of its names"),
+        (
+            ["alpha=auto", "method.alpha_schedule=linear"],
+            'alpha_schedule="linear": must be left out with alpha="auto", which is a schedule itself',
         ),
         (["tiny=1"], "tiny=1: must be true or false"),
         (["name=looks.jsonl"], 'name="looks.jsonl": ends as files of the folder of the runs do; leave the ending out'),
@@ -379,6 +390,13 @@ def test_of_two_keys_that_exclude_each_other_the_typed_one_holds() -> None:
     assert override(BASE, ["updates=500"]) == BASE.replace(updates=500)
 
 
+def test_a_warmup_of_zero_is_none() -> None:
+    assert EPOCHS.warmup_share > 0
+    assert override(EPOCHS, ["warmup_updates=0"]).in_updates(100.0).warmup_updates == 0
+    assert BASE.warmup_updates > 0
+    assert override(BASE, ["warmup_share=0.0"]).warmup_updates == 0
+
+
 def test_both_lengths_or_neither_are_refused() -> None:
     for settings in (["updates=500", "epochs=2.0"], ["updates=null", "epochs=null"]):
         with pytest.raises(RecipeError, match="set either it or epochs, and the other to null"):
@@ -388,5 +406,6 @@ def test_both_lengths_or_neither_are_refused() -> None:
 def test_alpha_auto_is_four_with_the_square_of_progress() -> None:
     recipe = override(DIGITS_VIT, ["alpha=auto"])
     assert (recipe.method.alpha, recipe.method.alpha_schedule) == (4.0, "quadratic")
+    assert override(DIGITS_VIT, ["method.alpha=auto"]) == recipe
     with pytest.raises(RecipeError, match='must be left out with alpha="auto"'):
         recipe.replace(alpha="auto", alpha_schedule="linear")

@@ -133,10 +133,28 @@ def test_processes_that_write_one_page_do_not_take_each_other_s_part(tmp_path: P
 
 def test_what_a_killed_process_was_writing_is_removed_by_the_next_one_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "result.json.0123.tmp").write_text("{")
+    (tmp_path / "predictions.jsonl.gz.0123.tmp").write_text("{")
     (tmp_path / "mine.tmp").write_text("{")
     with RunFolder(tmp_path).held():
-        assert not list(tmp_path.glob("result.json*"))
+        assert not list(tmp_path.glob("*.0123.tmp"))
     assert os.listdir(tmp_path) == ["mine.tmp"]
+
+
+def test_a_leftover_that_cannot_be_removed_keeps_nobody_from_the_run(tmp_path: Path) -> None:
+    (tmp_path / "result.json.0123.tmp").mkdir()
+    for _ in range(2):
+        with RunFolder(tmp_path).held():
+            pass
+
+
+def test_a_text_of_a_recipe_stays_the_text_that_it_is(tmp_path: Path) -> None:
+    run, recipe = RunFolder(tmp_path), {"format": 3, "name": "NaN", "data": {"text_column": "Infinity"}}
+    run.write_recipe(recipe)
+    run.write_result({"format": 1, "recipe": recipe, "test": {"loss": math.inf}})
+    assert run.recipe() == recipe
+    found = run.result()
+    assert found is not None
+    assert (found["recipe"], found["test"]) == (recipe, {"loss": math.inf})
 
 
 def test_results_imports_the_standard_library_only() -> None:

@@ -104,6 +104,33 @@ def test_a_process_on_another_machine_is_gone_when_it_has_been_silent_for_long(t
         pass
 
 
+def test_a_lock_from_the_future_says_which_file_to_delete(tmp_path: Path, holder: Holder) -> None:
+    elsewhere = replace(holder, host="node7", machine="another boot")
+    held_by(tmp_path / "my run", elsewhere, age_seconds=-1e6)
+    with pytest.raises(RunLockedError, match="dated in the future") as refused, RunFolder(tmp_path / "my run").held():
+        pass
+    subprocess.run(str(refused.value).rpartition("If that process is gone: ")[2], shell=True, check=True)
+    with RunFolder(tmp_path / "my run").held():
+        pass
+
+
+def test_a_process_that_is_not_shown_is_judged_by_its_heartbeat(
+    tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, where processes are hidden and there is no ps."""
+
+    def refuse(*what: object, **more: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(run_lock.os, "kill", refuse)
+    monkeypatch.setattr(run_lock.subprocess, "run", refuse)
+    hidden = replace(holder, pid=2**31 - 1, started="then")  # of which /proc has nothing
+    held_by(tmp_path, hidden)
+    assert holder_of(tmp_path) == hidden
+    held_by(tmp_path, hidden, age_seconds=SILENCE_SECONDS + 5)
+    assert holder_of(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -476,6 +476,24 @@ def test_check_measures_two_views_where_each_pass_has_its_own(capsys: pytest.Cap
     assert divergence("each") > 1.5 * divergence("same")
 
 
+def test_check_cuts_the_inputs_where_training_does(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["text-classification", "tiny=true", "model.dropout=0", "model.attention_dropout=0"]
+    assert cli.run(["check", *tiny, "cutoff=token", "cutoff_ratio=0.2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(finding["code"], finding["severity"]) for finding in found["findings"]] == [("no-dropout", "note")]
+    assert found["divergence"] > 0
+    assert cli.run(["check", "digits", "views=same", "cutoff=token", "cutoff_ratio=0.2"]) == 2
+    assert "must be null: digits has no tokens to cut" in complaint(capsys)
+
+
+def test_check_measures_the_passes_by_their_own_dropout_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    def divergence(*settings: str) -> float:
+        assert cli.run(["check", "digits-vit", *settings, "--json"]) == 0
+        return float(json.loads(capsys.readouterr().out)["divergence"])
+
+    assert divergence("dropout=[0.5,0.5]") > 1.5 * divergence("dropout=[0.1,0.1]")
+
+
 def test_check_refuses_views_of_a_task_that_does_not_change_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_runs.RECIPE.replace(views="each")
     monkeypatch.setattr(check, "load_task", tiny_runs.TinyTask)

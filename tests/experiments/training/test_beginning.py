@@ -58,6 +58,11 @@ def test_plain_training_is_not_told_to_change_alpha() -> None:
     )
 
 
+def test_a_sign_that_is_no_number_says_nothing() -> None:
+    found = [{"kind": "valid", "step": step, "loss": 1.0, "prediction_spread": None} for step in (300, 400)]
+    assert complaints(found, LONG) == [None]
+
+
 def test_predictions_that_hardly_differ_are_named() -> None:
     (said,) = complaints(rows((300, 0.02, 2.0), (400, 0.05, 1.9), sign="prediction_spread"), LONG)
     assert said is not None

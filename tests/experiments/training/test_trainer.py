@@ -4,8 +4,10 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from rdrop import rdrop_loss, squared_difference, squared_error
 from rdrop.experiments import metrics
 from rdrop.experiments.randomness import derived_seed, seed_all
-from rdrop.experiments.run_folder import RunFolder, find_runs
+from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import load, load_newest_good
@@ -123,6 +125,14 @@ def test_two_processes_make_the_updates_of_one(tmp_path: Path) -> None:
     outputs_of(2, tiny_runs.__file__, str(tmp_path / "two"), "model.fixed=true")
     train(RECIPE.replace(**{"model.fixed": True}), tmp_path / "one")
     assert_equal_but_for_rounding(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_score_one_model_with_the_running_statistics_of_the_first(tmp_path: Path) -> None:
+    first, second = outputs_of(2, __file__, str(tmp_path))
+    assert first.count("scored") == 6
+    assert [line for line in second.splitlines() if line.startswith("scored")] == [
+        line for line in first.splitlines() if line.startswith("scored")
+    ]
 
 
 def assert_equal_but_for_rounding(one: Path, other: Path) -> None:
@@ -403,6 +413,32 @@ def test_a_run_is_not_resumed_on_other_training_data(tmp_path: Path, monkeypatch
         train(RECIPE, tmp_path)
 
 
+def test_a_run_leaves_no_model_behind_for_the_next_one_in_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[nn.Module]] = []
+    build = TinyTask.build_model
+
+    def watched(task: TinyTask) -> nn.Module:
+        assert [model() for model in built] == [None] * len(built)
+        model = build(task)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(TinyTask, "build_model", watched)
+    for seed in range(3):
+        train(RECIPE.replace(seed=seed), tmp_path / str(seed))
+    assert len(built) == 3
+
+
+def test_a_result_of_another_recipe_is_the_file_that_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / RECIPE.digest()
+    train(RECIPE.replace(seed=5), folder)
+    (folder / "recipe.json").unlink()
+    with pytest.raises(ResultsError, match=re.escape(f"{folder / 'result.json'}: {folder} holds a run of another")):
+        train(RECIPE, folder)
+
+
 def test_the_run_of_another_recipe_is_not_overwritten(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "finished")
     RunFolder(tmp_path / "begun").write_recipe(RECIPE.saved())
@@ -565,7 +601,7 @@ def test_the_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert [(row["kind"], row["step"]) for row in run.metrics()] == [
         (kind, step) for step in (2, 4, 6, 8) for kind in ("train", "valid")
     ]
-    assert run.metrics()[0]["epoch"] == pytest.approx(2 / 3)
+    assert run.metrics()[0]["epoch"] == pytest.approx(2 * 8 / 28)  # what is seen, of all examples
     assert seen[-1].step == seen[-1].updates == 8
     assert seen[-1].valid == {"loss": run.metrics()[-1]["loss"]}
 
@@ -748,3 +784,15 @@ def test_an_epoch_of_batches_by_tokens_is_all_of_them() -> None:
     recipe = EPOCHS.replace(batch_size=None, batch_tokens=20)
     order = DataOrder(recipe, 28, TinyTask(RECIPE).train_lengths())
     assert order.exact_updates_per_epoch == order.updates_per_epoch
+
+
+if __name__ == "__main__":
+    tiny_runs.TinyNetwork = NormalizedNetwork  # type: ignore[misc, assignment]
+    score = TinyTask.evaluate
+
+    def shown(task: TinyTask, model: nn.Module, split: str) -> dict[str, float]:
+        sys.stdout.write(f"scored {split} {[buffer.tolist() for buffer in model.buffers()]}\n")
+        return score(task, model, split)
+
+    TinyTask.evaluate = shown  # type: ignore[method-assign]
+    train(RECIPE, sys.argv[1])

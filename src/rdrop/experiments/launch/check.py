@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from rdrop.check import CheckReport, Finding, check_rdrop
+from rdrop.dropout import dropout_rate
 from rdrop.experiments.randomness import seed_all
-from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.task import Augments, Batch, Task, load_task
 from rdrop.experiments.training.objective import joined_views
+from rdrop.passes import split_passes
 from rdrop.terms import symmetric_kl
+from rdrop.views import perturb_batch, views_of
 
 EXAMPLES = 8
 OF_EQUAL_INPUTS = ("identical-passes", "shared-masks")
@@ -22,9 +25,10 @@ OF_EQUAL_INPUTS = ("identical-passes", "shared-masks")
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Checks a new model of the recipe with its first examples; with `views=each` the passes have views of their own.
+    """Checks a new model of the recipe with its first examples, the passes made as in training: views, what is cut.
 
-    Raises `RecipeError` for `views=each` where the task does not change its inputs at random.
+    Raises `RecipeError` for `views=each` where the task does not change its inputs at random, and for a cutoff where
+    there are no tokens.
     """
     task = load_task(recipe)
     seed_all(recipe.seed, "model")
@@ -32,31 +36,56 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     model = own if hasattr(own, "config") else AsTrained(task, own)
     indices = list(range(min(EXAMPLES, task.train_size())))
     report = replace(check_rdrop(model, task.train_batch(indices, epoch=0)), model=type(own).__name__)
-    if recipe.method.is_plain or recipe.method.views == "same":
+    method = recipe.method
+    if method.is_plain or (method.views == "same" and method.cutoff is None and method.dropout is None):
         return report
-    if not (isinstance(task, Augments) and task.augments):
-        rule = f'must be "same": {recipe.task} does not change its inputs at random'
-        raise RecipeError("views", rule, value="each")
-    batch = joined_views([task.train_batch(indices, 0, view) for view in range(2)])
-    findings = tuple(map(_with_views, report.findings))
-    return replace(report, findings=findings, divergence=_divergence(task, own, batch))
+    batch = task.train_batch(indices, 0)
+    if method.views == "each":
+        if not (isinstance(task, Augments) and task.augments):
+            rule = f'must be "same": {recipe.task} does not change its inputs at random'
+            raise RecipeError("views", rule, value="each")
+        batch = joined_views([batch, task.train_batch(indices, 0, 1)])
+    if method.cutoff is not None and not task.special_ids():
+        raise RecipeError("cutoff", f"must be null: {recipe.task} has no tokens to cut", value=method.cutoff)
+    report = replace(report, divergence=_divergence(task, own, method, batch))
+    if method.dropout is not None and method.views == "same":
+        return report
+    by = "their views (views=each)" if method.cutoff is None else f"what is cut (cutoff={method.cutoff})"
+    return replace(report, findings=tuple(_with_own_inputs(finding, by) for finding in report.findings))
 
 
-def _with_views(finding: Finding) -> Finding:
-    """Returns what is left of a finding on two passes of one input where each pass has an input of its own."""
+def _with_own_inputs(finding: Finding, by: str) -> Finding:
+    """Returns what is left of a finding on two passes of one input where the inputs differ `by` something."""
     if finding.code == "no-dropout":
-        message = "The model has no active dropout: the two passes differ only by their views (views=each)."
+        message = f"The model has no active dropout: the two passes differ only by {by}."
         return replace(finding, severity="note", message=message, remedy="None needed, if that is meant.", modules=())
     if finding.code in OF_EQUAL_INPUTS:
-        message = f"The two passes differ only by their views (views=each). With one view for both: {finding.message}"
+        message = f"The two passes differ only by {by}. With one input for both: {finding.message}"
         return replace(finding, severity="warning", message=message)
     return finding
 
 
 @torch.no_grad()
-def _divergence(task: Task, model: nn.Module, two_views: Batch) -> float:
-    first, second = task.logits(model, two_views).float().chunk(2)
-    return symmetric_kl(torch.stack([first, second])).mean().item()
+def _divergence(task: Task, model: nn.Module, method: Method, batch: Batch) -> float:
+    """Computes the divergence of the first two passes; `batch` has both views, where each has its own."""
+    if method.dropout is not None:
+        inputs = split_passes(batch, 2) if method.views == "each" else [batch, batch]
+        passes = []
+        for rate, of_pass in zip(method.dropout[:2], inputs, strict=True):
+            with dropout_rate(model, rate):
+                passes.append(task.logits(model, of_pass))
+    elif method.views == "each":
+        passes = [*task.logits(model, batch).chunk(2)]
+    else:
+        views = views_of(method.cutoff, method.cutoff_ratio, method.task_passes, 2)
+        special_ids, unknown_id = task.special_ids(), task.unknown_id()
+        try:
+            repeated, perturbed = perturb_batch(batch, views, special_ids=special_ids, unknown_id=unknown_id)
+        except ValueError as error:
+            raise RecipeError("cutoff", str(error), value=method.cutoff) from error
+        with perturbed(model):
+            passes = [*task.logits(model, repeated).chunk(2)]
+    return symmetric_kl(torch.stack(passes).float()).mean().item()
 
 
 class AsTrained(nn.Module):

@@ -142,7 +142,9 @@ def read_arm(recipe: Recipe, text: str) -> Recipe:
         raise RecipeError("arm", f"cannot be read ({error}): quote values as in a shell", value=text) from None
     changes = {}
     for key, value in read_settings(words, recipe.descriptions()).items():
-        name = saved.RENAMED.get(key, key).removeprefix("method.")
+        name = saved.current_key(key)
+        if name in changes:
+            raise RecipeError(name, "given twice, by two of its names", value=value)
         if name in recipe.descriptions() and not may_tell_arms_apart(name):
             rule = f"is the same in all arms; they may differ in the method, the dropout rates, {', '.join(ARM_KEYS)}"
             raise RecipeError(key, rule, value=value)

@@ -28,6 +28,7 @@ from rdrop.experiments.launch.plan import Run, with_larger_batch
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings
 from rdrop.experiments.run_folder import TUNING, ResultsError, find_runs
+from rdrop.experiments.run_folder.saved import current_key
 
 FIRST_SEED = 1000
 OWN_SEEDS = "a search has its own; say how many with --tune-seeds and --seeds"
@@ -63,21 +64,20 @@ def split_grid(settings: Iterable[str]) -> tuple[list[str], dict[str, list[str]]
 
     A comma within brackets or quotes is part of a value: `dropout=[0.1,0.3],[0.1,0.1]` has two.
     """
-    fixed, grid = [], {}
+    fixed: dict[str, str] = {}
+    grid: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     for setting in settings:
-        key, _, text = setting.partition("=")
-        values = _split(text)
+        typed, _, text = setting.partition("=")
+        key, values = current_key(typed), _split(text)
+        if key in given:
+            raise RecipeError(key, f"given twice: {given[key]} and {text}; give all values at once")
+        given[key] = text
         if len(values) == 1:
-            fixed.append(setting)
-        elif key in grid:
-            raise RecipeError(key, "given twice", value=text)
+            fixed[key] = setting
         else:
             grid[key] = values
-    for setting in fixed:
-        key, _, text = setting.partition("=")
-        if key in grid:
-            raise RecipeError(key, f"given twice: {','.join(grid[key])} and {text}; give all values at once")
-    return fixed, grid
+    return [*fixed.values()], grid
 
 
 def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
@@ -92,7 +92,7 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
     if getattr(recipe.data, "folds", None) is not None or "data.folds" in grid:
         rule = "a search would choose on examples that other seeds are tested on; leave it out, or set it to null"
         raise RecipeError("data.folds", rule, value=grid.get("data.folds", getattr(recipe.data, "folds", None)))
-    method_keys = tuple(key for key in grid if key.removeprefix("method.") in Method.model_fields)
+    method_keys = tuple(key for key in grid if key in Method.model_fields)
     other_keys = tuple(key for key in grid if key not in method_keys)
     rdrop = _candidates(recipe, grid, (*method_keys, *other_keys))
     for candidate in rdrop:

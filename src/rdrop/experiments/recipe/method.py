@@ -87,8 +87,13 @@ class Method(Section):
             raise RecipeError("cutoff_ratio", "must be 0 without a cutoff; set cutoff too", value=self.cutoff_ratio)
         if self.cutoff is not None and self.cutoff_ratio == 0:
             raise RecipeError("cutoff_ratio", f"must be above 0 for cutoff (={self.cutoff})", value=0)
-        if self.fused and (self.dropout is not None or self.task_passes != "all"):
-            raise RecipeError("fused", 'must be false where dropout is set, or task_passes is not "all"', value=True)
+        if not self.is_plain and self.dropout is not None and not any(self.dropout) and self.views == "same":
+            raise RecipeError(
+                "dropout", "must have a rate above 0, or all passes would be the same", value=self.dropout
+            )
+        if self.fused and (self.dropout is not None or self.task_passes != "all" or self.divergence != "symmetric"):
+            rule = 'must be false where dropout is set, task_passes is not "all" or divergence not "symmetric"'
+            raise RecipeError("fused", rule, value=True)
         if self.views == "each" and self.cutoff is not None:
             raise RecipeError("views", 'must be "same" with a cutoff, which is a view of its own', value=self.views)
         if self.encoder_once and (self.dropout is not None or self.cutoff is not None or self.views == "each"):

@@ -364,21 +364,25 @@ class Recipe(Section):
         a schedule, not an adaptation.
         """
         fields = self.model_dump(mode="json")
-        if changes.get("alpha") == "auto":
-            if "alpha_schedule" in changes:
-                rule = 'must be left out with alpha="auto", which is a schedule itself'
-                raise RecipeError("alpha_schedule", rule, value=changes["alpha_schedule"])
-            changes["alpha"], changes["alpha_schedule"] = AUTO_ALPHA
         method = changes.pop("method", None)
         if isinstance(method, Method):
             fields["method"] = method.model_dump(mode="json")
         elif method is not None:
             raise _unknown_key("method", method, type(self))
-        keys = self._keys()
+        keys, given = self._keys(), dict[str, object]()
         for key, value in changes.items():
-            current = saved.RENAMED.get(key, key).removeprefix("method.")
+            current = saved.current_key(key)
             if current not in keys:
                 raise _unknown_key(key, value, type(self))
+            if current in given:
+                raise RecipeError(current, "given twice, by two of its names", value=value)
+            given[current] = value
+        if given.get("alpha") == "auto":
+            if "alpha_schedule" in given:
+                rule = 'must be left out with alpha="auto", which is a schedule itself'
+                raise RecipeError("alpha_schedule", rule, value=given["alpha_schedule"])
+            given["alpha"], given["alpha_schedule"] = AUTO_ALPHA
+        for current, value in given.items():
             section, name, _ = keys[current]
             (fields if section is None else fields[section])[name] = value
         return self.parse(fields)
@@ -424,8 +428,9 @@ def override(recipe: AnyRecipe, settings: Iterable[str]) -> AnyRecipe:
 
 def with_excluded(changes: Mapping[str, object]) -> dict[str, object]:
     """Returns the changes with what switches off the keys that they exclude: of `updates=100`, `epochs=None`."""
-    given = {saved.RENAMED.get(key, key): value for key, value in changes.items()}
-    return {**changes, **{other: off for key, other, off in _EXCLUSIVE if given.get(key) and other not in given}}
+    given = {saved.current_key(key): value for key, value in changes.items()}
+    excluded = {other: off for key, other, off in _EXCLUSIVE if given.get(key) is not None and other not in given}
+    return {**changes, **excluded}
 
 
 _EXCLUSIVE = (
@@ -434,7 +439,7 @@ _EXCLUSIVE = (
     ("warmup_updates", "warmup_share", 0.0),
     ("warmup_share", "warmup_updates", 0),
 )
-"""If the first is set, the second is this."""
+"""If the first is given, and not as null, the second is this."""
 
 
 def _unknown_key(key: str, value: object, kind: type[Recipe]) -> RecipeError:

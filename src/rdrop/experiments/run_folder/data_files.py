@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
-from rdrop.experiments.run_folder.folder import RESULT, ResultsError
+from rdrop.experiments.run_folder.folder import RESULT, ResultsError, read_file
 from rdrop.experiments.shown import shell_word
 
 Contents = Mapping[str, str]
@@ -79,8 +79,8 @@ def contents_of(folder: Path) -> Contents:
     """Returns what was recorded for the run in the folder, finished or begun; nothing where that cannot be read."""
     states = sorted(folder.glob("checkpoints/*/state.json"), reverse=True)  # the newest first, by their names
     for path in (folder / RESULT, *states):
-        with suppress(OSError, ValueError, AttributeError):
-            found = json.loads(path.read_bytes())
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # also a ResultsError
+            found = json.loads(read_file(path))
             files = found.get("state", found).get("files")
             if isinstance(files, dict):
                 return files

@@ -23,7 +23,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -44,6 +44,7 @@ TUNING = "_tuning"
 """The folder of the runs of `rdrop tune`'s search, below that of the others. No recipe has a name like it."""
 
 CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions.jsonl.gz"
 _FILES = (RECIPE, METRICS, RESULT, FAILURE, lock.FILE)
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors of a disk that is full, for every run."""
@@ -79,10 +80,12 @@ class RunFolder:
         if predecessor is not None:
             message = f"{self.path}: taken over from {predecessor}, which is gone."
             warnings.warn(message, RunTakenOverWarning, stacklevel=3)
-        for name in _FILES[:-1]:  # what a process that was killed was writing; of the lock, the lock takes care
-            for leftover in self.path.glob(f"{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
         try:
+            # What a process that was killed was writing; of the lock, the lock takes care.
+            for name in (RECIPE, METRICS, RESULT, FAILURE, PREDICTIONS):
+                for leftover in self.path.glob(f"{name}.*.tmp"):
+                    with suppress(OSError):  # it harms nobody
+                        leftover.unlink()
             yield held
         finally:
             held.release()
@@ -98,7 +101,8 @@ class RunFolder:
     def recipe(self) -> dict[str, Any]:
         if not (self.path / RECIPE).exists():
             raise ResultsError(f"{self.path / RECIPE} is missing. Train the run again, which writes it; it goes on.")
-        return saved.upgraded(_read_object(self.path / RECIPE))
+        path = self.path / RECIPE
+        return saved.upgraded(_parse_object(read_file(path), str(path), remedy(path), restore=False))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`, on the disk when this returns."""
@@ -366,14 +370,17 @@ def _read_object(path: Path) -> dict[str, Any]:
     return _parse_object(read_file(path), str(path), remedy(path))
 
 
-def _parse_object(text: bytes, where: str, what_to_do: str) -> dict[str, Any]:
+def _parse_object(text: bytes, where: str, what_to_do: str, *, restore: bool = True) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise ResultsError(f"{where}: not valid JSON ({error}). {what_to_do}") from error
     if not isinstance(value, dict):
         raise ResultsError(f"{where}: expected a JSON object, got {type(value).__name__}. {what_to_do}")
-    return {key: _restore_floats(entry) for key, entry in value.items()}
+    if not restore:
+        return value
+    # The numbers of a recipe are finite, and its texts are the user's: a column may be called "NaN".
+    return {key: entry if key == "recipe" else _restore_floats(entry) for key, entry in value.items()}
 
 
 def _refuse_constant(name: str) -> float:

@@ -27,10 +27,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rdrop.experiments.shown import shell_word
+
 FILE = "lock.json"
 MOST_BYTES = 4096
 """Of the file."""
 HEARTBEAT_SECONDS = 15.0
+UNKNOWN = ""
+"""The start of a process that is there and not shown."""
 SILENCE_SECONDS = 180.0
 """After so long without a heartbeat, a holder on another machine is taken for gone."""
 
@@ -135,7 +139,7 @@ def _lock(path: Path, mine: Holder) -> Holder | None:
         if found is None:
             continue
         if _is_alive(*found, clock=lambda: _time_of_file_system(path.parent)):
-            raise RunLockedError(_refusal(path, found[0]))
+            raise RunLockedError(_refusal(path, *found, _time_of_file_system(path.parent)))
         if _exchange(path, found[0], mine):
             return found[0]
     return None
@@ -213,14 +217,18 @@ def _read(path: Path) -> tuple[Holder, float] | None:
 
 def _is_alive(holder: Holder, renewed: float, *, clock: Callable[[], float]) -> bool:
     if holder.machine == _machine():
-        return _start_of(holder.pid) == holder.started
+        start = _start_of(holder.pid)
+        if start != UNKNOWN:
+            return start == holder.started
     return clock() - renewed < SILENCE_SECONDS
 
 
-def _refusal(path: Path, holder: Holder) -> str:
+def _refusal(path: Path, holder: Holder, renewed: float, now: float) -> str:
     line = f"{path.parent} is being trained by {holder}"
-    if holder.machine == _machine():
+    if holder.machine == _machine() and _start_of(holder.pid) == holder.started:
         return f"{line}. Wait for it or stop it: kill {holder.pid}"
+    if renewed > now + SILENCE_SECONDS:  # the clock has been set back
+        return f"{line}. Its last heartbeat is dated in the future. If that process is gone: rm {shell_word(path)}"
     return f"{line}. If that process is gone, the run is free {SILENCE_SECONDS:.0f} s after its last heartbeat."
 
 
@@ -230,7 +238,7 @@ def _this_process() -> Holder:
         host=platform.node() or "this host",
         machine=_machine(),
         pid=os.getpid(),
-        started=_start_of(os.getpid()) or "",
+        started=_start_of(os.getpid()) or UNKNOWN,
         since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     )
 
@@ -244,21 +252,28 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Returns when a process of this machine started, in the words of the system; None if there is no such process."""
+    """Returns when a process of this machine started, in the words of the system; None if there is no such process.
+
+    `UNKNOWN` for one that the system does not show: of another user, where processes are hidden.
+    """
+    is_there: str | None = None  # what is known of it where nothing is shown: it may have ended since
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
-        pass  # it is there, and another user's
+    except PermissionError:  # another user's
+        is_there = UNKNOWN
     try:
         # The name of the program, in parentheses, may hold anything.
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
         state, *fields = status.split()
         return None if state in "ZX" else fields[18]
     except OSError:
-        shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return shown.stdout.strip() or None
+        try:
+            shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        except OSError:  # there is no ps
+            return UNKNOWN
+        return shown.stdout.strip() or is_there
 
 
 def _time_of_file_system(folder: Path) -> float:

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.run_folder import ResultsError, read_file, write_atomically
+from rdrop.experiments.run_folder.folder import PREDICTIONS as FILE
+from rdrop.experiments.run_folder.folder import ResultsError, read_file, write_atomically
 
-FILE = "predictions.jsonl.gz"
 FORMAT = 1
 LONGEST_EXAMPLE = 200
 """Characters of an input that are kept, so that a reader recognizes it."""

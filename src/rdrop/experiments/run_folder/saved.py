@@ -35,6 +35,11 @@ RENAMED_RECIPES = {"digits": "digits-vit"}
 """The same of recipes alone, up to format 2."""
 
 
+def current_key(key: str) -> str:
+    """Returns today's key of a setting as it may be typed: by its name of format 1, or with the section `method`."""
+    return RENAMED.get(key, key).removeprefix("method.")
+
+
 def current_name(name: str) -> str:
     """Returns today's name of a task or recipe of format 1, of which `name` may be the tiny form."""
     return _renamed(name, RENAMED_VALUES)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from rdrop.experiments.comparison.finished_runs import is_finite_number
 from rdrop.experiments.comparison.learning import LEAST_SOURCE_USE, SOURCE_USE
 from rdrop.experiments.recipe import Recipe
 
@@ -27,7 +28,11 @@ LEAST_PROGRESS = 0.2
 
 def has_begun(signs: Mapping[str, Any]) -> bool:
     """Whether a model uses its inputs, by the signs of a score of the valid split; also where there are none."""
-    return not any(signs.get(sign, least) < least for sign, least in LEAST.items())
+    return not any(_is_below(signs.get(sign), least) for sign, least in LEAST.items())
+
+
+def _is_below(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and is_finite_number(value) and value < least
 
 
 def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe, constant: Mapping[str, float]) -> list[str | None]:
@@ -56,7 +61,7 @@ def _tells_apart(last: Mapping[str, Any], constant: Mapping[str, float]) -> bool
 def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str | None:
     if has_begun(last):
         return None
-    sign = next(name for name, least in LEAST.items() if last.get(name, least) < least)
+    sign = next(name for name, least in LEAST.items() if _is_below(last.get(name), least))
     return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe)}"
 
 

@@ -155,10 +155,10 @@ def restore_final(folder: Path, best_step: int, averaged_steps: list[int], model
 
 def restore_average(folder: Path, steps: list[int], model: Stored) -> None:
     """Copies the mean of the weights of these checkpoints into `model`; what is no floating point, from the last."""
-    *others, last = [load(folder, step) for step in steps]
+    last = load(folder, steps[-1])
     total = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in last.weights().items()}
-    for checkpoint in others:
-        for name, tensor in checkpoint.weights().items():
+    for step in steps[:-1]:  # one at a time: each has an optimizer too
+        for name, tensor in load(folder, step).weights().items():
             if tensor.is_floating_point():
                 total[name] += tensor.double()
     last._load_into(

@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch import nn
 
+from rdrop.experiments.training.sharding import own_part
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -25,8 +27,9 @@ class CostMeter:
         ...  # one update
     """
 
-    def __init__(self, device: torch.device, seconds_before: float = 0.0) -> None:
+    def __init__(self, device: torch.device, seconds_before: float = 0.0, restored_bytes: int = 0) -> None:
         self.train_seconds = seconds_before  # of all sessions of the run
+        self._restored_bytes = restored_bytes  # of an optimizer's state, which a run that is not resumed makes later
         self._step_seconds: list[float] = []  # of this session
         self._waited = 0.0
         self._memory = _memory_gauge(device)
@@ -74,13 +77,21 @@ class CostMeter:
     def _extra_bytes(self) -> int | None:
         if self._peak_bytes is None or self._baseline_bytes is None:
             return None
-        return max(self._peak_bytes - self._baseline_bytes, 0)
+        return max(self._peak_bytes - self._baseline_bytes, 0) + self._restored_bytes
+
+
+def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the bytes of the state that an optimizer has in this process, such as the moments of Adam."""
+    tensors = [value for of_one in optimizer.state.values() for value in of_one.values() if torch.is_tensor(value)]
+    return sum(part.numel() * part.element_size() for part in map(own_part, tensors))
 
 
 class _NoGauge:
     """Memory that cannot be measured."""
 
-    def return_what_is_free(self) -> None: ...
+    def return_what_is_free(self) -> None:
+        """Frees what an earlier run left behind: else it would be used unseen."""
+        gc.collect()
 
     def reset_peak(self) -> None: ...
 
@@ -114,7 +125,7 @@ class _LinuxGauge(_NoGauge):
 
     def return_what_is_free(self) -> None:
         """Returns freed memory to the system: what an earlier run left to the C library would be used unseen."""
-        gc.collect()
+        super().return_what_is_free()
         with suppress(OSError, AttributeError):  # a C library that is not glibc
             ctypes.CDLL(None).malloc_trim(0)
 

@@ -16,6 +16,7 @@ Three properties hold for every task, and tests hold them:
 * A number that is not finite stops the run at that step. It never reaches the weights.
 """
 
+import gc
 import math
 import os
 import time
@@ -43,6 +44,7 @@ from rdrop.experiments.run_folder import (
     FAILURE,
     FORMAT,
     RECIPE,
+    RESULT,
     ResultsError,
     RunFolder,
     data_files,
@@ -64,7 +66,7 @@ from rdrop.experiments.tasks.task import (
 )
 from rdrop.experiments.training import checkpoints, sharding
 from rdrop.experiments.training.beginning import LATE, complaints, has_begun
-from rdrop.experiments.training.cost import CostMeter
+from rdrop.experiments.training.cost import CostMeter, bytes_of_state
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
 from rdrop.experiments.training.objective import Objective, ObjectiveError, joined_views
@@ -197,6 +199,7 @@ class _Training:
         trackers: Sequence[str],
         side_by_side: int = 1,
     ) -> None:
+        gc.collect()  # of an earlier run in this process, whose model is part of a cycle
         self.asked, self.recipe = recipe, recipe  # as it is saved; as it is trained, with its lengths in updates
         self.folder, self.on_progress, self.side_by_side = folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
@@ -250,7 +253,7 @@ class _Training:
         if trackers:
             self.accelerator.init_trackers(recipe.name)
 
-        self.cost = CostMeter(self.accelerator.device, self.state.seconds)
+        self.cost = CostMeter(self.accelerator.device, self.state.seconds, bytes_of_state(self.optimizer))
         self.started_at, self.started_step = time.perf_counter(), self.state.step
         self.valid: dict[str, float] | None = None
         self.labels_since_score: Tensor | int = 0
@@ -487,6 +490,9 @@ class _Training:
         """The task's scores of the model as it is, the same in every process."""
         seed_all(self.recipe.seed, "evaluate", self.state.step)
         accelerator, poll = self.accelerator, self.stop.poll
+        if accelerator.num_processes > 1 and not self.is_sharded:
+            for buffer in filter(torch.is_floating_point, self.model.buffers()):
+                torch.distributed.broadcast(buffer, src=0)  # batch norm has those of the process's own examples
         # A sharded model runs in all processes at once, so each computes all.
         if accelerator.num_processes > 1 and not self.is_sharded and isinstance(self.task, SharesEvaluation):
             self.task.share = Share(accelerator.process_index, accelerator.num_processes, poll)
@@ -665,11 +671,11 @@ class _Training:
 
     def require_same_recipe(self) -> None:
         if self.accelerator.is_main_process and (self.folder.path / "recipe.json").exists():
-            _require_same_recipe(self.asked, self.folder.recipe(), self.folder.path)
+            _require_same_recipe(self.asked, self.folder.recipe(), self.folder.path / RECIPE)
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            epoch = step / self.order.updates_per_epoch
+            epoch = step / self.order.exact_updates_per_epoch
             row = {"kind": kind, "step": step, "epoch": epoch, "seconds": self.state.seconds}
             self.folder.append_metrics(row | values)
             measured = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
@@ -699,7 +705,7 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     """Returns the result of a run that is finished already. Its recipe, if somebody deleted it, is written again."""
     result = read_result(run)
     if result is not None:
-        _require_same_recipe(recipe, result["recipe"], run.path)
+        _require_same_recipe(recipe, result["recipe"], run.path / RESULT)
         require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
         data_files.require_unchanged([run.path])
         if is_first_process():
@@ -738,12 +744,13 @@ def _means(state: RunState) -> dict[str, float]:
     return {name: total / state.counts[name] for name, total in state.sums.items()}
 
 
-def _require_same_recipe(recipe: Recipe, found: dict[str, Any], path: Path) -> None:
+def _require_same_recipe(recipe: Recipe, found: dict[str, Any], file: Path) -> None:
+    """Refuses a folder whose `file` has another recipe than the one that is to be trained in it."""
     differing = saved.differing_keys(recipe.saved(), found)
     if differing:
-        what = f"{path} holds a run of another recipe, which differs in {', '.join(differing)}"
-        if path.name == recipe.digest():  # a run's folder has the name of its recipe
-            raise ResultsError(f"{path / RECIPE}: {what}. {remedy(path / RECIPE)}")
+        what = f"{file.parent} holds a run of another recipe, which differs in {', '.join(differing)}"
+        if file.parent.name == recipe.digest():  # a run's folder has the name of its recipe
+            raise ResultsError(f"{file}: {what}. {remedy(file)}")
         raise TrainingError(f"{what}. Choose another folder.")
 
 
