@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,3 +343,20 @@ def test_the_tree_never_unpickles_and_never_runs_what_it_reads() -> None:
                 loaded = [called, *map(ast.unparse, node.args)]
                 if any(name.endswith(".from_pretrained") for name in loaded):  # left out, transformers would ask
                     assert "trust_remote_code" in keywords, f"{path}:{node.lineno}"
+
+
+def test_the_mean_of_the_last_weights_holds_no_more_than_two_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = trainer.train(RECIPE.replace(average_last=4), tmp_path)["averaged_steps"]
+    loaded: list[weakref.ref[checkpoints.Checkpoint]] = []
+
+    def watched(folder: Path, step: int) -> checkpoints.Checkpoint:
+        assert sum(found() is not None for found in loaded) <= 1
+        checkpoint = load(folder, step)
+        loaded.append(weakref.ref(checkpoint))
+        return checkpoint
+
+    monkeypatch.setattr(checkpoints, "load", watched)
+    checkpoints.restore_average(tmp_path / "checkpoints", steps, TinyNetwork(0.0))
+    assert len(loaded) == len(steps) == 4
