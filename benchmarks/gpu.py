@@ -246,6 +246,10 @@ def _waits_for_nothing(around: str, device: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the shapes
 
 
+MOST_WARPS = 32
+"""Of a program: 1,024 threads."""
+
+
 def shapes(*, rehearse: bool) -> Iterator[dict[str, Any]]:
     """Yields the kernel's median time for each shape of its programs and size of vocabulary; then the best shape."""
     from rdrop.bench.measure import Conditions
@@ -265,6 +269,8 @@ def shapes(*, rehearse: bool) -> Iterator[dict[str, Any]]:
     before, triton.DEFAULT_SHAPE = triton.DEFAULT_SHAPE, triton.DEFAULT_SHAPE
     try:
         for shape in itertools.starmap(triton.Shape, blocks):
+            if shape.max_block // shape.classes_per_warp > MOST_WARPS:
+                continue
             triton.DEFAULT_SHAPE = shape
             triton.SHAPES.clear()
             for pairs, classes in sizes:

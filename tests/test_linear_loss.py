@@ -275,7 +275,7 @@ def test_a_tied_embedding_gets_both_gradients(implementation):
 
 def test_inputs_need_not_be_contiguous(implementation):
     p = problem(positions=(3,))
-    hidden = p.hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    hidden = p.hidden.movedim(-1, 0).contiguous().movedim(0, -1)  # as of a convolution
     weight, bias = p.weight.t().contiguous().t(), torch.stack([p.bias, p.bias], 1)[:, 0]
     labels = p.labels.t().contiguous().t()
     assert not any(tensor.is_contiguous() for tensor in (hidden, weight, bias, labels))

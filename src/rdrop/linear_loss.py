@@ -293,7 +293,7 @@ def _chunks(
     memory = hidden.new_empty((min(size, len(valid)) * passes, weight.shape[0]), dtype=dtype)
     for start in range(0, len(valid), size):
         positions = valid[start : start + size]
-        rows = hidden[:, positions].to(dtype).view(-1, features)
+        rows = hidden[:, positions].to(dtype).reshape(-1, features)
         logits = memory[: len(rows)]
         if shift is None:
             torch.mm(rows, matrix, out=logits)

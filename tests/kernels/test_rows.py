@@ -572,6 +572,17 @@ def test_overwriting_returns_the_logits_own_memory_as_their_gradient(kernel):
     assert torch.equal(leaf.grad, logits.detach())
 
 
+def test_a_loss_that_is_not_finite_leaves_no_logits_in_the_place_of_its_gradient(kernel):
+    """Of values that are not read before the kernel, as on a GPU: probabilities that do not sum to 1."""
+    leaf = torch.randn(4, 4, requires_grad=True)
+    soft = torch.tensor([[0.3, 0.3, 0.3, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    options = {"weight": None, "label_smoothing": 0.0, "passes": 2, "implementation": kernel}
+    losses, *_ = kernels.overwriting_loss(leaf * 1.0, soft, torch.ones(2), torch.ones(2), **options)
+    assert losses.isfinite().tolist() == [False, True]
+    losses.sum().backward()
+    assert leaf.grad.isfinite().all(1).tolist() == [False, True, False, True]
+
+
 def test_overwriting_leaves_the_logits_where_no_gradient_is_wanted(kernel):
     case = random_case(6, 33)
     logits = case.logits.clone()

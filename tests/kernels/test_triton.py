@@ -23,7 +23,7 @@ from tests.kernels.test_rows import (
 from tests.outcomes import in_parts
 from tests.test_accuracy import assert_accurate
 
-from rdrop import detached_kl, kl_from_first, symmetric_kl
+from rdrop import detached_kl, kernels, kl_from_first, symmetric_kl
 from rdrop.kernels import triton
 from rdrop.terms import OF_SOFTMAXES
 
@@ -51,6 +51,15 @@ def test_soft_labels_are_as_exact_as_class_indices(small_blocks, classes, dtype)
     for m, (smoothing, weighted) in ((2, (0.0, False)), (3, (0.1, True))):
         case = random_case(3, classes, m, smoothing=smoothing, weighted=weighted, dtype=dtype, seed=classes, soft=True)
         assert_no_worse_than_the_reference(case, "triton")
+
+
+def test_passes_may_be_more_than_2_to_the_31_logits_apart():
+    """The memory between them is never touched, and so never taken."""
+    apart = torch.empty(2 * 2**30 + 32, dtype=torch.bfloat16).as_strided((3, 32), (2**30, 1))
+    logits = apart.copy_(torch.randn(3, 32)).clone(memory_format=torch.contiguous_format)
+    options = {"weight": None, "label_smoothing": 0.1, "passes": 3, "implementation": "triton"}
+    found, expected = (kernels.row_terms(passes, torch.tensor([3]), **options) for passes in (apart, logits))
+    assert found == expected
 
 
 def test_error_is_the_references_for_a_vocabulary_and_for_many_passes():

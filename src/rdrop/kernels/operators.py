@@ -6,6 +6,7 @@ The contract is in the package's docstring.
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 from typing import Any, Literal
 
@@ -273,7 +274,7 @@ class _OverwritingLoss(torch.autograd.Function):
         ctx.mark_dirty(logits)
         ctx.mark_non_differentiable(tasks, divergences)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, (tasks + divergences).isfinite())
         ctx.passes, ctx.divergence, ctx.spent = passes, divergence, False
         return grad_task * tasks + grad_divergence * divergences, tasks, divergences, logits
 
@@ -291,8 +292,9 @@ class _OverwritingLoss(torch.autograd.Function):
                 "retain_graph=True leave overwrite_logits=False"
             )
         ctx.spent = True
-        (gradient,) = (tensor.detach() for tensor in ctx.saved_tensors)
-        if upstream is not None and not (upstream == 1).all():
+        gradient, is_finite = (tensor.detach() for tensor in ctx.saved_tensors)
+        if upstream is not None and not ((upstream == 1) & is_finite).all():
+            upstream = upstream.masked_fill(~is_finite, math.nan)  # there the kernel has left the logits
             gradient.unflatten(0, (ctx.passes, -1)).mul_(upstream[None, ..., None])
         torch.autograd.graph.increment_version(gradient)
         return (None if upstream is None else gradient, *(None,) * 8)

@@ -73,6 +73,8 @@ def rows(
     1 if far, and for each pass base, scale, mean F_a and growth X_a (near only), with p_a = scale * exp(z_a - base).
     """
     n = tl.program_id(0).to(tl.int64)
+    pass_stride = tl.cast(pass_stride, tl.int64)  # of three passes and more, the last may be 2**31 logits away
+    gradient_pass_stride = tl.cast(gradient_pass_stride, tl.int64)
     example = n // inner
     place = n % inner
     row = logits + example * outer_stride + place * inner_stride
