@@ -680,7 +680,9 @@ def test_errors_come_first_and_the_text_is_readable() -> None:
     assert [finding.severity for finding in report.findings] == ["error", "warning"]
     text = str(report)
     assert text.startswith("R-Drop cannot act as it should on Sequential: 1 error, 1 warning\n\nerror: no-dropout\n")
-    assert text.endswith("sources     0 of 0 active\ndivergence  0 (symmetric KL of two passes of this batch)")
+    assert text.endswith(
+        "sources     0 of 0 active\ndivergence  0 (symmetric KL of two passes of this batch, in training mode)"
+    )
     assert all(len(line) <= 100 for line in text.splitlines())
 
 

@@ -83,7 +83,7 @@ def _measurements(sources: Collection[DropoutSource], divergence: float | None) 
     listed = ", ".join(f"{kind_and_rate} (x{count})" for kind_and_rate, count in rates.items())
     lines = [f"sources     {sum(rates.values())} of {len(sources)} active" + (f": {listed}" if listed else "")]
     if divergence is not None:
-        lines.append(f"divergence  {divergence:.3g} (symmetric KL of two passes of this batch)")
+        lines.append(f"divergence  {divergence:.3g} (symmetric KL of two passes of this batch, in training mode)")
     return "\n".join(lines)
 
 

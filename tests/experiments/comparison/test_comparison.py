@@ -467,7 +467,11 @@ def test_verdict_of_equal_differences_claims_nothing():
 
 def test_verdict_of_equal_scores():
     assert said((0.8, 0.9), (0.8, 0.9)) == (
-        "No difference between R-Drop (alpha 1) and the baseline: accuracy is equal on all 2 seeds."
+        "Too few seeds: accuracy of R-Drop (alpha 1) and the baseline is equal on all 2 seeds; 6 are the least that "
+        "can show a difference."
+    )
+    assert said([0.8] * 6, [0.8] * 6) == (
+        "No difference between R-Drop (alpha 1) and the baseline: accuracy is equal on all 6 seeds."
     )
 
 

@@ -129,6 +129,15 @@ def worsened(hypotheses: Sequence[str], errors: float) -> list[str]:
     return [" ".join(word if DRAW.random() > errors else "tree" for word in own.split()) for own in hypotheses]
 
 
+def test_the_bleu_of_kept_counts_is_sacrebleu_s_where_nothing_of_four_words_matches() -> None:
+    own, references = ["the cat", "a dog sat there"], ["the cat", "the dog sat here"]
+    counts = [np.array(row["bleu"]["bleu"]) for row in of_translations(own, references).rows]
+    of_all = examples._bleu_score(np.sum(counts, axis=0))
+    assert 0 < of_all == pytest.approx(BLEU().corpus_score(own, [references]).score)
+    of_one = BLEU(effective_order=True).sentence_score(own[1], references[1:])
+    assert examples._bleu_score(counts[1], of_sentence=True) == pytest.approx(of_one.score)
+
+
 @pytest.mark.parametrize("errors", [0.002, 0.1])
 def test_the_bootstrap_of_bleu_agrees_with_that_of_sacrebleu(errors: float, tmp_path: Path) -> None:
     better, references = sentences(200, errors=0.2)

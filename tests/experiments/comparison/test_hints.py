@@ -30,7 +30,7 @@ RISES = [0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.82]
 
 def run(alpha: float, seed: int = 0, *, score: float = 0.8, notes: Any = None, data: Any = None, **curves: Any) -> Any:
     valid = {"loss": curves.pop("valid_loss", OVERFITS), "accuracy": curves.pop("accuracy", CONVERGED)}
-    train = {"task_loss": [2.0, 1.0, 0.5, 0.1], "divergence": [0.0, 0.1, 0.05]} | curves
+    train = {"task_loss": [2.0, 1.0, 0.5, 0.3, 0.2, 0.1], "divergence": [0.0, 0.1, 0.05]} | curves
     rows = [
         {
             "kind": kind,
@@ -255,7 +255,7 @@ def test_a_training_that_its_patience_has_ended_is_not_advised_to_be_longer() ->
         assert (still_learning(baseline, "accuracy") is not None) == advised
 
 
-SLOW = [2.0, 1.9, 1.8, 1.2]
+SLOW = [2.0, 1.9, 1.8, 1.6, 1.4, 1.2]
 
 
 def test_a_training_loss_far_above_the_baseline_s_says_that_alpha_is_too_large() -> None:
@@ -269,7 +269,11 @@ def test_a_training_loss_far_above_the_baseline_s_says_that_alpha_is_too_large()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"task_loss": [2.0, 1.0, 0.4], "score": 0.7}, {"task_loss": SLOW, "score": 0.9}, {"task_loss": []}]
+    "changes",
+    [
+        *({"task_loss": [2.0, 1.0, 0.8, 0.6, 0.5, 0.4], "score": 0.7}, {"task_loss": SLOW, "score": 0.9}),
+        *({"task_loss": []}, {"task_loss": SLOW[1:], "score": 0.7}),  # of so few values nothing is said
+    ],
 )
 def test_a_training_loss_a_little_above_or_a_better_valid_score_says_nothing_of_alpha(changes: dict[str, Any]) -> None:
     assert alpha_too_large(arm(5.0, run(5.0, **changes)), arm(0.0, run(0.0)), "accuracy") is None

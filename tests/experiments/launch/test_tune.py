@@ -56,6 +56,26 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     return recipes
 
 
+def test_a_setting_that_had_not_begun_is_marked_and_named_where_it_is_chosen(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = trainer.train
+
+    def slow(recipe: Recipe, folder: Path, **options: Any) -> dict[str, Any]:
+        result = train(recipe, folder, **options)
+        if recipe.method.alpha == 1 and recipe.seed == 1001:
+            RunFolder(folder).write_result(result | {"notes": {"has begun": "no: it is slow to begin"}})
+        return result
+
+    monkeypatch.setattr(trainer, "train", slow)
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "R-Drop, alpha 1, model.dropout 0.3 had not begun to learn on 1 of 3 seeds of the search: train" in shown
+    assert shown.count("R-Drop \N{DAGGER}") == 2  # with either dropout rate
+    page = (tmp_path / "digits-vit-tuning.html").read_text()
+    assert "\N{DAGGER}: a run of the setting had not begun to learn at its end." in page
+
+
 COMMAND = ["tune", "digits-vit", "alpha=0.3,1,3", "model.dropout=0.1,0.3", "--tune-seeds", "3", "--seeds", "6"]
 
 
@@ -278,14 +298,16 @@ def test_a_search_over_folds_which_would_choose_on_test_examples_is_refused(
 @pytest.mark.parametrize(
     ("in_search", "on_fresh", "words"),
     [
-        (0.04, 0.01, "+4.0 points in the search, +1.0 on 2 fresh seeds: 25 % of it was left."),
-        (0.02, 0.03, ": all of it was left."),
-        (0.02, -0.01, "\N{MINUS SIGN}1.0 on 2 fresh seeds: none of it was left."),
-        (-0.02, 0.03, "; the search had found no gain."),
+        (0.04, (0.01, 0.0101), "+4.0 points in the search, +1.0 on 2 fresh seeds: 25 % of it was left."),
+        (0.02, (0.03, 0.0301), ": all of it was left."),
+        (0.02, (-0.01, -0.0101), "\N{MINUS SIGN}1.0 on 2 fresh seeds: none of it was left."),
+        (-0.02, (0.03, 0.0301), "; the search had found no gain."),
+        (0.02, (0.0, 0.2), "; how much of it was left cannot be said: the 95 % interval on fresh seeds holds 0."),
+        (0.02, (0.03, 0.03), "; how much of it was left cannot be said: there is no spread to tell."),
     ],
 )
 def test_what_was_left_of_the_gain_is_said_in_words(
-    in_search: float, on_fresh: float, words: str, trained: list[Recipe], tmp_path: Path
+    in_search: float, on_fresh: tuple[float, float], words: str, trained: list[Recipe], tmp_path: Path
 ) -> None:
     def finished(seed: int, alpha: float, valid: float) -> FinishedRun:
         recipe = DIGITS_VIT.replace(seed=seed, alpha=alpha)
@@ -297,8 +319,8 @@ def test_what_was_left_of_the_gain_is_said_in_words(
         return FinishedRun(record.path, record.recipe, result, [], recipe.method)
 
     arms = [
-        Arm(label, DIGITS_VIT.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed in (0, 1)))
-        for label, alpha, gain in (("baseline", 0.0, 0.0), ("R-Drop", 1.0, on_fresh))
+        Arm(label, DIGITS_VIT.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed, gain in enumerate(gains)))
+        for label, alpha, gains in (("baseline", 0.0, (0.0, 0.0)), ("R-Drop", 1.0, on_fresh))
     ]
     rdrop, plain = (
         Tried({}, is_plain, dict.fromkeys((1000, 1001), 0.8 + gain))

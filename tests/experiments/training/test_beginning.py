@@ -67,9 +67,9 @@ def test_predictions_that_hardly_differ_are_named() -> None:
     (said,) = complaints(rows((300, 0.02, 2.0), (400, 0.05, 1.9), sign="prediction_spread"), LONG)
     assert said is not None
     assert said.startswith(
-        "what the model predicts, for classes their probabilities, is nearly the same for all valid examples after 400 "
-        "updates: it differs by 5.0 % of what the labels do; it is slow to begin and this grows: train longer than "
-        "1000 updates, change learning_rate "
+        "the model predicts nearly the same for all valid examples after 400 updates: its predictions (of classes the "
+        "probabilities) spread 5.0 % as far as the labels do; 10 % is a beginning; it is slow to begin and this grows: "
+        "train longer than 1000 updates, change learning_rate "
     )
 
 

@@ -35,6 +35,10 @@ BATCH_KEYS = ("batch_size", "batch_tokens")
 _TestRow = tuple[str, str]  # a metric and the label of an arm
 
 
+LEAST_BYTES = 2**25
+"""Extra memory below which a ratio says nothing: the first run of a process takes some 20 MB more than the next."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The arms trained by one recipe, the baseline first.
@@ -143,9 +147,11 @@ class Comparison:
         )
 
     def cost_ratio(self, arm: Arm, key: str) -> float | None:
-        """The arm's median cost over the baseline's; None where either was not measured."""
+        """The arm's median cost over the baseline's; None where either was not measured, or is too small to be told."""
         own, plain = arm.cost(key), None if self.baseline is None else self.baseline.cost(key)
-        return own / plain if own is not None and plain else None
+        if own is None or not plain or (key == "peak_extra_bytes" and min(own, plain) < LEAST_BYTES):
+            return None
+        return own / plain
 
     def side_by_side(self) -> int:
         """The most runs that shared the machine while one of these was trained, as time and memory depend on it."""

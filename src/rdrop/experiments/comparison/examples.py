@@ -210,7 +210,9 @@ def _bleu_score(counts: Array, *, of_sentence: bool = False) -> float:
     from sacrebleu.metrics.bleu import BLEU
 
     sys_len, ref_len, *of_ngrams = map(int, counts)
-    score = BLEU.compute_bleu(of_ngrams[:4], of_ngrams[4:], sys_len, ref_len, effective_order=of_sentence)
+    score = BLEU.compute_bleu(
+        of_ngrams[:4], of_ngrams[4:], sys_len, ref_len, smooth_method="exp", effective_order=of_sentence
+    )
     return float(score.score)
 
 

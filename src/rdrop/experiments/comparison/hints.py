@@ -118,6 +118,8 @@ def alpha_too_large(arm: Arm, baseline: Arm, metric: str) -> str | None:
     if own is None or plain is None or metrics.find(metric).is_better(own, plain):
         return None
     start, low, high = _mean_loss(baseline, 0), _mean_loss(baseline, -1), _mean_loss(arm, -1)
+    if any(len(_curve(run, "train", "task_loss")) < LEAST_SCORES for run in (*baseline.runs, *arm.runs)):
+        return None
     if start is None or low is None or high is None or not start > low or high - low <= FAR_ABOVE * (start - low):
         return None
     or_rise = ", or let it rise (alpha_schedule=quadratic)" if arm.method.alpha_schedule == "constant" else ""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.contest import Contest, Outcome
 from rdrop.experiments.comparison.examples import ExampleDifference
+from rdrop.experiments.comparison.hints import folds_of
 from rdrop.experiments.comparison.learning import source_use
 from rdrop.experiments.comparison.paired import PairedDifference
 from rdrop.experiments.comparison.sections import Section
@@ -24,6 +25,11 @@ def verdict(contest: Contest, metric: str, style: NumberStyle) -> str:
             sentence = f"Nothing to compare: {arm} and {reference} have no scored seed in common."
         case Outcome.NOT_LEARNED:
             sentence = f"Nothing to compare: no run of {arm} or of {reference} learned anything."
+        case Outcome.EQUAL if n < contest.least_seeds:
+            sentence = (
+                f"Too few seeds: {words(metric)} of {arm} and {reference} is equal on all {n} seeds; "
+                f"{contest.least_seeds} are the least that can show a difference."
+            )
         case Outcome.EQUAL:
             sentence = f"No difference between {arm} and {reference}: {words(metric)} is equal on all {n} seeds."
         case Outcome.UNDECIDED if n == 1:
@@ -82,11 +88,13 @@ def seeds_needed(contest: Contest, style: NumberStyle) -> str | None:
     needed = contest.seeds_needed
     number = "more than 1,000" if needed is None else str(needed)
     size = f"{style.difference(abs(difference.mean)).lstrip('+')}{style.points}"
+    folds = max((count for run in contest.arm.runs if (count := folds_of(run)) is not None), default=None)
+    own_parts = "" if folds is None or (needed or folds + 1) <= folds else "; set data.folds to at least as many"
     few = len(difference.seeds) < contest.least_seeds
     roughly = f"; {len(difference.seeds)} seeds tell the spread only roughly" if few else ""
     return (
         f"With this spread, {number} seeds would show a difference of {size} between {contest.arm.phrase} and "
-        f"{contest.reference.phrase} (80 % power{roughly})."
+        f"{contest.reference.phrase} (80 % power{roughly}{own_parts})."
     )
 
 

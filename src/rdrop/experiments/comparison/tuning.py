@@ -31,6 +31,8 @@ class Tried:
     scores: Mapping[int, float]
     problem: str | None = None
     """Why one of its runs has no score; it is not chosen then."""
+    not_begun: tuple[int, ...] = ()
+    """The seeds whose run had not begun to learn at its end, by its predictions for valid."""
 
     @property
     def mean(self) -> float | None:
@@ -96,6 +98,12 @@ class Tuning:
         ]
         said += [f"Not ranked: {tried.name}: {tried.problem}" for tried in failed]
         said.append(f"Chosen: {self._with_ties(self.best_rdrop)}; {self._with_ties(self.best_plain)}.")
+        for best in (self.best_rdrop, self.best_plain):
+            if best.not_begun:
+                seeds = f"{len(best.not_begun)} of {counted(len(best.scores), 'seed')}"
+                said.append(
+                    f"{best.name} had not begun to learn on {seeds} of the search: train longer, or search again."
+                )
         return [*said, self._what_was_left()]
 
     def _with_ties(self, best: Tried) -> str:
@@ -115,6 +123,10 @@ class Tuning:
         line = f"R-Drop's gain in valid {words(self.metric)}: {shown}"
         if not (found > 0 if metrics.find(self.metric).higher_is_better else found < 0):
             return f"{line}; the search had found no gain."
+        interval = self.gain_on_fresh_seeds().interval
+        if interval is None or interval[0] <= 0 <= interval[1]:
+            why = "there is no spread to tell" if interval is None else "the 95 % interval on fresh seeds holds 0"
+            return f"{line}; how much of it was left cannot be said: {why}."
         share = left / found
         if share > 1:
             return f"{line}: all of it was left."
@@ -157,7 +169,8 @@ def cells(tuning: Tuning, tried: Tried) -> tuple[str, ...]:
     scores = tuple(tried.scores.values())
     score = NumberStyle.of(tuning.metric, []).spread(mean(scores), sd(scores)) if tried.problem is None else "failed"
     values = (spelled(tried.values[key]) if key in tried.values else "" for key in tuning.keys)
-    return ("plain training" if tried.is_plain else "R-Drop", *values, score, str(len(scores)))
+    mark = " \N{DAGGER}" if tried.not_begun else ""
+    return (f"{'plain training' if tried.is_plain else 'R-Drop'}{mark}", *values, score, str(len(scores)))
 
 
 def terminal_table(tuning: Tuning) -> Table:

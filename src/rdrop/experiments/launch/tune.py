@@ -229,7 +229,7 @@ def _runs_of(candidate: Candidate, seeds: int, root: Path) -> Iterator[Run]:
 
 def _tried(candidate: Candidate, seeds: int, root: Path, failures: Mapping[Path, Failure], *, is_plain: bool) -> Tried:
     """Reads the valid scores of a setting, as far as it was trained."""
-    scores, problem = {}, None
+    scores, problem, not_begun = {}, None, []
     for run in _runs_of(candidate, seeds, root):
         if run.folder in failures:
             problem = failures[run.folder].what
@@ -239,7 +239,9 @@ def _tried(candidate: Candidate, seeds: int, root: Path, failures: Mapping[Path,
                 problem = f"{run.folder}: it has no finite {result['metric']} on valid"
             else:
                 scores[run.recipe.seed] = score
-    return Tried(candidate.values, is_plain, scores, problem)
+                if str(result.get("notes", {}).get("has begun", "")).startswith("no"):
+                    not_begun.append(run.recipe.seed)
+    return Tried(candidate.values, is_plain, scores, problem, tuple(not_begun))
 
 
 def _ranked(candidates: Sequence[Candidate], seeds: int, root: Path) -> list[Candidate]:

@@ -106,7 +106,7 @@ class NewOrPretrainedModel(ModelSection):
         missing = [key for key in self.SIZES if getattr(self, key) is None]
         if self.name is None and missing:
             sizes = " ".join(typed(f"model.{key}", self.SIZES[key]) for key in missing)
-            rule = f"must be given for a model from scratch (model.name=null), as in: {sizes}"
+            rule = f"must be given for a model from scratch (model.name=null), as in: {sizes} learning_rate=5e-4"
             raise RecipeError(f"model.{missing[0]}", rule, value=None)
         for key in self.SIZES if self.name is not None else ():
             if key not in missing:

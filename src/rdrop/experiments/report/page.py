@@ -224,8 +224,8 @@ def glossary() -> Markup:
             "from their accuracy. Churn is the share of test examples on which two seeds of an arm disagree."
         ),
         "Did not learn": (
-            "A run whose test score is no better than that of the best constant prediction, or that translates as "
-            "well from the source of another sentence. It stays in all statistics."
+            "A run neither whose test score nor whose test loss is better than that of the best constant prediction, "
+            "or that translates as well from the source of another sentence. It stays in all statistics."
         ),
         "Test and valid": (
             "Valid chose the checkpoint, so its scores flatter every arm a little. "

@@ -241,7 +241,7 @@ def runs(comparison: Comparison, root: Path, place: Path) -> Markup:
         [_runs_of_arm(comparison, arm, style, root, place, len(headings)) for arm in comparison.arms],
         caption=(
             "by examples: the 95 % interval of that difference over test examples drawn anew (paired bootstrap); "
-            "weights of update: whose weights were scored, those with the best valid score; "
+            "weights of update: whose weights were scored, those that were the best on valid; "
             "of several updates, the mean of their weights; "
             "resumed: how often the run was taken up again after a stop."
         ),
@@ -291,24 +291,27 @@ def changed(comparison: Comparison) -> Markup | None:
         if contest.reference is baseline:
             gained, lost = changed_examples(comparison.kept, contest.arm.runs, contest.reference.runs, SHOWN_EXAMPLES)
             if gained or lost:
-                tables.append(_changed_table(contest.arm.label, gained, lost))
+                kinds = {predictions.kind for predictions in comparison.kept.of_run.values()}
+                tables.append(_changed_table(contest.arm.label, gained, lost, are_errors=kinds == {"numbers"}))
     return joined(tables) if tables else None
 
 
-def _changed_table(label: str, gained: list[ChangedExample], lost: list[ChangedExample]) -> Markup:
-    headings = ("test example", "expected", "baseline says", f"{label} says", "baseline's score", "its score")
+def _changed_table(label: str, gained: list[ChangedExample], lost: list[ChangedExample], *, are_errors: bool) -> Markup:
+    score = "error" if are_errors else "score"
+    headings = ("test example", "expected", "baseline says", f"{label} says", f"baseline's {score}", f"its {score}")
     groups = ((f"{label} gains most", gained), (f"{label} loses most", lost))
     bodies = [
-        joined((_group(title, len(headings)), *(_changed_row(own) for own in examples)))
+        joined((_group(title, len(headings)), *(_changed_row(own, are_errors=are_errors) for own in examples)))
         for title, examples in groups
         if examples
     ]
     return _table(f"Changed examples, {label}", headings, bodies, class_="examples")
 
 
-def _changed_row(own: ChangedExample) -> Markup:
+def _changed_row(own: ChangedExample, *, are_errors: bool) -> Markup:
     said = (own.expected, own.reference_says, own.arm_says)
-    scores = (f"{score:.3g}" for score in (own.reference_score, own.arm_score))
+    found = (own.reference_score, own.arm_score)
+    scores = (f"{abs(score) if are_errors else score:.3g}" for score in found)
     return _row(own.example, *map(excerpt, said), *scores)
 
 

@@ -79,6 +79,7 @@ def _draw_cell(
     text = "failed" if mean is None else style.score(mean)
     if mean is not None and len(tried.scores) < len(tuning.seeds):
         text += f"\n{len(tried.scores)} of {len(tuning.seeds)} seeds"
+    text += " \N{DAGGER}" if tried.not_begun else ""
     axes.text(x, y, text, ha="center", va="center", fontweight="bold" if is_chosen else "normal")
 
 
@@ -119,7 +120,7 @@ def _page(tuning: Tuning, runs: Path) -> str:
                 element(
                     "div", draw_grid(tuning, "grid"), role="img", aria_label=_described(tuning), style=_no_wider(tuning)
                 ),
-                element("figcaption", "A frame: what was chosen. The stronger the color, the better the score."),
+                element("figcaption", _caption(tuning)),
             ),
             _table(tuning),
             class_="comparison",
@@ -127,6 +128,12 @@ def _page(tuning: Tuning, runs: Path) -> str:
         section(tuning.fresh, {}, "c1", runs, runs),
         glossary(),
     )
+
+
+def _caption(tuning: Tuning) -> str:
+    said = "A frame: what was chosen. The stronger the color, the better the score."
+    marked = any(tried.not_begun for tried in tuning.tried)
+    return f"{said} \N{DAGGER}: a run of the setting had not begun to learn at its end." if marked else said
 
 
 def _columns(tuning: Tuning) -> list[str]:

@@ -287,7 +287,8 @@ def loading(name: str) -> Iterator[None]:
     ) as error:  # of the files, the hub, and a value in config.json that any line of the model stumbles on
         reason = " ".join(str(error).split())[:300]
         files = "config.json, safetensors, and its tokenizer or preprocessor_config.json"
-        remedy = _fetch_of_pointers(name) or f"give a hub id, or a folder with {files}"
+        offline = "" if os.path.isdir(name) else "; without a network, HF_HUB_OFFLINE=1 ends the attempts at once"
+        remedy = _fetch_of_pointers(name) or f"give a hub id, or a folder with {files}{offline}"
         raise RecipeError("model.name", f"cannot be loaded ({reason}); {remedy}", value=name) from error
 
 

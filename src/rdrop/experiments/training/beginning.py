@@ -72,8 +72,9 @@ def _seen(sign: str, value: float, step: int) -> str:
             + (f"changes by {value:+.3f} nats" if abs(value) >= NOTHING else "is the same")
         )
     return (
-        "what the model predicts, for classes their probabilities, is nearly the same for all valid examples after "
-        f"{step} updates: it differs by {100 * value:.1f} % of what the labels do"
+        f"the model predicts nearly the same for all valid examples after {step} updates: its predictions (of classes "
+        f"the probabilities) spread {100 * value:.1f} % as far as the labels do; {100 * LEAST[sign]:.0f} % is a "
+        "beginning"
     )
 
 
