@@ -139,7 +139,7 @@ def _lock(path: Path, mine: Holder) -> Holder | None:
         if found is None:
             continue
         if _is_alive(*found, clock=lambda: _time_of_file_system(path.parent)):
-            raise RunLockedError(_refusal(path, *found, _time_of_file_system(path.parent)))
+            raise RunLockedError(_refusal(path, *found))
         if _exchange(path, found[0], mine):
             return found[0]
     return None
@@ -223,11 +223,11 @@ def _is_alive(holder: Holder, renewed: float, *, clock: Callable[[], float]) -> 
     return clock() - renewed < SILENCE_SECONDS
 
 
-def _refusal(path: Path, holder: Holder, renewed: float, now: float) -> str:
+def _refusal(path: Path, holder: Holder, renewed: float) -> str:
     line = f"{path.parent} is being trained by {holder}"
     if holder.machine == _machine() and _start_of(holder.pid) == holder.started:
         return f"{line}. Wait for it or stop it: kill {holder.pid}"
-    if renewed > now + SILENCE_SECONDS:  # the clock has been set back
+    if renewed > _time_of_file_system(path.parent) + SILENCE_SECONDS:  # its clock has been set back
         return f"{line}. Its last heartbeat is dated in the future. If that process is gone: rm {shell_word(path)}"
     return f"{line}. If that process is gone, the run is free {SILENCE_SECONDS:.0f} s after its last heartbeat."
 
