@@ -89,9 +89,7 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
 class _NoGauge:
     """Memory that cannot be measured."""
 
-    def return_what_is_free(self) -> None:
-        """Frees what an earlier run left behind: else it would be used unseen."""
-        gc.collect()
+    def return_what_is_free(self) -> None: ...
 
     def reset_peak(self) -> None: ...
 
@@ -110,6 +108,9 @@ class _CudaGauge(_NoGauge):
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def return_what_is_free(self) -> None:
+        gc.collect()  # what an earlier run left behind would be counted
+
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -125,7 +126,7 @@ class _LinuxGauge(_NoGauge):
 
     def return_what_is_free(self) -> None:
         """Returns freed memory to the system: what an earlier run left to the C library would be used unseen."""
-        super().return_what_is_free()
+        gc.collect()
         with suppress(OSError, AttributeError):  # a C library that is not glibc
             ctypes.CDLL(None).malloc_trim(0)
 

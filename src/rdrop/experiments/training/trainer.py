@@ -199,7 +199,7 @@ class _Training:
         trackers: Sequence[str],
         side_by_side: int = 1,
     ) -> None:
-        gc.collect()  # of an earlier run in this process, whose model is part of a cycle
+        free_earlier_runs()
         self.asked, self.recipe = recipe, recipe  # as it is saved; as it is trained, with its lengths in updates
         self.folder, self.on_progress, self.side_by_side = folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
@@ -694,6 +694,12 @@ class _Training:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.sum_over_processes(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
+
+def free_earlier_runs() -> None:
+    """Frees the models of earlier runs in this process from an accelerator's memory: they are parts of cycles."""
+    if torch.accelerator.is_available():
+        gc.collect()
 
 
 def is_first_process() -> bool:
