@@ -384,6 +384,14 @@ def test_cost_is_the_ratio_of_medians(tmp_path):
     assert comparison.cost_ratio(comparison.arms[1], "peak_extra_bytes") is None
 
 
+@pytest.mark.parametrize(("mebibytes", "ratio"), [(31, None), (32, 2.0)])
+def test_a_memory_that_the_first_run_of_a_process_decides_has_no_ratio(tmp_path, mebibytes, ratio):
+    for alpha, times in ((0.0, 1), (1.0, 2)):
+        write_run(tmp_path, 0.7, alpha=alpha, cost={"peak_extra_bytes": times * mebibytes * 2**20})
+    comparison = only(tmp_path)
+    assert comparison.cost_ratio(comparison.arms[1], "peak_extra_bytes") == ratio
+
+
 def test_unfinished_and_damaged_runs_take_no_part_and_are_named(tmp_path):
     write_run(tmp_path, 0.7)
     unfinished = write_run(tmp_path, 0.7, seed=1, unfinished=True)
@@ -609,6 +617,15 @@ def test_the_seeds_that_would_show_the_difference_are_said_where_nothing_is_show
     )
     write_seeds(tmp_path / "more", 6)
     assert remark(tmp_path, "With this spread") is None
+
+
+@pytest.mark.parametrize(("folds", "advised"), [(5, True), (6, False)])
+def test_more_seeds_than_folds_are_advised_together_with_as_many_folds(tmp_path, folds, advised):
+    for seed, gain in enumerate((0.03, 0.033, 0.036)):
+        for alpha in (0.0, 1.0):
+            write_run(tmp_path, 0.7 + alpha * gain, alpha=alpha, seed=seed, data={"folds": folds})
+    found = remark(tmp_path, "With this spread, 6 seeds")
+    assert ("; set data.folds to at least as many)" in found) == advised
 
 
 def test_more_seeds_than_a_thousand_are_not_counted(tmp_path):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from tests.experiments.run_folders import write_run, write_three_arms
 
@@ -262,6 +263,18 @@ def test_the_examples_that_changed_are_shown_and_escaped(tmp_path):
     assert "R-Drop (alpha 1) gains most image <i>0</i> 0 <b>1</b> (3) 0 (3) 0 1 " in changed
     assert "R-Drop (alpha 1) loses most image <i>5</i> <b>1</b> <b>1</b> (3) <b>1</b> (2), 0 (1) 1 0.667" in changed
     assert {"i"} & {tag for tag, _ in page.elements} == set()
+
+
+def test_the_examples_of_a_regression_have_their_errors(tmp_path):
+    for alpha, predicted in ((0.0, [1.0, 2.0, 5.0, 4.0]), (1.0, [1.0, 2.5, 3.0, 4.0])):
+        rows = [{"example": f"pair {n}", "label": n + 1.0, "predicted": own} for n, own in enumerate(predicted)]
+        scores = {"pearson": float(np.corrcoef(predicted, [1, 2, 3, 4])[0, 1])}
+        run = write_run(tmp_path, 0.9, alpha=alpha, metric="pearson", test=scores, valid=scores)
+        write_predictions(run, Predictions("numbers", rows))
+    changed = page_of(tmp_path).visible.split("Which test examples changed")[1].split("Cost")[0]
+    assert "baseline's error its error" in changed
+    assert "gains most pair 2 3 5 3 2 0 " in changed
+    assert "loses most pair 1 2 2 2.5 0 0.5" in changed
 
 
 def test_the_page_says_whether_the_models_differ_on_this_test_set(tmp_path):

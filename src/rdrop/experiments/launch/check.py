@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rdrop.check import CheckReport, Finding, check_rdrop
-from rdrop.dropout import dropout_rate
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.task import Augments, Batch, Task, load_task
-from rdrop.experiments.training.objective import joined_views
-from rdrop.passes import split_passes
+from rdrop.experiments.training.objective import joined_views, logits_of_passes
 from rdrop.terms import symmetric_kl
-from rdrop.views import perturb_batch, views_of
 
 EXAMPLES = 8
 OF_EQUAL_INPUTS = ("identical-passes", "shared-masks")
@@ -44,7 +41,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         if not (isinstance(task, Augments) and task.augments):
             rule = f'must be "same": {recipe.task} does not change its inputs at random'
             raise RecipeError("views", rule, value="each")
-        batch = joined_views([batch, task.train_batch(indices, 0, 1)])
+        batch = joined_views([task.train_batch(indices, 0, view) for view in range(method.passes)])
     if method.cutoff is not None and not task.special_ids():
         raise RecipeError("cutoff", f"must be null: {recipe.task} has no tokens to cut", value=method.cutoff)
     report = replace(report, divergence=_divergence(task, own, method, batch))
@@ -67,25 +64,12 @@ def _with_own_inputs(finding: Finding, by: str) -> Finding:
 
 @torch.no_grad()
 def _divergence(task: Task, model: nn.Module, method: Method, batch: Batch) -> float:
-    """Computes the divergence of the first two passes; `batch` has both views, where each has its own."""
-    if method.dropout is not None:
-        inputs = split_passes(batch, 2) if method.views == "each" else [batch, batch]
-        passes = []
-        for rate, of_pass in zip(method.dropout[:2], inputs, strict=True):
-            with dropout_rate(model, rate):
-                passes.append(task.logits(model, of_pass))
-    elif method.views == "each":
-        passes = [*task.logits(model, batch).chunk(2)]
-    else:
-        views = views_of(method.cutoff, method.cutoff_ratio, method.task_passes, 2)
-        special_ids, unknown_id = task.special_ids(), task.unknown_id()
-        try:
-            repeated, perturbed = perturb_batch(batch, views, special_ids=special_ids, unknown_id=unknown_id)
-        except ValueError as error:
-            raise RecipeError("cutoff", str(error), value=method.cutoff) from error
-        with perturbed(model):
-            passes = [*task.logits(model, repeated).chunk(2)]
-    return symmetric_kl(torch.stack(passes).float()).mean().item()
+    """Computes the mean divergence of the passes; `batch` has the views of all, where each has its own."""
+    try:
+        logits = logits_of_passes(method, task, model, lambda inputs: task.logits(model, inputs), batch)
+    except ValueError as error:
+        raise RecipeError("cutoff", str(error), value=method.cutoff) from error
+    return symmetric_kl(logits.float().view(method.passes, -1, *logits.shape[1:])).mean().item()
 
 
 class AsTrained(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rdrop.dropout import acting_sources, dropout_rate
-from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.tasks.task import Augments, Batch, Task
 from rdrop.integrations.requirements import why_gradient_is_wrong
 from rdrop.integrations.targets import Target
@@ -83,33 +83,17 @@ class Objective:
     def _terms(
         self, batch: Batch, target: Target, task_passes: tuple[int, ...] | None, options: dict[str, Any]
     ) -> LossTerms:
-        method = self._method
-        logits = self._one_forward(batch) if method.dropout is None else self._forward_each(batch, method.dropout)
+        logits = self._logits(batch)
         try:
             return target.rdrop_loss(logits, task_passes=task_passes, **options)
         except ValueError as error:  # on CPU, rdrop_loss names the logit that is not finite
             raise (ObjectiveError if logits.isfinite().all() else FloatingPointError)(str(error)) from error
 
-    def _one_forward(self, batch: Batch) -> Tensor:
-        if self._method.views == "each":
-            return self._forward(batch)
-        special_ids, unknown_id = self._task.special_ids(), self._task.unknown_id()
-        repeated, perturbed = perturb_batch(batch, self._views, special_ids=special_ids, unknown_id=unknown_id)
-        with perturbed(self._model):
-            if self._encoder_once is not None:
-                return self._encoder_once.run(lambda: self._forward(repeated))  # type: ignore[no-any-return]
-            return self._forward(repeated)
-
-    def _forward_each(self, batch: Batch, rates: Sequence[float]) -> Tensor:
-        inputs = split_passes(batch, len(rates)) if self._method.views == "each" else [batch] * len(rates)
-        passes = []
-        for rate, of_pass in zip(rates, inputs, strict=True):
-            with dropout_rate(self._model, rate):
-                passes.append(self._forward(of_pass))
-        return torch.cat(passes)
+    def _logits(self, batch: Batch) -> Tensor:
+        return logits_of_passes(self._method, self._task, self._model, self._forward, batch, self._encoder_once)
 
     def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
-        (hidden, bias), _ = fused.run(lambda: self._one_forward(batch))
+        (hidden, bias), _ = fused.run(lambda: self._logits(batch))
         try:
             return target.linear_rdrop_loss(hidden, fused.layer.weight, bias, **options)
         except ValueError as error:  # on CPU, it names the position whose loss is not finite
@@ -175,6 +159,37 @@ class Objective:
         why = why_gradient_is_wrong(self._model)
         if why is not None:
             raise ObjectiveError(f"{asked} {why}")
+
+
+def logits_of_passes(
+    method: Method,
+    task: Task,
+    model: nn.Module,
+    forward: Callable[[Batch], Tensor],
+    batch: Batch,
+    encoder_once: EncoderOnce | None = None,
+) -> Tensor:
+    """Runs all passes of a batch of N examples as the method makes them, and returns their logits `(m N, ..., V)`.
+
+    `batch` has the views of all passes where each has its own (`joined_views`). `forward` runs the model.
+    """
+    if method.dropout is not None:
+        count = len(method.dropout)
+        inputs = split_passes(batch, count) if method.views == "each" else [batch] * count
+        passes = []
+        for rate, of_pass in zip(method.dropout, inputs, strict=True):
+            with dropout_rate(model, rate):
+                passes.append(forward(of_pass))
+        return torch.cat(passes)
+    if method.views == "each":
+        return forward(batch)
+    views = views_of(method.cutoff, method.cutoff_ratio, method.task_passes, method.passes)
+    special_ids, unknown_id = task.special_ids(), task.unknown_id()
+    repeated, perturbed = perturb_batch(batch, views, special_ids=special_ids, unknown_id=unknown_id)
+    with perturbed(model):
+        if encoder_once is not None:
+            return encoder_once.run(lambda: forward(repeated))  # type: ignore[no-any-return]
+        return forward(repeated)
 
 
 def joined_views(views: Sequence[Batch]) -> Batch:

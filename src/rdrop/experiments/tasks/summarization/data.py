@@ -157,7 +157,7 @@ def _listed(text: Any, where: str) -> list[Any]:
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if all(isinstance(each, str) for each in found) and (read is json.loads or repr(found) == text):
             return list(found)
