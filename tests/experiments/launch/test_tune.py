@@ -72,6 +72,7 @@ def test_a_setting_that_had_not_begun_is_marked_and_named_where_it_is_chosen(
     shown = " ".join(capsys.readouterr().out.split())
     assert "R-Drop, alpha 1, model.dropout 0.3 had not begun to learn on 1 of 3 seeds of the search: train" in shown
     assert shown.count("R-Drop \N{DAGGER}") == 2  # with either dropout rate
+    assert "\N{DAGGER}: a run of the setting had not begun to learn at its end." in shown
     page = (tmp_path / "digits-vit-tuning.html").read_text()
     assert "\N{DAGGER}: a run of the setting had not begun to learn at its end." in page
 

@@ -104,6 +104,8 @@ class Tuning:
                 said.append(
                     f"{best.name} had not begun to learn on {seeds} of the search: train longer, or search again."
                 )
+        if any(tried.not_begun for tried in self.tried):
+            said.append("\N{DAGGER}: a run of the setting had not begun to learn at its end.")
         return [*said, self._what_was_left()]
 
     def _with_ties(self, best: Tried) -> str:

@@ -120,7 +120,7 @@ def _page(tuning: Tuning, runs: Path) -> str:
                 element(
                     "div", draw_grid(tuning, "grid"), role="img", aria_label=_described(tuning), style=_no_wider(tuning)
                 ),
-                element("figcaption", _caption(tuning)),
+                element("figcaption", "A frame: what was chosen. The stronger the color, the better the score."),
             ),
             _table(tuning),
             class_="comparison",
@@ -128,12 +128,6 @@ def _page(tuning: Tuning, runs: Path) -> str:
         section(tuning.fresh, {}, "c1", runs, runs),
         glossary(),
     )
-
-
-def _caption(tuning: Tuning) -> str:
-    said = "A frame: what was chosen. The stronger the color, the better the score."
-    marked = any(tried.not_begun for tried in tuning.tried)
-    return f"{said} \N{DAGGER}: a run of the setting had not begun to learn at its end." if marked else said
 
 
 def _columns(tuning: Tuning) -> list[str]:
