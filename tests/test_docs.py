@@ -1,6 +1,7 @@
 """The README and the pages keep their promises: Python blocks run, commands and files exist."""
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -14,7 +15,9 @@ from torch import nn
 import rdrop
 from rdrop.experiments import recipes
 from rdrop.experiments.comparison.looks import read_looks
-from rdrop.experiments.comparison.wording import listed
+from rdrop.experiments.comparison.paired import paired_difference
+from rdrop.experiments.comparison.statistics import holm
+from rdrop.experiments.comparison.wording import NumberStyle, listed, p_words
 from rdrop.experiments.recipe.method import Method
 from rdrop.integrations import transformers
 
@@ -191,6 +194,20 @@ def test_gains_are_sorted_by_pairs_and_have_the_mean_in_their_interval():
     for points in found.values():
         assert [point.pairs for point in points] == sorted({point.pairs for point in points})
         assert all(point.low < point.mean < point.high for point in points)
+
+
+def test_what_the_readme_says_of_the_demo_on_another_processor_is_in_its_record():
+    record = json.loads((experiments.RESULTS / "digits-again.json").read_text(encoding="utf-8"))
+    *others, own = record["test_accuracy"].values()
+    differences = [paired_difference(own, other, True) for other in others]
+    corrected = holm([difference.p_value for difference in differences])
+    assert [p <= 0.05 and difference.interval[0] > 0 for difference, p in zip(differences, corrected, strict=True)] == [
+        *[True] * 4,
+        False,
+    ]
+    style, last = NumberStyle.of("accuracy", differences), differences[-1]
+    said = f"{style.difference(last.mean)} ({style.interval(last.interval)}, {p_words(corrected[-1])})"
+    assert f"of dropout {said}, which shows nothing" in " ".join((ROOT / "README.md").read_text("utf-8").split())
 
 
 def test_every_recorded_experiment_stands_in_the_page_of_results_with_its_seeds():
