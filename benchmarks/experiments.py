@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks import gains
 
-from rdrop.experiments.comparison import sentences
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.designs import Design, read_designs
@@ -106,7 +105,7 @@ def rewritten(page: str, found: dict[str, Comparison]) -> str:
 def result(comparison: Comparison) -> str:
     """The table, what it shows in words, and where it is from."""
     if comparison.subject is not None:  # its table says it all
-        said = " ".join(sentences.corrections(comparison.contests))
+        said = " ".join(comparison.corrections())
         return f"{table_around(comparison, comparison.subject)}\n\n{said}\n\n{origin(comparison)}"
     others = comparison.other_tests
     corrected = [f"The other p values of the table are corrected for {others}."] if others > 1 else []

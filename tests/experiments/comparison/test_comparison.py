@@ -26,7 +26,7 @@ from rdrop.experiments.comparison.terminal_table import terminal_table
 from rdrop.experiments.comparison.wording import MINUS, TIMES, NumberStyle, ratio, words
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.settings import RecipeError
-from rdrop.experiments.run_folder import find_runs
+from rdrop.experiments.run_folder import RunFolder, find_runs
 from rdrop.experiments.run_folder.predictions import Predictions, write_predictions
 
 HIGHER = True
@@ -596,7 +596,7 @@ def test_an_arm_that_is_added_after_a_look_makes_no_p_smaller(tmp_path):
     assert remark(tmp_path, "Seeds were added", [first]) == (
         "Seeds were added after the verdict on 6 seeds had been seen. Each look is a chance for a false verdict, so p "
         "is doubled for each look before this one, in the comparisons of which they had shown nothing. However many "
-        "there are, the chance that one of them is wrong about equal arms stays below 10 %."
+        "there are, the chance that one of them is wrong about equal arms stays below 10 %, had no arm been added."
     )
 
 
@@ -781,6 +781,106 @@ def test_runs_that_diverged_are_named_and_stay_in_the_statistics(tmp_path):
     assert "R-Drop (alpha 1) †" in text
     assert "†: with runs that did not learn or diverged" in text
     assert "baseline †" not in text
+
+
+# Runs that diverged in a number that is not finite, and have no score.
+
+
+def write_failure(runs, seed, **changes):
+    folder = write_run(runs, 0.0, seed=seed, unfinished=True, **changes)
+    RunFolder(folder).write_failure(12, "step 12: loss is nan. Its batch has the examples 0, 1. Lower alpha (=9).")
+
+
+def write_ten_seeds(runs, gains, failed=(), failed_baseline=()):
+    """Ten seeds on which R-Drop is ahead by `gains`; those of `failed` have no score."""
+    for seed in range(10):
+        for alpha, score, lost in ((0.0, 0.7, failed_baseline), (1.0, 0.7 + gains[seed], failed)):
+            if seed in lost:
+                write_failure(runs, seed, alpha=alpha)
+            else:
+                write_run(runs, score, seed=seed, alpha=alpha)
+
+
+GAINS = (0.02, 0.021, 0.022, 0.023, 0.024, 0.025, 0.026, 0.02, 0.02, 0.02)
+
+
+def test_an_arm_that_diverged_on_some_seeds_is_not_better_on_the_others(tmp_path):
+    write_ten_seeds(tmp_path, GAINS, failed=(7, 8, 9))
+    comparison = only(tmp_path)
+    assert comparison.contests[0].outcome is Outcome.SURVIVORS
+    assert comparison.verdict().split("\n") == [
+        "Nothing shown: R-Drop (alpha 1) diverged on 3 seeds (7, 8 and 9) and has no score there. On the others R-Drop "
+        "(alpha 1) against the baseline is accuracy +2.30 points (95 % interval +2.10 to +2.50, p = 0.016, better on 7 "
+        "of 7 seeds).",
+        "3 of 10 R-Drop (alpha 1) runs diverged (seeds 7, 8 and 9): step 12: loss is nan (seed 7).",
+    ]
+    text = printed(comparison)
+    assert comparison.arms[1].marked_label == "R-Drop (alpha 1) †"
+    assert "left out of R-Drop (alpha 1): seeds 7, 8, 9 (diverged, without a score)" in text
+    assert "no finished run" not in text
+
+
+def test_an_arm_may_be_better_where_only_the_other_diverged_or_both_did(tmp_path):
+    write_ten_seeds(tmp_path, GAINS, failed=(9,), failed_baseline=(7, 8, 9))
+    comparison = only(tmp_path)
+    assert comparison.contests[0].outcome is Outcome.BETTER
+    assert "3 of 10 baseline runs diverged (seeds 7, 8 and 9)" in comparison.verdict()
+    assert "1 of 10 R-Drop (alpha 1) runs diverged (seed 9)" in comparison.verdict()
+
+
+def test_an_arm_is_worse_whatever_its_lost_seeds_would_have_given(tmp_path):
+    write_ten_seeds(tmp_path, [-gain for gain in GAINS], failed=(9,))
+    assert only(tmp_path).contests[0].outcome is Outcome.WORSE
+
+
+def test_a_seed_that_was_trained_again_after_it_had_diverged_counts(tmp_path):
+    write_ten_seeds(tmp_path, GAINS)
+    for run in find_runs(tmp_path):
+        RunFolder(run.path).write_failure(12, "step 12: loss is nan. Lower alpha (=9).")
+    comparison = only(tmp_path)
+    assert comparison.contests[0].outcome is Outcome.BETTER
+    assert comparison.gaps() == ()
+
+
+@pytest.mark.parametrize("damage", [{"task": []}, {"name": None}, {"seed": None}, {"method": 3}])
+def test_a_failure_with_a_damaged_recipe_hides_no_other_run(tmp_path, damage):
+    write_ten_seeds(tmp_path, GAINS, failed=(9,))
+    (failed,) = (run for run in find_runs(tmp_path) if run.failure is not None)
+    (failed.path / "recipe.json").write_text(json.dumps(failed.recipe | damage))
+    comparison = only(tmp_path)
+    assert comparison.contests[0].outcome is Outcome.BETTER
+    assert [gap.reason for gap in comparison.gaps()] == ["no finished run"]
+
+
+# Arms that came after a verdict.
+
+
+def added_to(tmp_path, looked_at, **added):
+    for seed in range(7):
+        write_run(tmp_path, 0.7, seed=seed)
+        write_run(tmp_path, 0.72 + seed / 1000, seed=seed, alpha=1.0)
+    (comparison,) = comparisons(find_runs(tmp_path))
+    look = frozenset(run.path.name for arm in comparison.arms for run in arm.runs if run.seed in looked_at)
+    for seed in range(7):
+        write_run(tmp_path, 0.71, seed=seed, **added)
+    (comparison,) = comparisons(find_runs(tmp_path), [look])
+    return comparison
+
+
+def test_an_arm_that_was_added_after_a_verdict_is_named(tmp_path):
+    comparison = added_to(tmp_path, range(7), alpha=4.0)
+    assert comparison.corrections() == [
+        "p is corrected for 2 comparisons by Holm's method.",
+        "Added after a verdict on the other arms had been seen: R-Drop (alpha 4). Each arm is a further chance, so all "
+        "verdicts together may be wrong about equal arms more often than in 5 %.",
+    ]
+
+
+@pytest.mark.parametrize("looked_at", [range(0), range(5)])
+def test_an_arm_was_not_added_where_no_verdict_could_have_shown_something(tmp_path, looked_at):
+    comparison = added_to(tmp_path, looked_at, alpha=4.0)
+    assert comparison.added_arms == ()
+    assert "all arms were planned before the first verdict" in comparison.corrections()[0]
 
 
 # The terminal table.

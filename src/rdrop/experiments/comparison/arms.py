@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Arm:
     batch: int
     """Examples or tokens per update; all runs that are compared count the same."""
     runs: tuple[FinishedRun, ...]
+    failures: Mapping[int, str] = field(default_factory=dict)
+    """By the seed: where a run has diverged that has no score for it, and so is not one of `runs`."""
 
     @property
     def marked_label(self) -> str:
@@ -63,8 +65,9 @@ class Arm:
 
     @property
     def diverged(self) -> dict[int, str]:
-        """The seeds whose run has diverged, and how far its valid loss came."""
-        return {run.seed: seen for run in self.runs if (seen := how_diverged(run)) is not None}
+        """The seeds whose run has diverged, and how far its valid loss came or what ended it."""
+        finished = {run.seed: seen for run in self.runs if (seen := how_diverged(run)) is not None}
+        return {**finished, **self.failures}
 
     @property
     def has_failed_runs(self) -> bool:

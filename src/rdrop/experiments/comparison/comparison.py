@@ -26,9 +26,9 @@ from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_nu
 from rdrop.experiments.comparison.looks import Look, seeds_seen
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.sections import ArmScores, Section
-from rdrop.experiments.comparison.statistics import probability_of_improvement
+from rdrop.experiments.comparison.statistics import least_seeds, probability_of_improvement
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RunRecord, data_files
+from rdrop.experiments.run_folder import RunRecord, data_files, is_whole_recipe
 
 BATCH_KEYS = ("batch_size", "batch_tokens")
 
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds that at least one arm has."""
+        """The seeds that at least one arm has finished."""
         return tuple(sorted({seed for arm in self.arms for seed in arm.seeds}))
 
     @cached_property
@@ -212,12 +212,25 @@ class Comparison:
         of_contests = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
         return "\n".join([*of_contests, *filter(None, failed)])
 
+    def corrections(self) -> list[str]:
+        """Says for what the p values of the verdict are corrected, and for what they are not."""
+        return sentences.corrections(self.contests, self.added_arms)
+
+    @property
+    def added_arms(self) -> tuple[Arm, ...]:
+        """The arms that had no part in the first verdict on others that could have shown something."""
+        for look in self.looks:
+            seeds = {arm.label: sum(run.path.name in look for run in arm.runs) for arm in self.arms}
+            if sum(count >= least_seeds() for count in seeds.values()) > 1:
+                return tuple(arm for arm in self.arms if not seeds[arm.label])
+        return ()
+
     def remarks(self, contests: int | None = None) -> list[str]:
         """Says what a reader of the verdict should know beside it, a sentence or two an entry.
 
         With `contests`: where there are more than that, what would be said of each is left out.
         """
-        found = sentences.corrections(self.contests)
+        found = self.corrections()
         found += filter(None, [sentences.robust_averages(self.sections[0], self.subject)])
         if contests is None or len(self.contests) <= contests:
             found += self._remarks_on_contests
@@ -247,12 +260,13 @@ class Comparison:
         """The seeds left out of a comparison, by the arm that lacks them and why."""
         return tuple(gap for arm in self.arms for gap in self._gaps_of(arm) if gap.seeds)
 
-    def _gaps_of(self, arm: Arm) -> tuple[Gap, Gap]:
+    def _gaps_of(self, arm: Arm) -> tuple[Gap, ...]:
         scored = arm.scores(self.metric, "test")
-        absent = tuple(seed for seed in self.seeds if seed not in arm.seeds)
+        absent = tuple(seed for seed in self.seeds if seed not in (*arm.seeds, *arm.failures))
         not_finite = tuple(seed for seed in arm.seeds if seed not in scored)
         return (
             Gap(arm.label, absent, "no finished run"),
+            Gap(arm.label, tuple(arm.failures), "diverged, without a score"),
             Gap(arm.label, not_finite, f"test {self.metric} is not a finite number"),
         )
 
@@ -264,8 +278,10 @@ def comparisons(
 
     `looks` are the verdicts on these runs that were shown before. The arms of `designs` are compared as these say; a
     comparison all of whose runs stand in one of them is not told twice. Unfinished and damaged runs take no part;
-    `rdrop.experiments.comparison.finished_runs.split_usable` names them.
+    `rdrop.experiments.comparison.finished_runs.split_usable` names them. Of those that have diverged without a score
+    the arm knows (`Arm.failures`).
     """
+    records = list(records)
     finished = split_usable(records)[0]
     designed = list(_designed(finished, designs))
     told = {run.path for comparison in designed for run in comparison.runs}
@@ -277,8 +293,25 @@ def comparisons(
     found = [comparison for comparison in found if not told.issuperset(run.path for run in comparison.runs)]
     if designed:
         found = sorted([*designed, *found], key=lambda comparison: comparison.name)
-    seen = tuple(looks)
-    return [replace(comparison, looks=seen) for comparison in found]
+    seen, failures = tuple(looks), _failures(records)
+    arms = [tuple(_with_failures(arm, failures) for arm in comparison.arms) for comparison in found]
+    return [replace(comparison, looks=seen, arms=own) for comparison, own in zip(found, arms, strict=True)]
+
+
+def _failures(records: Iterable[RunRecord]) -> dict[str, dict[int, str]]:
+    """Returns by the arm's digest and the seed what ended the runs that have diverged without a score."""
+    found: dict[str, dict[int, str]] = {}
+    for record in records:
+        if record.failure is not None and record.recipe is not None and is_whole_recipe(record.recipe):
+            what = record.failure.removeprefix("diverged: ").partition(". ")[0]
+            found.setdefault(arm_digest(record.recipe), {})[record.recipe["seed"]] = what
+    return found
+
+
+def _with_failures(arm: Arm, failures: Mapping[str, Mapping[int, str]]) -> Arm:
+    digests = dict.fromkeys(arm_digest(run.recipe) for run in arm.runs)
+    found = {seed: what for digest in digests for seed, what in failures.get(digest, {}).items()}
+    return replace(arm, failures={seed: found[seed] for seed in sorted(found) if seed not in arm.seeds})
 
 
 def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Iterator[Comparison]:

@@ -18,6 +18,7 @@ class Outcome(Enum):
     BETTER = "better"
     WORSE = "worse"
     NOT_SHOWN = "no difference shown"
+    SURVIVORS = "a difference on the seeds alone on which the arm that is ahead has not diverged"
     TOO_FEW = "fewer seeds than can show a difference"
     EQUAL = "equal on every seed"
     UNDECIDED = "no interval, nothing shown"
@@ -80,7 +81,18 @@ class Contest:
             return Outcome.UNDECIDED
         if not is_shown(difference.interval, self.p_value):
             return Outcome.TOO_FEW if len(difference.seeds) < self.least_seeds else Outcome.NOT_SHOWN
-        return _direction(difference)
+        return Outcome.SURVIVORS if self.lost_seeds else _direction(difference)
+
+    @property
+    def ahead(self) -> Arm:
+        """The side with the better mean."""
+        return self.arm if _direction(self.difference) is Outcome.BETTER else self.reference
+
+    @property
+    def lost_seeds(self) -> tuple[int, ...]:
+        """The seeds on which the side that is ahead has diverged without a score, and the other has not."""
+        behind = self.reference if self.ahead is self.arm else self.arm
+        return tuple(sorted(set(self.ahead.failures).difference(behind.failures)))
 
     @property
     def seeds_needed(self) -> int | None:

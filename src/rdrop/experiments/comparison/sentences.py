@@ -49,13 +49,22 @@ def verdict(contest: Contest, metric: str, style: NumberStyle) -> str:
             )
         case Outcome.NOT_SHOWN:
             sentence = f"No difference shown between {arm} and {reference}: {amount} ({interval}, {_wins(difference)})."
+        case Outcome.SURVIVORS:
+            ahead, lost = contest.ahead.phrase, contest.lost_seeds
+            sentence = (
+                f"Nothing shown: {ahead} diverged on {counted(len(lost), 'seed')} ({listed(lost)}) and has no score "
+                f"there. On the others {arm} against {reference} is {amount} ({interval}, {_wins(difference)})."
+            )
         case Outcome.BETTER | Outcome.WORSE as outcome:
             sentence = f"{arm} is {outcome.value} than {reference}: {amount} ({interval}, {_wins(difference)})."
     return sentence[0].upper() + sentence[1:]
 
 
-def corrections(contests: Sequence[Contest]) -> list[str]:
-    """Says for what the p values of a verdict are corrected; nothing for a single contest at its first look."""
+def corrections(contests: Sequence[Contest], added: Sequence[Arm] = ()) -> list[str]:
+    """Says for what the p values of a verdict are corrected; nothing for a single contest at its first look.
+
+    `added` are the arms that came after a verdict on the others.
+    """
     sentences = []
     silent = (Outcome.NO_SEEDS, Outcome.NOT_LEARNED, Outcome.EQUAL, Outcome.UNDECIDED)  # which say no p
     if all(contest.outcome in silent for contest in contests):
@@ -67,15 +76,19 @@ def corrections(contests: Sequence[Contest]) -> list[str]:
             ": where none has a difference, and all arms were planned before the first verdict, the chance that any of "
             "them seems to have one is at most 5 %"
         )
+        is_planned = not (added or any(of_contests))
+        sentences.append(f"p is corrected for {judged} comparisons by Holm's method{chance if is_planned else ''}.")
+    if added:
         sentences.append(
-            f"p is corrected for {judged} comparisons by Holm's method{'' if any(of_contests) else chance}."
+            f"Added after a verdict on the other arms had been seen: {'; '.join(arm.label for arm in added)}. Each arm "
+            "is a further chance, so all verdicts together may be wrong about equal arms more often than in 5 %."
         )
     where = "" if len(of_contests) == 1 else ", in the comparisons of which they had shown nothing"
     for looks in filter(None, of_contests):
         sentences.append(
             f"Seeds were added after the verdict on {listed(looks)} seeds had been seen. Each look is a chance for a "
             f"false verdict, so p is doubled for each look before this one{where}. However many there are, the chance "
-            "that one of them is wrong about equal arms stays below 10 %."
+            f"that one of them is wrong about equal arms stays below 10 %{', had no arm been added' if added else ''}."
         )
     return sentences
 
@@ -111,16 +124,18 @@ def without_learning(arm: Arm) -> str | None:
 
 
 def diverged_runs(arm: Arm) -> str | None:
-    """Says which runs of an arm have diverged, and what to change; None where none has."""
+    """Says which runs of an arm have diverged, with a score or without one; None where none has."""
     found = arm.diverged
     if not found:
         return None
     noun = "seed" if len(found) == 1 else "seeds"
-    runs = f"{len(found)} of {counted(len(arm.runs), f'{arm.label} run')}"
+    runs = f"{len(found)} of {counted(len(arm.runs) + len(arm.failures), f'{arm.label} run')}"
     seed, seen = next(iter(found.items()))
     which = "" if len(found) == 1 else f" (seed {seed})"
     rate = f"learning_rate (={arm.runs[0].recipe['learning_rate']:g})"
-    return f"{runs} diverged ({noun} {listed(tuple(found))}): {seen}{which}. Lower {rate}, or lengthen the warm-up."
+    # Of those without a score the list of unfinished runs has what each was advised.
+    advice = f" Lower {rate}, or lengthen the warm-up." if len(found) > len(arm.failures) else ""
+    return f"{runs} diverged ({noun} {listed(tuple(found))}): {seen}{which}.{advice}"
 
 
 def on_these_examples(contest: Contest, found: ExampleDifference, metric: str, style: NumberStyle) -> str:

@@ -24,6 +24,7 @@ from rdrop.experiments.run_folder.folder import write_synced as write_synced
 from rdrop.experiments.run_folder.lock import LockLostError as LockLostError
 from rdrop.experiments.run_folder.lock import RunLockedError as RunLockedError
 from rdrop.experiments.run_folder.lock import holder_of as holder_of
+from rdrop.experiments.run_folder.whole import is_whole_recipe as is_whole_recipe
 from rdrop.experiments.run_folder.whole import read_result as read_result
 from rdrop.experiments.run_folder.whole import what_is_damaged as what_is_damaged
 from rdrop.experiments.run_folder.whole import what_is_damaged_in_result as what_is_damaged_in_result

@@ -176,13 +176,17 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder. `problem` says what is missing or damaged; it is None for a whole, finished run."""
+    """The content of a run folder. `problem` says what is missing or damaged; it is None for a whole, finished run.
+
+    `failure` says why a run has diverged that has no score for it.
+    """
 
     path: Path
     recipe: dict[str, Any] | None
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     problem: str | None = None
+    failure: str | None = None
 
 
 def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
@@ -330,22 +334,19 @@ def _read_record(path: Path) -> RunRecord:
     recipe = _attempt(folder.recipe, problems)
     result = _attempt(folder.result, problems)
     metrics = _attempt(folder.metrics, problems) or []
+    failure = None
     if not problems and result is None:
-        problems += [_unfinished(folder, metrics[-1]["step"] if metrics else 0)]
-    return RunRecord(path, recipe, result, metrics, " ".join(problems) or None)
+        failure = _attempt(folder.failure, problems)
+        if not problems:
+            problems += [f"{path}: {failure}" if failure else _unfinished(path, metrics[-1]["step"] if metrics else 0)]
+    return RunRecord(path, recipe, result, metrics, " ".join(problems) or None, failure)
 
 
-def _unfinished(folder: RunFolder, step: int) -> str:
-    problems: list[str] = []
-    failure = _attempt(folder.failure, problems)
-    if problems:
-        return problems[0]
-    if failure is not None:
-        return f"{folder.path}: {failure}"
-    holder = lock.holder_of(folder.path)
+def _unfinished(path: Path, step: int) -> str:
+    holder = lock.holder_of(path)
     if holder is not None:
-        return f"{folder.path}: unfinished, last row at step {step}. It is being trained by {holder}."
-    return f"{folder.path}: unfinished, last row at step {step}. Run it again to resume it."
+        return f"{path}: unfinished, last row at step {step}. It is being trained by {holder}."
+    return f"{path}: unfinished, last row at step {step}. Run it again to resume it."
 
 
 def _attempt(read: Any, problems: list[str]) -> Any:

@@ -61,6 +61,7 @@ _OF_RECIPE: dict[str, tuple[_Test, str]] = {
     "batch_tokens": (_or_null(_is_count), "a whole number or null"),
 }
 _OF_RECIPE_IF_PRESENT: dict[str, tuple[_Test, str]] = {
+    "task": (_is_text, "a text"),
     "data": (_is_object, "an object"),
     "model": (_is_object, "an object"),
 }
@@ -124,6 +125,11 @@ def what_is_damaged(path: Path, recipe: Mapping[str, Any], result: Mapping[str, 
         or what_is_damaged_in_result(path, result)
         or _other_recipe(path, recipe, result)
     )
+
+
+def is_whole_recipe(recipe: Mapping[str, Any]) -> bool:
+    """Whether the recipe of a run, finished or not, has what a comparison reads."""
+    return _wrong_entry(Path(RECIPE), recipe, _of_recipe(recipe)) is None
 
 
 def what_is_damaged_in_result(path: Path, result: Mapping[str, Any], *, for_weights: bool = False) -> str | None:
