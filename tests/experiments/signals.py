@@ -2,6 +2,11 @@
 
 import signal
 import time
+from typing import Any
+
+import pytest
+
+from rdrop.experiments.run_folder import RunFolder
 
 
 def send(signum: int = signal.SIGTERM) -> None:
@@ -13,3 +18,14 @@ def send(signum: int = signal.SIGTERM) -> None:
     signal.raise_signal(signum)
     while signal.getsignal(signum) == noting:  # the first signal brings the previous handlers back
         time.sleep(0.001)
+
+
+def stop_when_the_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets each training be asked to stop after its last poll."""
+    write = RunFolder.write_result
+
+    def asked_to_stop(folder: RunFolder, result: dict[str, Any]) -> None:
+        send()
+        write(folder, result)
+
+    monkeypatch.setattr(RunFolder, "write_result", asked_to_stop)

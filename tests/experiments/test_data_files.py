@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.experiments.run_folders import write_run
+from tests.experiments.tasks.test_pretrained import bert, saved, tokenizer
 
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.comparison.designs import Design, arm_digest
@@ -22,6 +24,9 @@ from rdrop.experiments.run_folder.data_files import below, changed, contents_of,
 from rdrop.experiments.tasks.task import load_task
 
 SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2", "checkpoint_every=1"]
+
+
+OF_ITS_OWN = [f"model.{key}=null" for key in ("vocabulary", "layers", "hidden_size", "heads", "intermediate_size")]
 
 
 def write_rows(path: Path, factor: int = 1) -> Path:
@@ -114,6 +119,28 @@ def test_a_run_is_not_taken_for_one_of_the_edited_file_and_the_remedy_trains_it_
     assert before.result is not None
     assert after.result is not None
     assert after.result["test"]["loss"] > 100 * before.result["test"]["loss"]
+
+
+def test_a_run_is_not_taken_for_one_from_another_pretrained_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, model = write_rows(tmp_path / "rows.csv"), tmp_path / "model"
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        saved(model, bert(), tokenizer(["text", "long"]))
+        (model / "README.md").write_text(f"of seed {seed}")  # decides nothing
+        if seed == 0:
+            assert run("train", file, "alpha=0", *OF_ITS_OWN, "--model", str(model)) == 0
+            capsys.readouterr()
+    assert run("compare", file, *OF_ITS_OWN, "--model", str(model), "--seeds", "1", "--no-double-batch") == 2
+    text = said(capsys)
+    assert f"{model / 'model.safetensors'}: changed after a run had been trained with it" in text
+    assert "README" not in text
+
+    moved = model.rename(tmp_path / "moved")
+    assert cli.run(["evaluate", str(tmp_path / "runs")]) == 2
+    assert "model.name" in said(capsys)
+    assert cli.run(["evaluate", str(tmp_path / "runs"), f"model.name={moved}"]) == 0
 
 
 def test_an_unfinished_run_does_not_go_on_with_an_edited_file(

@@ -409,3 +409,20 @@ def test_alpha_auto_is_four_with_the_square_of_progress() -> None:
     assert override(DIGITS_VIT, ["method.alpha=auto"]) == recipe
     with pytest.raises(RecipeError, match='must be left out with alpha="auto"'):
         recipe.replace(alpha="auto", alpha_schedule="linear")
+
+
+def test_a_compiled_model_is_not_cut_at_some_updates_only() -> None:
+    cut = ["tiny=true", "compile=true", "cutoff=embedding", "cutoff_ratio=0.3"]
+    with pytest.raises(RecipeError, match=r"compile=true: must be false with a cutoff .* and every \(=3\) above 1"):
+        override(RECIPES["glue-rte"], [*cut, "every=3"])
+    override(RECIPES["glue-rte"], [*cut, "every=1"])
+
+
+def test_columns_that_are_one_are_named_by_the_key_that_repeats_it() -> None:
+    with pytest.raises(RecipeError, match=r"data\.label_column=.text.: must differ from data\.text_column"):
+        override(RECIPES["text-classification"], ["tiny=true", "data.label_column=text"])
+
+
+def test_an_arm_in_updates_of_a_recipe_in_epochs_is_called_by_its_updates() -> None:
+    plan = plan_arms(RECIPES["text-classification"], ["updates=50"], larger_batch=False)
+    assert [label for label in plan.arms if "updates" in label] == ["R-Drop (alpha 1), 50 updates"]

@@ -46,7 +46,9 @@ class CheckReport:
     findings: tuple[Finding, ...]
     sources: tuple[DropoutSource, ...]
     divergence: float | None
-    """`symmetric_kl` between the two passes, mean over all positions; None where there is nothing to measure."""
+    """Between the two passes, mean over all positions; None where there is nothing to measure."""
+    divergence_name: str = "symmetric KL"
+    """What it is: `symmetric_kl`, but for recipes with another one."""
 
     @property
     def ok(self) -> bool:
@@ -66,7 +68,7 @@ class CheckReport:
             [
                 f"R-Drop {verdict} on {self.model}: {found or 'nothing found'}",
                 *map(_paragraph, self.findings),
-                _measurements(self.sources, self.divergence),
+                _measurements(self.sources, self.divergence, self.divergence_name),
             ]
         )
 
@@ -78,12 +80,12 @@ def _paragraph(finding: Finding) -> str:
     return f"{finding.severity}: {finding.code}\n{message}\n{remedy}"
 
 
-def _measurements(sources: Collection[DropoutSource], divergence: float | None) -> str:
+def _measurements(sources: Collection[DropoutSource], divergence: float | None, name: str) -> str:
     rates = Counter(f"{source.kind.replace('_', ' ')} {source.rate:g}" for source in sources if source.active)
     listed = ", ".join(f"{kind_and_rate} (x{count})" for kind_and_rate, count in rates.items())
     lines = [f"sources     {sum(rates.values())} of {len(sources)} active" + (f": {listed}" if listed else "")]
     if divergence is not None:
-        lines.append(f"divergence  {divergence:.3g} (symmetric KL of two passes of this batch, in training mode)")
+        lines.append(f"divergence  {divergence:.3g} ({name} of two passes of this batch, in training mode)")
     return "\n".join(lines)
 
 

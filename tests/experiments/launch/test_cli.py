@@ -494,6 +494,45 @@ def test_check_measures_the_passes_by_their_own_dropout_rates(capsys: pytest.Cap
     assert divergence("dropout=[0.5,0.5]") > 1.5 * divergence("dropout=[0.1,0.1]")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "name"),
+    [
+        ("glue-stsb", ["dropout=[0.1,0.5]"], "squared difference"),
+        ("glue-stsb", ["cutoff=token", "cutoff_ratio=0.5"], "squared difference"),
+        ("glue-rte", ["cutoff=token", "cutoff_ratio=0.5", "divergence=from-first"], "KL from the first pass"),
+        ("glue-rte", ["cutoff=token", "cutoff_ratio=0.5"], "symmetric KL"),
+    ],
+)
+def test_check_measures_the_divergence_that_training_uses(
+    recipe: str, settings: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", recipe, "tiny=true", *settings]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("divergence")]
+    assert f"({name} of two passes of this batch" in line
+    assert float(line.split()[1]) > 0
+
+
+@pytest.mark.parametrize("setting", ["views=each", "encoder_once=true", "fused=true"])
+def test_what_the_task_cannot_do_is_refused_with_status_2(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", "glue-rte", "tiny=true", setting, "--runs", str(tmp_path)]) == 2
+    assert setting.partition("=")[0] in capsys.readouterr().err
+
+
+def test_the_arms_that_a_recipe_brings_are_those_of_its_entry_whatever_it_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arms(*settings: str) -> list[str]:
+        given = ["compare", *settings, "--seeds", "1", "--commands", "--runs", str(tmp_path)]
+        assert cli.run(given) == 0
+        return sorted(line.replace(" name=mine", "") for line in capsys.readouterr().out.splitlines())
+
+    assert arms("digits", "name=mine") == arms("digits")
+    assert len(arms("digits")) == 6
+    assert len(arms("digits-vit", "name=digits")) == 3
+
+
 def test_check_refuses_views_of_a_task_that_does_not_change_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_runs.RECIPE.replace(views="each")
     monkeypatch.setattr(check, "load_task", tiny_runs.TinyTask)

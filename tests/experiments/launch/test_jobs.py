@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.experiments.signals import stop_when_the_result_is_written
 from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 
 from rdrop.experiments import recipes
 from rdrop.experiments.launch import cli, jobs
-from rdrop.experiments.launch.jobs import find_places, train_all
+from rdrop.experiments.launch.jobs import Child, Processes, StoppedError, find_places, train_all
 from rdrop.experiments.launch.plan import Command, Run, plan_comparison, settings_between
 from rdrop.experiments.launch.progress import show_progress
 from rdrop.experiments.recipe import Recipe, override
@@ -146,6 +148,31 @@ def test_a_second_ctrl_c_ends_at_once_what_does_not_stop(tmp_path: Path) -> None
         process.communicate()
         assert process.returncode == 130
     wait_until(lambda: not any(map(is_running, processes)))
+
+
+def test_a_run_that_finishes_as_it_is_asked_to_stop_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_when_the_result_is_written(monkeypatch)
+    runs = plan_comparison(RECIPE, [0, 1], tmp_path, larger_batch=False)
+    with pytest.raises(StoppedError, match="1 of 4 runs finished") as stopped:
+        train_all(runs, Console(quiet=True))
+    assert stopped.value.status == 143
+
+
+def test_a_child_that_waits_for_its_next_run_ends_with_the_others(tmp_path: Path) -> None:
+    (run, *_) = plan(tmp_path)
+    waits = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
+    with (
+        show_progress(Console(quiet=True), [run.recipe], []) as display,
+        subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+        tempfile.TemporaryFile() as errors,
+        Processes([{}, {}], Command(TINY, tmp_path, ()), display) as workers,
+    ):
+        assert process.stdout is not None
+        process.stdout.readline()  # it does not hear the signal from here on
+        workers._children[0] = Child(run, process, errors, {})
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("killed", ["parent", "child"])

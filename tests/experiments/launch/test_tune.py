@@ -273,6 +273,8 @@ def test_a_damaged_run_on_fresh_seeds_is_named(
         (["alpah=1,2"], "no such key; the nearest is alpha"),
         (["alpha=1,2", "--seeds", "1000,"], "1000 is a seed of the search"),
         (["alpha=1,2", "--tune-seeds", "0"], "--tune-seeds"),
+        (["alpha=1,2", "data.split_seed=0,1"], "is the same in both arms that a search compares"),
+        (["alpha=1,2", "model.hidden_size=16,32"], "is the same in both arms that a search compares"),
         (["alpha=1,2", "batch_size=160", "data.train_labels=200"], "--no-double-batch omits it"),
     ],
 )

@@ -313,6 +313,21 @@ def test_an_empty_second_text_is_told_from_an_empty_text(tmp_path: Path) -> None
 MISSING = ("", " ", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "<NA>", "\u200b")
 
 
+@pytest.mark.parametrize("missing", ["nan", "NaN", "None", "NULL"])
+@pytest.mark.parametrize("header", ["text,text2,label", "text2,text,label"])
+def test_a_text_that_a_program_wrote_for_a_missing_one_is_named_with_its_line(
+    tmp_path: Path, missing: str, header: str
+) -> None:
+    rows = [f"word{row},other{row},{row % 2}" for row in range(20)]
+    path = write(tmp_path / "a.csv", header, *rows, f"text,{missing},1")
+    with pytest.raises(
+        DataError, match=rf"a\.csv:22: the (second )?text is missing \('{missing}'\); delete the example"
+    ):
+        splits(OWN, train=path)
+    write(tmp_path / "a.csv", header, *rows, f"text,{missing}.,1")  # the remedy for a word
+    splits(OWN, train=path)
+
+
 @pytest.mark.parametrize("missing", MISSING)
 @pytest.mark.parametrize("regression", [False, True])
 def test_a_missing_label_is_named_with_its_line(tmp_path: Path, missing: str, regression: bool) -> None:

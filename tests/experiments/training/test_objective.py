@@ -17,6 +17,7 @@ from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.objective import Objective, ObjectiveError
 from rdrop.experiments.training.trainer import TrainingError, train
+from rdrop.integrations.targets import Target
 from rdrop.terms import kl_from_first, squared_difference
 from rdrop.views import perturb_batch, views_of
 
@@ -165,6 +166,21 @@ def test_fused_and_encoder_once_change_neither_loss_nor_gradient() -> None:
         return rdrop_loss(logits, batch["labels"], alpha=3.0, label_smoothing=0.1, num_items=7).loss
 
     assert_same(loss_and_gradient(once, task, terms_of_loop(once, task)), loss_and_gradient(BASE, task, by_hand), 1e-6)
+
+
+def test_the_output_layer_computes_in_the_precision_of_the_recipe_when_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, task, seen = BASE.replace(fused=True, precision="bf16"), BartTask(BASE), []
+    computed = Target.linear_rdrop_loss
+
+    def seeing(*args: Any, **options: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return computed(*args, **options)
+
+    monkeypatch.setattr(Target, "linear_rdrop_loss", seeing)
+    loss_and_gradient(recipe, task, terms_of_loop(recipe, task))
+    recipe = recipe.replace(precision="fp32")
+    loss_and_gradient(recipe, task, terms_of_loop(recipe, task))
+    assert seen == [torch.bfloat16, False]
 
 
 def test_the_encoder_runs_on_one_pass_only_when_asked() -> None:

@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.plan import Run
-from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS
@@ -134,6 +135,45 @@ def test_a_run_is_not_taken_for_one_from_other_weights_than_its_own(started: Pat
     shutil.rmtree(finished)
     trainer.train(recipe, finished)
     assert run.result() is not None
+
+
+def test_a_run_is_not_taken_for_one_from_weights_that_were_trained_again_on_other_data(
+    started: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(started / "0", start)
+    recipe = second(start)
+    result = trainer.train(recipe, tmp_path / "second")
+    assert trainer.train(recipe, tmp_path / "second") == result
+    for weights in start.glob("checkpoints/*/model.safetensors"):  # the same update of the same recipe
+        weights.write_bytes((started / "1").joinpath(weights.relative_to(start)).read_bytes())
+    with pytest.raises(ResultsError, match=r"model\.safetensors: changed after a run had been trained with it"):
+        trainer.train(recipe, tmp_path / "second")
+    shutil.rmtree(start)
+    assert trainer.train(recipe, tmp_path / "second") == result
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 1}, "Start from a run with the same seed$"),
+        ({"data.split_seed": 1}, r"Start from a run with the same data\.split_seed$"),
+        ({"data.folds": None}, r"Start from a run with the same data\.folds$"),
+    ],
+)
+def test_a_start_that_has_learned_what_this_run_is_tested_on_is_refused(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    settings_of_all = ["tiny=true", "data.tiny=false", "alpha=0", "updates=2", "evaluate_every=2", "data.folds=3"]
+    recipe = override(RECIPES["text-classification"], settings_of_all)
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\n" + "".join(f"word{row} {['bad', 'good'][row % 2]},{row % 2}\n" for row in range(60)))
+    recipe = recipe.replace(**{"data.train": str(file)})
+    trainer.train(recipe, tmp_path / "first")
+    other = recipe.replace(init_from=str(tmp_path / "first"), **settings)
+    with pytest.raises(ResultsError, match=f"has learned from examples that this run is scored on. {words}"):
+        trainer.train(other, tmp_path / "second")
+    assert trainer.train(recipe.replace(init_from=str(tmp_path / "first"), learning_rate=1e-5), tmp_path / "third")
 
 
 @pytest.mark.parametrize(

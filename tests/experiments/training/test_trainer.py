@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.experiments import tiny_runs
-from tests.experiments.signals import send
+from tests.experiments.signals import send, stop_when_the_result_is_written
 from tests.experiments.tiny_runs import RECIPE, TinyNetwork, TinyRecipe, TinyTask, final_state
 from tests.several_processes import outputs_of
 from torch import Tensor, nn
@@ -372,6 +372,15 @@ def test_previous_signal_handlers_come_back(tmp_path: Path, on_event: Callable[[
         train(RECIPE, tmp_path)
     assert stopped.value.exit_code == 143
     assert before == [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_signal_after_the_last_poll_is_told_when_the_run_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_when_the_result_is_written(monkeypatch)
+    with pytest.raises(Preempted, match="stopped by SIGTERM when the run had finished; its result is saved"):
+        train(RECIPE, tmp_path)
+    assert train(RECIPE, tmp_path) == RunFolder(tmp_path).result()
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, on_event: Callable[[Callable[[str], None]], None]) -> None:

@@ -150,6 +150,8 @@ def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]
     match key:
         case "updates" | "epochs" | "batch_size" | "batch_tokens" if value and other and value % other == 0:
             yield f"{times(int(value // other))} the {name.removesuffix(' size').removesuffix(' tokens')}"
+        case "updates" | "epochs" if value is None:
+            return  # the other one says how long
         case "updates" | "epochs":
             yield f"{str(value).removesuffix('.0')} {name}"
         case "select_by":

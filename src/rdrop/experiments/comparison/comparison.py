@@ -377,7 +377,7 @@ def _contents(runs: list[FinishedRun], *, unlabeled: bool = False) -> list[str]:
 
 
 def _content(run: FinishedRun, unlabeled: bool) -> str:
-    files = run.result["files"]
+    files = data_files.of_data(run.result["files"], run.recipe)
     rests = data_files.below(files, _unlabeled_file(run))
     of_unlabeled = {path for path, rest in rests.items() if rest[:1] != "."}  # it is a file or a folder
     return json.dumps([(path, files[path]) for path in sorted(files) if (path in of_unlabeled) == unlabeled])

@@ -14,7 +14,7 @@ from rdrop.experiments.recipe import Method, Recipe
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.tasks.task import Augments, Batch, Task, load_task
 from rdrop.experiments.training.objective import joined_views, logits_of_passes
-from rdrop.terms import symmetric_kl
+from rdrop.terms import kl_from_first
 
 EXAMPLES = 8
 OF_EQUAL_INPUTS = ("identical-passes", "shared-masks")
@@ -44,7 +44,9 @@ def check_recipe(recipe: Recipe) -> CheckReport:
         batch = joined_views([task.train_batch(indices, 0, view) for view in range(method.passes)])
     if method.cutoff is not None and not task.special_ids():
         raise RecipeError("cutoff", f"must be null: {recipe.task} has no tokens to cut", value=method.cutoff)
-    report = replace(report, divergence=_divergence(task, own, method, batch))
+    name = "KL from the first pass" if method.divergence == "from-first" else task.divergence.__name__.replace("_", " ")
+    measured = _divergence(task, own, method, batch)
+    report = replace(report, divergence=measured, divergence_name=name.replace("kl", "KL"))
     if method.dropout is not None and method.views == "same":
         return report
     by = "their views (views=each)" if method.cutoff is None else f"what is cut (cutoff={method.cutoff})"
@@ -64,12 +66,13 @@ def _with_own_inputs(finding: Finding, by: str) -> Finding:
 
 @torch.no_grad()
 def _divergence(task: Task, model: nn.Module, method: Method, batch: Batch) -> float:
-    """Computes the mean divergence of the passes; `batch` has the views of all, where each has its own."""
+    """Computes the mean of the divergence that training uses; `batch` has the views of all, where each has its own."""
     try:
         logits = logits_of_passes(method, task, model, lambda inputs: task.logits(model, inputs), batch)
     except ValueError as error:
         raise RecipeError("cutoff", str(error), value=method.cutoff) from error
-    return symmetric_kl(logits.float().view(method.passes, -1, *logits.shape[1:])).mean().item()
+    divergence = kl_from_first if method.divergence == "from-first" else task.divergence
+    return divergence(logits.float().view(method.passes, -1, *logits.shape[1:])).mean().item()
 
 
 class AsTrained(nn.Module):

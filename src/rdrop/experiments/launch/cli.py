@@ -242,7 +242,7 @@ def compare(
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
     chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
-    arms = plan_arms(chosen, arm or (), larger_batch=not no_double_batch)
+    arms = plan_arms(chosen, arm or (), larger_batch=not no_double_batch, entry=find_recipe(recipe).name)
     plan = arms.runs(parse_seeds(str(arms.least_seeds) if seeds is None else seeds), runs)
     if arms.designs() and _is_first_process():
         record_designs(runs, arms.designs())

@@ -311,6 +311,8 @@ def train_run(run: Run, on_progress: Callable[[Progress], None], **options: Any)
         return trainer.train(run.recipe, run.folder, on_progress=on_progress, **options)
     except trainer.DivergedError as cause:
         raise FailedRunsError([Failure.of(run, str(cause), DIVERGED_STATUS)]) from cause
+    except trainer.RefusedError as cause:
+        raise FailedRunsError([Failure.of(run, str(cause), 2)]) from cause
     except (trainer.TrainingError, LockLostError) as cause:
         raise FailedRunsError([Failure.of(run, str(cause), 1)]) from cause
     except (checkpoints.CheckpointError, ResultsError) as cause:
@@ -490,6 +492,9 @@ class Processes:
         heard = len(self._noted)
         for child in self._children.values():
             child.process.terminate()
+            assert child.process.stdin is not None
+            with suppress(OSError):
+                child.process.stdin.close()  # it may have finished, and wait for a next run
         self._display.wait("stopping: what is on is being saved. Ctrl-C again: at once")
         while any(child.process.poll() is None for child in self._children.values()):
             if len(self._noted) > heard:

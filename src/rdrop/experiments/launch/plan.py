@@ -98,20 +98,20 @@ class Plan:
         return [Design({**arms, self.subject: arm_digest(self.arms[self.subject].saved())}, self.subject)]
 
 
-def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool) -> Plan:
+def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool, entry: str | None = None) -> Plan:
     """Returns the arms to compare: the recipe, its baseline, and what there is beside these two.
 
     That is what `arms` say: each is the settings of one, relative to the recipe, as `"alpha=0 updates=4x"`. Without
-    any, it is what the recipe itself brings (`recipes.ARMS`, whose first is the baseline); else, with `larger_batch`, a
-    baseline whose batch has as many examples as R-Drop's has passes. `larger_batch=False` also leaves out such an arm
-    of the recipe.
+    any, it is what the recipe itself brings (`recipes.ARMS`, whose first is the baseline), by the name in the catalogue
+    (`entry`) whatever it is called now; else, with `larger_batch`, a baseline whose batch has as many examples as
+    R-Drop's has passes. `larger_batch=False` also leaves out such an arm of the recipe.
 
     Raises `RecipeError` if the recipe asks for no R-Drop, or an arm cannot be.
     """
     if recipe.method.is_plain:
         raise RecipeError("alpha", "a comparison needs R-Drop, alpha > 0; alpha=0 is its baseline anyway", value=0)
     plain = recipe.replace(method=recipe.method.plain())
-    own = () if arms else ARMS.get(recipe.name.removesuffix("-tiny"), ())
+    own = () if arms else ARMS.get((entry or recipe.name).removesuffix("-tiny"), ())
     if not arms and not own:
         standard = {"baseline": plain, label_of(recipe, recipe): recipe}
         if larger_batch:
@@ -194,11 +194,9 @@ def _arm_of_its_own(recipe: Recipe, text: str) -> Recipe:
         raise RecipeError(error.key, rule, value=error.value, nearest=error.nearest) from None
 
 
-def plan_comparison(
-    recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_batch: bool, arms: Sequence[str] = ()
-) -> list[Run]:
+def plan_comparison(recipe: Recipe, seeds: Iterable[int], root: Path, *, larger_batch: bool) -> list[Run]:
     """Returns the runs of the arms that `plan_arms` gives."""
-    return plan_arms(recipe, arms, larger_batch=larger_batch).runs(seeds, root)
+    return plan_arms(recipe, larger_batch=larger_batch).runs(seeds, root)
 
 
 def with_larger_batch(baseline: Recipe) -> Recipe:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.arms import Arm, label_of
+from rdrop.experiments.comparison.arms import Arm, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import is_finite_number, split_usable
@@ -92,6 +92,10 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
     if getattr(recipe.data, "folds", None) is not None or "data.folds" in grid:
         rule = "a search would choose on examples that other seeds are tested on; leave it out, or set it to null"
         raise RecipeError("data.folds", rule, value=grid.get("data.folds", getattr(recipe.data, "folds", None)))
+    for key in grid:
+        if key in recipe.descriptions() and not may_tell_arms_apart(key):
+            rule = "is the same in both arms that a search compares; set one value, or search once for each"
+            raise RecipeError(key, rule, value=grid[key])
     method_keys = tuple(key for key in grid if key in Method.model_fields)
     other_keys = tuple(key for key in grid if key not in method_keys)
     rdrop = _candidates(recipe, grid, (*method_keys, *other_keys))

@@ -248,6 +248,10 @@ class Recipe(Section):
                 f"must be divisible by accumulation (={self.accumulation})",
                 value=self.batch_size,
             )
+        method = self.method
+        if self.compile and method.cutoff is not None and method.every > 1:
+            rule = f"must be false with a cutoff (={method.cutoff}) and every (={method.every}) above 1: plain updates"
+            raise RecipeError("compile", f"{rule} compile the model without what is cut", value=True)
         labels = getattr(self.data, "labels", None)
         if self.batch_size is not None and labels is not None and self.batch_size > labels:
             raise RecipeError("batch_size", f"must be at most data.labels (={labels})", value=self.batch_size)

@@ -1,4 +1,4 @@
-"""The local files that the data of a run were read from: whether they still hold what they held.
+"""The local files that a run was read from, its data and the weights it starts from: whether they still hold the same.
 
 This module needs the standard library only.
 """
@@ -13,9 +13,13 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rdrop.experiments.run_folder.folder import RESULT, ResultsError, read_file
 from rdrop.experiments.shown import shell_word
+
+OF_MODELS = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""How the files of a pre-trained model end that decide what it computes, and how it reads text."""
 
 Contents = Mapping[str, str]
 """By the path, as it was given: 16 hexadecimal digits of what a file holds; of a folder, of the names in it."""
@@ -30,9 +34,36 @@ def note_read(path: str | os.PathLike[str]) -> None:
         noted.add(os.fspath(path))
 
 
+def model_folder(recipe: Mapping[str, Any]) -> str | None:
+    """Returns the local folder that the saved recipe names as its pre-trained model."""
+    name = recipe["model"].get("name") if isinstance(recipe.get("model"), Mapping) else None
+    return name if isinstance(name, str) and os.path.isdir(name) else None
+
+
+def note_model(recipe: Mapping[str, Any]) -> None:
+    """Notes the files of the recipe's pre-trained model, if that is a local folder."""
+    folder = model_folder(recipe)
+    for name in os.listdir(folder) if folder is not None else ():
+        if name.endswith(OF_MODELS):
+            note_read(os.path.join(folder or "", name))
+
+
+def names_of(recipe: Mapping[str, Any]) -> dict[str, object]:
+    """Returns what the saved recipe says of places: its section `data`, and whose weights it starts from."""
+    return {**recipe["data"], "model.name": model_folder(recipe), "init_from": recipe.get("init_from")}
+
+
+def of_data(contents: Contents, recipe: Mapping[str, Any]) -> Contents:
+    """Returns those files that the data were read from, and not the weights: each seed may start from its own."""
+    model = recipe.get("model")
+    starts = (model.get("name") if isinstance(model, Mapping) else None, recipe.get("init_from"))
+    of_start = {path for name in starts for path in below(contents, name)}
+    return {path: digest for path, digest in contents.items() if path not in of_start}
+
+
 @contextmanager
 def noting(contents: dict[str, str], data: Mapping[str, object]) -> Iterator[None]:
-    """Puts into `contents`, when the block ends, what was noted in it of the files that the section `data` names."""
+    """Puts into `contents`, when the block ends, what was noted in it of the files that `data` names."""
     token = _noted.set(set())
     try:
         yield
@@ -49,8 +80,8 @@ def changed(recorded: Contents) -> list[str]:
 
 
 def changed_in_place(recorded: Contents, was: Mapping[str, object], data: Mapping[str, object]) -> list[str]:
-    """Returns the paths that hold something else now, less those for which the section `data` no longer says what it
-    said then (`was`).
+    """Returns the paths that hold something else now, less those for which `data` no longer says what it said then
+    (`was`).
     """
     replaced = {path for key, name in was.items() if data.get(key) != name for path in below(recorded, name)}
     return [path for path in changed(recorded) if path not in replaced]

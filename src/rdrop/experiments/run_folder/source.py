@@ -13,6 +13,11 @@ from rdrop.experiments.run_folder.folder import ResultsError, RunRecord, find_ru
 from rdrop.experiments.run_folder.whole import what_is_damaged, what_is_damaged_in_result
 from rdrop.experiments.shown import shell_word
 
+SOURCES = ("hub", "hub_config", "folder", "train")
+"""The keys of `data` that say where the training examples are from."""
+SPLITS = ("split_seed", "folds", "valid_size", "test_size", "stratified")
+"""Those that say what is held out of them; a recipe has some of them."""
+
 NOTE = "started from"
 """Under this name the notes of a run say what `described` says of its source."""
 
@@ -42,8 +47,40 @@ def find_source(init_from: str, seed: int) -> RunRecord:
     )
 
 
+def require_same_split(recipe: Mapping[str, Any], source: RunRecord) -> None:
+    """Raises `ResultsError` if the source has learned from examples that a run of the recipe is scored on.
+
+    That is so where the examples are drawn from the same files in another way.
+    """
+    assert source.result is not None  # it is finished
+    theirs = source.result["recipe"]
+    own_data, their_data = recipe["data"], theirs["data"]
+    if any(own_data.get(key) != their_data.get(key) for key in SOURCES):
+        return
+    other = [f"data.{key}" for key in SPLITS if own_data.get(key) != their_data.get(key)]
+    if not other and own_data.get("folds") is not None and recipe["seed"] != theirs["seed"]:
+        other = ["seed"]  # which says what fold it is
+    if other:
+        raise ResultsError(
+            f"init_from (={recipe['init_from']}): {source.path} splits the same data in another way, so it has learned "
+            f"from examples that this run is scored on. Start from a run with the same {' and '.join(other)}"
+        )
+
+
 def _damage(path: Path, recipe: Mapping[str, Any] | None, result: Mapping[str, Any]) -> str | None:
     return what_is_damaged(path, recipe or {}, result) or what_is_damaged_in_result(path, result, for_weights=True)
+
+
+def weights_files(init_from: str | None, seed: int) -> list[Path]:
+    """Returns the files of the weights that a run of the seed starts from; none where they are not there."""
+    try:
+        result = None if init_from is None else find_source(init_from, seed)
+    except (ResultsError, OSError):
+        return []
+    if result is None or result.result is None:
+        return []
+    steps = result.result["averaged_steps"] or [result.result["best_step"]]
+    return [result.path / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in steps]
 
 
 def described(source: RunRecord) -> str:

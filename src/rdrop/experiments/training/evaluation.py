@@ -38,8 +38,13 @@ SCORING_KEYS = (
     "data.test_name",
     "data.counts",
     "data.codes",
+    "data.reference_columns",
+    "model.name",
 )
-"""Files may have moved: that those of the training are what they were is seen by their fingerprint."""
+"""Files may have moved: that those of the training are what they were is seen by their fingerprint.
+
+So has a pre-trained model: its tokenizer shows in the fingerprint, and the weights are those of the run.
+"""
 
 
 def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
@@ -63,15 +68,16 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     own = load_recipe(run.path / RECIPE)
     recipe, test = scoring_recipe(own, settings)
     then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
+    then = data_files.of_data(then, run.result["recipe"])
     if changed := data_files.changed_in_place(then, was, data):
         raise ResultsError(
             f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
             "held. To score other examples, give them a file of its own: --test FILE."
         )
-    where = _keys_of_places(recipe.data)
+    where = _keys_of_places(recipe)
     now: dict[str, str] = {}
     try:
-        with data_files.noting(now, recipe.saved()["data"]):
+        with data_files.noting(now, data):
             task = load_task(recipe, test)
     except MissingDataError as error:
         raise MissingDataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
@@ -83,7 +89,6 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             f"{run.path}: the training data are not those of the run: other examples, vocabulary or classes, so that "
             f"the weights would mean something else. Put them back, or name where they are now by {where}."
         )
-    seed_all(recipe.seed, "evaluate", run.result["updates"])
     state = PartialState(cpu=not torch.accelerator.is_available())
     if isinstance(task, SharesEvaluation):
         task.share = Share(state.process_index, state.num_processes)
@@ -91,6 +96,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     best_step, averaged_steps = run.result["best_step"], run.result["averaged_steps"]
     with damaged_state_named(run.path / "checkpoints"):
         checkpoints.restore_final(run.path / "checkpoints", best_step, averaged_steps, model)
+    seed_all(recipe.seed, "evaluate", run.result["updates"])
     scores = task.evaluate(model, "test")
     _require_finite(scores, run.path)
     if run.result["metric"] not in scores:
@@ -104,8 +110,9 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     return run.result | {"test": scores, "constant": constant, "notes": notes, "test_file": test}
 
 
-def _keys_of_places(data: object) -> str:
+def _keys_of_places(recipe: Recipe) -> str:
     """Returns the settings by which files that have moved are named."""
+    data = recipe.data
     has_own = getattr(data, "train", None) is not None
     keys = ("train", "valid", "test", "codes", "unlabeled") if has_own else ("folder", "unlabeled")
     given = [key for key in keys if getattr(data, key, None) not in (None, "all")]

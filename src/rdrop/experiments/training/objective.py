@@ -95,7 +95,8 @@ class Objective:
     def _fused_terms(self, fused: Fused, batch: Batch, target: Target, options: dict[str, Any]) -> LossTerms:
         (hidden, bias), _ = fused.run(lambda: self._logits(batch))
         try:
-            return target.linear_rdrop_loss(hidden, fused.layer.weight, bias, **options)
+            with self._autocast():  # the output layer is a part of the forward pass
+                return target.linear_rdrop_loss(hidden, fused.layer.weight, bias, **options)
         except ValueError as error:  # on CPU, it names the position whose loss is not finite
             raise FloatingPointError(str(error)) from error
 
@@ -107,10 +108,9 @@ class Objective:
         repeated = repeat_batch(example, self._method.passes, batch_size=1)
 
         def forward() -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
+            with self._autocast():
                 return self._task.logits(self._model, repeated)
 
-        device = next(self._model.parameters()).device
         if self._encoder_once is not None:
             _require_exact("encoder_once", self._encoder_once.reason_seen(forward))
         if self._fused is not None:
@@ -118,6 +118,10 @@ class Objective:
                 logits = forward()
             _require_exact("fused", self._fused.reason_seen(logits, forward))
         self._is_seen_exact = True
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self._model.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16")
 
     # ------------------------------------------------------------------------------------------- does it fit the task
 

@@ -22,7 +22,8 @@ def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[st
     """Copies the weights that `init_from` names into `model`; returns a note on where they are from.
 
     Raises:
-        ResultsError: there is no such run, or its ids stand for other tokens or classes.
+        ResultsError: there is no such run, it has learned from what this one is scored on, or its ids stand for other
+            tokens or classes.
         CheckpointError: its weights are damaged, deleted, or those of another model.
     """
     if recipe.init_from is None:
@@ -33,6 +34,7 @@ def start_from(recipe: Recipe, task: Task, model: checkpoints.Stored) -> dict[st
     if own is None:
         rule = f"must be null: {recipe.task} does not say what its ids mean"
         raise ResultsError(f"init_from (={recipe.init_from}) {rule}")
+    source.require_same_split(recipe.saved(), run)
     if own != theirs:
         was = "does not say what its ids mean" if theirs is None else "has another vocabulary or other classes"
         raise ResultsError(

@@ -51,9 +51,9 @@ from rdrop.experiments.run_folder import (
     read_result,
     remedy,
     saved,
+    source,
 )
 from rdrop.experiments.run_folder.predictions import write_predictions
-from rdrop.experiments.run_folder.source import require_same_source
 from rdrop.experiments.tasks.share import Share
 from rdrop.experiments.tasks.task import (
     Batch,
@@ -87,6 +87,10 @@ TRAIN_KEYS = ("loss", "task_loss", "divergence", "alpha", "learning_rate", "grad
 
 class TrainingError(RuntimeError):
     """A run that cannot start, or cannot go on: what, at which step, and how to fix it."""
+
+
+class RefusedError(TrainingError):
+    """A recipe that does not fit its task, its data or its machine, however often it is tried."""
 
 
 class DivergedError(TrainingError):
@@ -155,14 +159,15 @@ def train(
 
     Raises:
         RunLockedError: another process trains this run.
+        RefusedError: the recipe does not fit its task, its data or its machine.
         DivergedError: a number is not finite; the run folder says so, until the run is trained again.
-        TrainingError: the folder belongs to another recipe, the recipe does not fit its task, R-Drop has nothing to act
-            on, a number is not finite.
+        TrainingError: the folder belongs to another recipe, or its data have changed.
         TrackerError: Accelerate does not know a tracker, or does not find its package.
         DataError: the data are not what they should be: which file and line.
         CheckpointError: checkpoints are there, and all are damaged.
         StorageError: the disk is full or cannot be written. What was saved before stays good.
-        Preempted: SIGTERM or SIGINT came; the state is saved, and the same call resumes it.
+        Preempted: SIGTERM or SIGINT came; the state is saved, or the run has just finished, and the same call resumes
+            it or returns its result.
     """
     require_trackers(trackers)
     run = RunFolder(folder)
@@ -217,8 +222,11 @@ class _Training:
 
         self.require_same_recipe()
         files: dict[str, str] = {}
-        with data_files.noting(files, recipe.saved()["data"]):
+        with data_files.noting(files, data_files.names_of(recipe.saved())):
             self.task = load_task(recipe)
+            data_files.note_model(recipe.saved())
+            for path in source.weights_files(recipe.init_from, recipe.seed):
+                data_files.note_read(path)
         self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
         self.model = self.task.build_model()  # what is evaluated and saved
@@ -267,11 +275,15 @@ class _Training:
                     if self.must_save():
                         self.save()
                     if self.is_over():
-                        return self.finish()
+                        break
                     self.update()
+                result = self.finish()
             except StopRequestedError:
                 self.save()
                 raise Preempted(self.stop.signum, self.state.step, self.checkpoint_folder) from None
+            if self.stop.asked:  # after the last poll; whoever runs the next must know
+                raise Preempted(self.stop.signum, self.state.step, self.checkpoint_folder, finished=True)
+            return result
 
     # ------------------------------------------------------------------------------------------------ one update
 
@@ -629,8 +641,9 @@ class _Training:
             require_whole_state(checkpoint.path)
             checkpoint.restore_model(model)
             checkpoint.restore_optimizer(optimizer)
-            self.state = self.resumed_state(_parse_state(checkpoint))
-            require_same_source(self.asked.init_from, self.asked.seed, self.state.start, self.folder.path)
+            found = _parse_state(checkpoint)
+            source.require_same_source(self.asked.init_from, self.asked.seed, found.start, self.folder.path)
+            self.state = self.resumed_state(found)
             self.state.resumed += 1
             self.saved_step = self.state.step
         elif self.accelerator.is_main_process and (rows := self.folder.metrics()):
@@ -712,7 +725,7 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     result = read_result(run)
     if result is not None:
         _require_same_recipe(recipe, result["recipe"], run.path / RESULT)
-        require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
+        source.require_same_source(recipe.init_from, recipe.seed, result.get("notes", {}), run.path)
         data_files.require_unchanged([run.path])
         if is_first_process():
             run.restore_recipe(recipe.saved())
@@ -774,8 +787,8 @@ def _buffers_of_whole_updates(model: nn.Module, parts: int) -> Iterator[None]:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns what data order, method, metrics and sharding refuse into a `TrainingError`."""
+    """Turns what data order, method, metrics and sharding refuse into a `RefusedError`."""
     try:
         yield
     except (OrderError, ObjectiveError, MetricError, ShardingError) as error:
-        raise TrainingError(str(error)) from error
+        raise RefusedError(str(error)) from error

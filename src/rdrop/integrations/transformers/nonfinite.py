@@ -38,10 +38,11 @@ class FiniteUpdates(Trainer):
 
     Args:
         on_nonfinite: "stop" raises before the weights have changed, with the true values in the log; "skip" leaves the
-            update out, and logs how many were, as `skipped_updates`. The running statistics of batch normalization are
-            put back in both. The step of the learning rate is counted. After `MOST_IN_A_ROW` of them in a row it stops
-            too. In float16 the loss scale leaves updates out that overflow at its first values; they are counted, and
-            are no reason to stop until the scale has fallen to 1.
+            update out, and logs how many were, as `skipped_updates`; `train_loss`, the mean of the whole training, is
+            that of the others. The running statistics of batch normalization are put back in both. The step of the
+            learning rate is counted, in float16 only once the scale has fallen to 1. After `MOST_IN_A_ROW` of them in a
+            row it stops too. In float16 the loss scale leaves updates out that overflow at its first values; they are
+            counted, and are no reason to stop until the scale has fallen to 1.
 
     Raises:
         NonfiniteUpdateError: from `train`.
@@ -65,6 +66,8 @@ class FiniteUpdates(Trainer):
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._nonfinite_at = ""
         """What more is known of the place of a loss that is not finite, in parentheses; whoever computes it may say."""
+        self._sum_of_losses, self._summed_losses = 0.0, 0
+        """Of the updates that were not left out, over all processes."""
         self._skipped_since_log = 0
         self._skipped_in_a_row = 0
         self._has_warned = False
@@ -122,12 +125,14 @@ class FiniteUpdates(Trainer):
     def _judge(self, model: nn.Module, by_process: list[list[float]]) -> None:
         losses, norms = map(list, zip(*by_process, strict=True))
         loss_is_finite, norm_is_finite = (all(map(math.isfinite, values)) for values in (losses, norms))
-        if loss_is_finite and norm_is_finite:
-            self._skipped_in_a_row = 0
-            return
         scaler = self.accelerator.scaler
-        if loss_is_finite and scaler is not None and scaler.get_scale() > 1:  # which leaves this step out itself
-            self._skipped_since_log += 1
+        is_scaled = loss_is_finite and scaler is not None and scaler.get_scale() > 1
+        if (norm_is_finite and loss_is_finite) or is_scaled:
+            self._sum_of_losses, self._summed_losses = self._sum_of_losses + sum(losses), self._summed_losses + 1
+            if norm_is_finite:
+                self._skipped_in_a_row = 0
+            else:
+                self._skipped_since_log += 1  # by the scaler
             return
         self._skipped_in_a_row += 1
         for buffer, before in self._statistics:
@@ -167,6 +172,14 @@ class FiniteUpdates(Trainer):
             f"The weights are still those after {self.state.global_step} updates. Look at the inputs of this update, "
             f'lower learning_rate (={self.args.learning_rate:g}), or leave such updates out: on_nonfinite="skip"'
         )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Called once, at the end of `train`: one update without a finite loss would hide the mean of all others."""
+        if self._has_warned and self._summed_losses:
+            mean = self._sum_of_losses / (self._summed_losses * self.accelerator.num_processes)
+            self._tr_loss.zero_()
+            self._total_loss_scalar = mean * (self.state.global_step - self._initial_global_step)
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

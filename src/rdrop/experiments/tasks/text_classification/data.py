@@ -91,6 +91,8 @@ class _Columns:
     may_be_empty: bool
     keys: dict[str, str] = field(default_factory=dict)
     """Which keys of the recipe name them."""
+    are_own: bool = False
+    """Whether they are those of own files, where a text "nan" is what a program wrote for one that is missing."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _columns(data: TextClassificationData, split: str = "train") -> _Columns:
     keys = {data.text_column: "data.text_column", data.label_column: "data.label_column"}
     keys |= dict.fromkeys(text2, "data.text2_column")
     may_lack = data.text2_column in (None, SECOND_TEXT)
-    return _Columns((data.text_column,), text2, (data.label_column,), may_lack, False, keys if split == "train" else {})
+    keys = keys if split == "train" else {}
+    return _Columns((data.text_column,), text2, (data.label_column,), may_lack, False, keys, are_own=data.hub is None)
 
 
 def _without_label(columns: _Columns) -> _Columns:
@@ -313,9 +316,12 @@ def _hub_values(found: Any, column: str, name: str, class_label: type) -> list[s
 def _checked(table: _Table, columns: _Columns) -> _Table:
     for texts, what in ((table.first, "the text"), (table.second or (), "the second text")):
         for where, text in zip(table.where, texts, strict=False):
+            one = " or, to read the first one alone, set data.text2_column=null" if texts is table.second else ""
             if not columns.may_be_empty and is_blank(text):
-                one = " or, to read the first one alone, set data.text2_column=null" if texts is table.second else ""
                 raise DataError(f"{where}: {what} is empty; delete the example{one}")
+            if columns.are_own and is_missing(text):
+                word = "if it is a word, end it with a full stop"
+                raise DataError(f"{where}: {what} is missing ({text[:60]!r}); delete the example{one} ({word})")
     return table
 
 

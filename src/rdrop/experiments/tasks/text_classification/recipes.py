@@ -128,9 +128,14 @@ class TextClassificationRecipe(Recipe):
                 raise RecipeError(f"data.{key}", f"must be null: data.glue (={data.glue}) knows it", value=value)
             if data.glue is None and value is None and key != "text2_column":
                 raise RecipeError(f"data.{key}", "must be set, or else data.glue", value=None)
-        columns = [column for column in (data.text_column, data.text2_column, data.label_column) if column is not None]
-        if len(set(columns)) < len(columns):
-            raise RecipeError("data.text2_column", f"the columns must differ: {', '.join(columns)}")
+        of_columns: dict[str, str] = {}
+        for key in ("text_column", "text2_column", "label_column"):
+            value = getattr(data, key)
+            if value in of_columns:
+                rule = f"must differ from data.{of_columns[value]}, which is the same column"
+                raise RecipeError(f"data.{key}", rule, value=value)
+            if value is not None:
+                of_columns[value] = key
         if data.hub_splits is not None and (
             not 1 <= len(data.hub_splits) <= 3 or len(set(data.hub_splits)) < len(data.hub_splits)
         ):
