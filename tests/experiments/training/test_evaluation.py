@@ -381,3 +381,10 @@ def test_the_runs_of_a_comparison_are_named_by_arm_and_seed(tmp_path: Path, caps
         "5/6  digits, baseline, twice the batch, seed 1",
         "6/6  digits, R-Drop (alpha 10, a view per pass), unlabeled, seed 1",
     ]
+
+
+def test_a_batch_that_holds_all_examples_is_said_to_be_the_largest(tmp_path: Path) -> None:
+    recipe = TRANSLATION.tiny().replace(updates=1, warmup_updates=1, evaluate_every=1, batch_size=None, batch_tokens=60)
+    results = [train(recipe.replace(batch_tokens=tokens), tmp_path / str(tokens)) for tokens in (100_000, 200_000, 60)]
+    assert ["batch" in result["notes"] for result in results] == [True, True, False]
+    assert results[0]["test"] == results[1]["test"]

@@ -24,7 +24,7 @@ from rdrop.experiments.training.beginning import LATE
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.stored_state import damaged_state_named
 
-NOTES_ON_TRAINING = ("started from", "epochs", "alpha", "has begun", "diverged")
+NOTES_ON_TRAINING = ("started from", "epochs", "batch", "alpha", "has begun", "diverged")
 """Those that a new score leaves true; the task writes the others again.
 
 That a model began to learn late says nothing of its scores, and is left out; that it has not begun does.

@@ -549,6 +549,7 @@ class _Training:
             "notes": self.task.notes
             | self.state.start
             | self.note_on_length()
+            | self.note_on_batch()
             | self.note_on_alpha()
             | (self.note_on_divergence(valid, constant) or self.note_on_beginning()),
             "data": state.data,
@@ -578,6 +579,13 @@ class _Training:
         if self.state.step < self.recipe.total_updates:
             updates += f", of which {self.state.step} were done"
         return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {updates}"}
+
+    def note_on_batch(self) -> dict[str, str]:
+        """Returns a word for the reader where a larger batch would be the same training."""
+        tokens = self.recipe.batch_tokens
+        if tokens is None or self.order.updates_per_epoch > 1:
+            return {}
+        return {"batch": f"batch_tokens (={tokens}) holds all examples; with twice as many it is the same training"}
 
     def note_on_alpha(self) -> dict[str, str]:
         """Returns a word for the reader where the weights that are scored were not trained with much of alpha."""
