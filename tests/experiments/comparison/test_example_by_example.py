@@ -228,7 +228,8 @@ def test_runs_with_other_test_examples_are_left_out_and_named(tmp_path: Path) ->
     first, second = run(tmp_path / "a", 0, of_classes([0], [0])), run(tmp_path / "b", 1, of_classes([0, 1], [0, 1]))
     kept = kept_examples([first, second], "accuracy")
     assert (kept.has(first), kept.has(second)) == (True, False)
-    assert kept.problems == (f"{second.path}: its test examples are not those of the other runs",)
+    said = "its test examples are not those of the other runs, so its scores cannot be compared with theirs"
+    assert kept.problems == (f"{second.path}: {said}",)
 
 
 def test_a_damaged_file_is_named_and_the_others_are_used(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
         if own == expected:
             of_run[run.path] = predictions
         else:
-            problems.append(f"{run.path}: its test examples are not those of the other runs")
+            problems.append(
+                f"{run.path}: its test examples are not those of the other runs, so its scores cannot be compared with theirs"
+            )
     return KeptExamples(metric, of_run, tuple(problems))
 
 
