@@ -104,9 +104,8 @@ def kept_examples(runs: Iterable[FinishedRun], metric: str) -> KeptExamples:
         if own == expected:
             of_run[run.path] = predictions
         else:
-            problems.append(
-                f"{run.path}: its test examples are not those of the other runs, so its scores cannot be compared with theirs"
-            )
+            what = "its test examples are not those of the other runs, so its scores cannot be compared with theirs"
+            problems.append(f"{run.path}: {what}")
     return KeptExamples(metric, of_run, tuple(problems))
 
 
