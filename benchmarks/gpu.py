@@ -311,6 +311,9 @@ def main() -> None:
         sys.exit(0 if do(options.do, options.folder, rehearse=options.rehearse) else 1)
     listed = parts(options.folder, rehearse=options.rehearse, data=options.data)
     if options.parts:
+        names = [part.name for part in listed]
+        if unknown := set(options.parts).difference(names):
+            parser.error(f"--parts: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
         listed = [part for part in listed if part.name in options.parts]
     summary = run(listed, options.folder, rehearse=options.rehearse)
     for name, found in summary["parts"].items():

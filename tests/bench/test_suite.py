@@ -111,6 +111,11 @@ def test_a_plot_has_the_ratios_as_text_and_follows_light_and_dark(measured, tmp_
     assert "prefers-color-scheme: dark" in drawn
     assert re.search(r"#0[1-5]0[1-5]0[1-5]", drawn) is None
     assert drawn == svg(draw([found]))
+    assert svg(draw([found] * 3)).count("<svg") == 1
+    with pytest.raises(
+        ValueError, match="4 comparisons are more than a figure has room for, 3: give those of one dtype"
+    ):
+        draw([found] * 4)
 
 
 def test_the_benchmarks_know_nothing_of_the_experiments():

@@ -52,6 +52,9 @@ def draw(all_records: Sequence[Sequence[Record]]) -> Figure:
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.0, 0.9 + 0.15 * len(forms) * (1 + len(columns))), layout="constrained")
         figure.patch.set_facecolor(PAPER)
+        if len(all_records) > len(_OPACITIES):
+            many, most = len(all_records), len(_OPACITIES)
+            raise ValueError(f"{many} comparisons are more than a figure has room for, {most}: give those of one dtype")
         time, memory = figure.subplots(1, 2, sharey=True)
         labels = [layout.size(records[0]) for records in all_records]
         _bars(time, forms, columns, labels, lambda line: line.time_ratio)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.published import Published
-from rdrop.experiments.recipe.settings import RecipeError, nearest_name
+from rdrop.experiments.recipe.settings import RecipeError, nearest_name, typed
 from rdrop.experiments.run_folder import saved
 
 TASKS = (
@@ -51,6 +51,13 @@ def _collect() -> tuple[
 RECIPES, PUBLISHED, DATASETS, ARMS = _collect()
 _CLASSES = {recipe.task: type(recipe) for recipe in RECIPES.values()}
 """The class that reads a saved recipe, by its task. One's own joins when its recipe is found by name."""
+
+
+WHAT_IS_LEARNED = (
+    *("hub", "hub_config", "glue", "source", "target", "labels", "train_pairs", "train_lines"),
+    *("train_name", "test_name", "folds", "layout"),
+)
+"""The keys of `data` with another value of which a known data set is another: scores are not those of the published."""
 
 
 def find_recipe(name: str) -> Recipe:
@@ -102,7 +109,12 @@ def dataset_of(recipe: Mapping[str, Any]) -> str:
     for key in ("train",) if known else ("train", "folder", "hub"):
         if data.get(key):
             return str(data[key]).rstrip("/").rsplit("/", 1)[-1]
-    return known or name
+    entry = RECIPES.get(name.removesuffix("-tiny"))
+    if known is None or entry is None:
+        return known or name
+    keys = [key for key in WHAT_IS_LEARNED if key in data and f"data.{key}" in entry.descriptions()]
+    other = [typed(key, data[key]) for key in keys if data[key] != entry.value(f"data.{key}")]
+    return f"{known} ({', '.join(other)})" if other else known
 
 
 def _import_recipe(name: str) -> Recipe:

@@ -1,14 +1,23 @@
 """Beam search: CTranslate2 against transformers' generate, on a model that has learned something."""
 
+import copy
 import importlib.util
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, MarianMTModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rdrop.experiments.tasks.decoding.choice import decoder_of
 from rdrop.experiments.tasks.decoding.ctranslate2 import CTranslate2Decoder
@@ -96,6 +105,17 @@ def test_rules_hold_in_a_beam_search(
     for output in outputs:
         pairs = list(pairwise(output))
         assert len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    "saved", [{"min_length": 30}, {"repetition_penalty": 5.0}, {"forced_bos_token_id": 7}, {"do_sample": True}]
+)
+def test_what_a_model_was_saved_with_does_not_change_the_search(bart: nn.Module, saved: dict[str, Any]) -> None:
+    search = Search(2, never=NEVER)
+    own = TransformersDecoder(bart, search)(SOURCES, 12)
+    copied: Any = copy.deepcopy(bart)
+    copied.generation_config = GenerationConfig(decoder_start_token_id=END, **saved)
+    assert TransformersDecoder(copied, search)(SOURCES, 12) == own
 
 
 def test_the_start_that_is_prescribed_is_not_returned(bart: nn.Module) -> None:

@@ -867,6 +867,34 @@ def fine_tuning(pretrained: Path, tmp_path: Path, **changes: object) -> ImageCla
     return ImageClassification(recipe.replace(**{"data.train": str(write_npz(tmp_path / "x.npz"))}))
 
 
+@pytest.mark.parametrize(
+    ("settings", "black", "white"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, -1, 1),
+        ({"image_mean": [1] * 3, "image_std": [1] * 3, "rescale_factor": 1 / 127.5}, -1, 1),
+        ({"do_normalize": False, "rescale_factor": 1 / 127.5, "rescale_offset": True}, -1, 1),
+        ({"do_normalize": False}, 0, 1),
+        ({"do_normalize": False, "do_rescale": False}, 0, 255),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "include_top": True}, -2, 2),
+    ],
+)
+def test_pixels_are_prepared_as_the_processor_of_the_model_says(
+    pretrained: Path, tmp_path: Path, settings: dict[str, Any], black: float, white: float
+) -> None:
+    (pretrained / "preprocessor_config.json").write_text(json.dumps(settings))
+    task = fine_tuning(pretrained, tmp_path)
+    for color, value in (("black", black), ("white", white)):
+        pixels = to_pixel_values([Image.new("RGB", (1, 1), color)], task._mean, task._std)
+        assert pixels.flatten().tolist() == pytest.approx([value] * 3, abs=1e-4)
+
+
+def test_a_processor_that_swaps_colors_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    settings = {"do_normalize": False, "do_flip_channel_order": True}
+    (pretrained / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RecipeError, match=r"swaps red and blue \(do_flip_channel_order\), which is not supported"):
+        fine_tuning(pretrained, tmp_path)
+
+
 def test_a_pretrained_model_gets_dropout_a_new_output_layer_and_its_own_normalization(
     pretrained: Path, tmp_path: Path
 ) -> None:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from tests.real_data import real_data
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -54,6 +57,7 @@ from rdrop.experiments.tasks.language_modeling.tokens import (
     characters,
     encoded,
     learned_pieces,
+    pretrained_pieces,
     words,
 )
 from rdrop.experiments.tasks.pretrained import set_rates
@@ -406,8 +410,6 @@ def test_a_pretrained_model_comes_with_its_tokenizer_and_our_rates(tmp_path: Pat
 
 
 def save_gpt2(folder: Path) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     vocabulary = {"<|endoftext|>": 0, **{symbol: i for i, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet(), 1)}}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -444,6 +446,43 @@ def test_no_rate_of_a_model_is_left_as_it_was(kind: str) -> None:
     set_rates(config, {key: 0.25 if key in present else None for key in RATE_NAMES}, RATE_NAMES)
     own = {name: value for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float)}
     assert {value for name, value in own.items() if not name.startswith(NOT_OURS)} == {0.25}
+
+
+def test_a_model_that_reads_images_too_is_trained_by_the_part_that_writes(tmp_path: Path) -> None:
+    folder = save_gpt2(tmp_path)  # whose tokenizer serves
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 257, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
+    images = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    rates = {"model.dropout": None, "model.embedding_dropout": None, "model.attention_dropout": 0.2}
+    text_file = own_file(tmp_path, "the old house by the river\n" * 30)
+    changes = {"model.name": folder, "data.train": text_file, "data.block_size": 16, "data.context": 8}
+    recipe = FINE_TUNING.replace(**changes, **rates)
+    model = load_task(recipe).build_model().train()
+    assert {source.rate for source in dropout_sources(model) if source.active} == {0.2}
+    with pytest.raises(RecipeError, match=r"data\.block_size=64: must be at most 32, the positions of"):
+        load_task(recipe.replace(**{"data.block_size": 64}))
+
+
+LINES = ["old house", "", "house"]
+
+
+def test_the_end_of_a_line_that_a_tokenizer_drops_is_no_unit_of_the_perplexity(tmp_path: Path) -> None:
+    vocabulary = {token: number for number, token in enumerate(("<eos>", "<unk>", "A", "old", "house", "\n"))}
+
+    def units(split: Any) -> int:
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        words.pre_tokenizer = split
+        own = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+        pieces = pretrained_pieces(own, 6, LINES)
+        ids = pieces.encode(LINES)
+        assert pieces.count_units(LINES, ids) == sum(map(len, ids))
+        return pieces.count_units(LINES, ids)
+
+    assert units(pre_tokenizers.WhitespaceSplit()) == 3
+    kept = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    assert units(pre_tokenizers.Sequence(kept)) == 6
 
 
 NOT_OURS = ("layerdrop", "classifier", "summary", "activation")

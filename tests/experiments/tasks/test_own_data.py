@@ -129,6 +129,21 @@ def test_what_chooses_the_checkpoint_does_not_score_it(
     )
 
 
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in ("translation", "image-classification")])
+def test_a_folder_of_one_file_three_times_is_refused(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = TASKS[task](tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}{file.suffix}").write_bytes(file.read_bytes())
+    command = ["train", task, *SHORT, "--data", str(folder), "--runs", str(tmp_path / "runs")]
+    assert cli.run(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "which is trained on: its score would be one of what was learned; put the examples of valid there" in said
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("other_path", ["itself", "link", "copy"])

@@ -20,7 +20,10 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -113,6 +116,35 @@ def test_a_model_with_its_own_tokenizer_is_taken(task: str, tmp_path: Path) -> N
     model = loaded.build_model()
     for index in (0, 1):
         loaded.logits(model, loaded.train_batch([index], 0))
+
+
+@pytest.mark.parametrize(("config", "side"), [({"pad_token_id": 1}, "right"), ({}, "left")])
+def test_a_classifier_whose_padding_changes_a_text_is_refused_and_the_remedy_mends_it(
+    tmp_path: Path, config: dict[str, int], side: str
+) -> None:
+    torch.manual_seed(0)
+    shape = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 1.0}
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=14, **({"pad_token_id": 0} | config), **shape))
+    own = tokenizer(padding_side=side)
+    recipe = recipe_of("text-classification", tmp_path, saved(tmp_path / "model", model, own))
+    with pytest.raises(RecipeError, match=r"depend on the padding beside it: config\.json has .* a copy of the folder"):
+        load_task(recipe).build_model()
+    for file, key, value in (("config.json", "pad_token_id", 0), ("tokenizer_config.json", "padding_side", "right")):
+        path = tmp_path / "model" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    task = load_task(recipe)
+    task.build_model()
+    assert "padding" not in task.notes
+
+
+def test_a_classifier_with_attention_dropout_alone_is_trained_with_it(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=14, pad_token_id=0, max_position_embeddings=16, **SIZES)
+    name = saved(tmp_path / "model", LlamaForSequenceClassification(config), tokenizer())
+    recipe = recipe_of("text-classification", tmp_path, name)
+    with pytest.raises(RecipeError, match=r"^model\.dropout=0\.1: must be null: llama has no such rate"):
+        load_task(recipe).build_model()
+    model: Any = load_task(recipe.replace(**{"model.dropout": None})).build_model()
+    assert model.model.layers[0].self_attn.attention_dropout == recipe.model.attention_dropout > 0
 
 
 @EACH

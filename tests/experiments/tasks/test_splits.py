@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rdrop.experiments.tasks.files import DataError
-from rdrop.experiments.tasks.splits import fold_rows, note_on_few, with_every_class
+from rdrop.experiments.tasks.splits import fold_rows, note_on_few, notes_on_repeats, with_every_class
 
 
 def drawn(size: int, held_out: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -86,3 +86,9 @@ def test_fewer_than_100_examples_of_valid_or_test_are_noted_and_100_are_not() ->
         "few examples": "10 texts of valid choose the checkpoint and 12 texts of test score it; below 100, luck is "
         "larger than most gains"
     }
+
+
+def test_texts_that_differ_in_case_and_space_alone_are_the_same() -> None:
+    splits = {"train": [("Good  film", "It is"), ("bad", "no")], "test": [("good film ", "it IS"), ("new", "one")]}
+    assert notes_on_repeats(splits, "texts") == {"test texts that are trained on too": "1 of 2"}
+    assert notes_on_repeats({"train": [1, 2], "test": [2]}, "rows") == {"test rows that are trained on too": "1 of 1"}

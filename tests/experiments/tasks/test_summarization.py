@@ -118,8 +118,8 @@ def test_a_file_cut_short_is_refused_with_both_counts(aeslc: SummarizationRecipe
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path: Path, broken: str, message: str) -> None:
-    good = '{"document": "a b", "subject": "a"}'
     for split in ("train", "dev", "test"):
+        good = f'{{"document": "a {split}", "subject": "a"}}'
         lines = [good, good, broken if split == "dev" else good, good]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     data = AESLC.replace(**{"data.folder": str(tmp_path), "data.counts": None}).data

@@ -444,8 +444,8 @@ def test_folds_of_data_with_splits_of_their_own_are_refused(tmp_path: Path) -> N
     own = {"data.train": reviews(tmp_path / "a.csv"), "data.test": reviews(tmp_path / "b.csv")}
     with pytest.raises(RecipeError, match=r"data.test=.*must be null with data.folds \(=4\)"):
         OWN.replace(**own, **{"data.folds": 4})
-    for name in ("train", "valid", "test"):
-        reviews(tmp_path / f"{name}.csv", 20 + len(name))
+    for size, name in enumerate(("train", "valid", "test"), start=20):
+        reviews(tmp_path / f"{name}.csv", size)
     with pytest.raises(DataError, match=r"data\.folds=null"):
         TextClassification(OWN.replace(**{"data.folder": str(tmp_path), "data.folds": 4}))
 
@@ -480,9 +480,11 @@ def test_a_model_that_says_one_class_of_everything_is_noted(tmp_path: Path) -> N
 
 def test_the_header_of_glue_s_own_mrpc_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "MRPC").mkdir()
-    lines = [f"{row % 2}\t{row}\t{100 + row}\tfirst {row}\tsecond {row}" for row in range(20)]
-    for name, mark in (("train", "\ufeff"), ("dev", "")):  # the official training file begins with a byte order mark
-        write(tmp_path / "MRPC" / f"{name}.tsv", f"{mark}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *lines)
+    lines = [f"{row % 2}\t{row}\t{100 + row}\tfirst {row}\tsecond {row}" for row in range(21)]
+    # The official training file begins with a byte order mark.
+    for name, mark, size in (("train", "\ufeff", 21), ("dev", "", 20)):
+        header = f"{mark}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+        write(tmp_path / "MRPC" / f"{name}.tsv", header, *lines[:size])
     found = splits(BY_NAME["glue-mrpc"], folder=str(tmp_path), counts=None)
     assert (found.test.first[3], found.test.second and found.test.second[3]) == ("first 3", "second 3")
     assert found.test.labels.tolist() == [0, 1] * 10

@@ -76,35 +76,45 @@ def require_count(where: str, found: int, expected: int | None, unit: str, key: 
         )
 
 
-def require_different_files(files: Mapping[str, Sequence[AnyPath]]) -> None:
-    """Raises `DataError` if two splits have the same files, by whatever path, or copies of them."""
+def require_different_files(files: Mapping[str, Sequence[AnyPath]], *, of_folder: bool = False) -> None:
+    """Raises `DataError` if two splits have the same files, by whatever path, or copies of them.
+
+    `of_folder`: they are those of one folder, which must have all.
+    """
     because = {
         "train": "which is trained on: its score would be one of what was learned",
         "valid": "which chooses the checkpoint: its score would be one of what was chosen",
     }
     for (first, ones), (split, own) in combinations(files.items(), 2):
         if len(own) == len(ones) and all(map(have_same_content, ones, own)):
-            raise DataError(
-                f"{own[0]}: is {split}, and has the same content as {ones[0]}, {because[first]}; give data.{split} "
-                "another file, or none, and 10 % of the training file are held out"
-            )
+            reason = because.get(first, "which is scored too")
+            another = f"give data.{split} another file, or none, and 10 % of the training file are held out"
+            remedy = f"put the examples of {split} there" if of_folder else another
+            raise DataError(f"{own[0]}: is {split}, and has the same content as {ones[0]}, {reason}; {remedy}")
 
 
 def notes_on_repeats(splits: Mapping[str, Iterable[Hashable]], unit: str) -> dict[str, str]:
     """Returns a note for each other split that has examples of "test", with their number; and for "valid" in "train".
 
-    Those that are trained on are gone through once, and may be too large for memory.
+    Texts that differ in case and space alone count as the same. Those that are trained on are gone through once, and
+    may be too large for memory.
     """
-    scored = {split: list(splits[split]) for split in ("test", "valid") if split in splits}
+    scored = {split: [*map(_as_read, splits[split])] for split in ("test", "valid") if split in splits}
     wanted = set(chain.from_iterable(scored.values()))
     notes = {}
     for split, where in WHERE_REPEATED.items():
-        found = wanted.intersection(scored.get(split) or splits.get(split, ()))
+        found = wanted.intersection(scored.get(split) or map(_as_read, splits.get(split, ())))
         for own, examples in scored.items():
             count = sum(example in found for example in examples)
             if count and (own == "test" or split == "train"):
                 notes[f"{own} {unit} that are {where}"] = f"{count} of {len(examples)}"
     return notes
+
+
+def _as_read(example: Hashable) -> Hashable:
+    if isinstance(example, tuple):
+        return tuple(map(_as_read, example))
+    return " ".join(example.split()).casefold() if isinstance(example, str) else example
 
 
 def note_on_few(sizes: Mapping[str, int], unit: str) -> dict[str, str]:

@@ -26,10 +26,13 @@ class TransformersDecoder:
     @torch.no_grad()
     def __call__(self, sources: Sequence[Ids], max_length: int) -> list[list[int]]:
         model, config, search = self._model, self._model.config, self._search
+        # `generate` takes from it what a search leaves open: a minimum length, say, that another task had.
+        start = config.decoder_start_token_id
+        model.generation_config = GenerationConfig(decoder_start_token_id=start)  # type: ignore[no-untyped-call]
         device = next(model.parameters()).device
         input_ids = padded(sources, config.pad_token_id).to(device)
         lengths = torch.tensor([len(ids) for ids in sources], device=device)
-        begin = torch.tensor([config.decoder_start_token_id, *search.prefix], device=device)
+        begin = torch.tensor([start, *search.prefix], device=device)
         outputs = model.generate(
             input_ids=input_ids,
             attention_mask=(torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long(),

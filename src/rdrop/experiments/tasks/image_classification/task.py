@@ -269,12 +269,21 @@ def _configuration(model: ImageModel, image_size: int, classes: tuple[str, ...])
 
 
 def _normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation with which the model was trained, of its preprocessor_config.json."""
+    """Mean and standard deviation, of pixels from 0 to 1, with which its preprocessor_config.json prepares images."""
     with loading(name):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        if not settings.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        mean, std = (np.array(settings.get(key), dtype=np.float64) for key in ("image_mean", "image_std"))
+        if settings.get("do_flip_channel_order"):
+            rule = "its preprocessor_config.json swaps red and blue (do_flip_channel_order), which is not supported"
+            raise RecipeError("model.name", rule, value=name)
+        mean, std = np.zeros(3), np.ones(3)
+        if settings.get("do_normalize", True):
+            mean, std = (np.array(settings.get(key), dtype=np.float64) for key in ("image_mean", "image_std"))
+        if settings.get("include_top"):  # EfficientNet divides by it once more
+            std = std * np.array(settings.get("image_std"), dtype=np.float64)
+        # It computes (factor * byte - offset - mean) / std, and a byte is 255 times our pixel.
+        factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
+        offset = 1.0 if settings.get("rescale_offset") else 0.0
+        mean, std = (mean + offset) / (255 * factor), std / (255 * factor)
     if not (mean.shape == std.shape == (3,) and np.isfinite(mean).all() and (std > 0).all()):
         rule = "its preprocessor_config.json has no image_mean and image_std, three numbers each"
         raise RecipeError("model.name", rule, value=name)

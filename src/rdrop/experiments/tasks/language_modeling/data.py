@@ -105,9 +105,10 @@ def hold_out_neighbors(size: int, missing: Collection[str], seed: int) -> dict[s
 
 
 def _from_folder(data: "LanguageModelingData", folder: Path) -> Texts:
+    files = {split: find_file(folder, *FILE_NAMES[split]) for split in SPLITS_OF_LAYOUT[data.layout]}
+    require_different_files({split: [path] for split, path in files.items()}, of_folder=True)
     texts = {}
-    for split in SPLITS_OF_LAYOUT[data.layout]:
-        path = find_file(folder, *FILE_NAMES[split])
+    for split, path in files.items():
         texts[split] = read_lines(path)
         _require_count(data, split, len(texts[split]), str(path))
     return _laid_out(texts, data.layout)

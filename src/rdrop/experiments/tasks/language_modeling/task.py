@@ -19,11 +19,13 @@ from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.language_modeling.adaptive import AdaptiveLanguageModel, Clusters, band_widths
 from rdrop.experiments.tasks.language_modeling.data import load_lines, place_of
 from rdrop.experiments.tasks.language_modeling.tokens import (
+    WITHOUT_END,
     PieceVocabulary,
     SymbolVocabulary,
     Tokens,
     Vocabulary,
     characters,
+    characters_alone,
     encoded,
     learned_pieces,
     pretrained_pieces,
@@ -234,8 +236,13 @@ class LanguageModeling:
         return tokens
 
     def _note_on_units(self) -> dict[str, str]:
-        by_character = isinstance(self._vocabulary, PieceVocabulary) and self._vocabulary.units is characters
-        return {"perplexity": "by character, as the text has no spaces"} if by_character else {}
+        if not isinstance(self._vocabulary, PieceVocabulary):
+            return {}
+        units = self._vocabulary.units
+        by_character = "by character, as the text has no spaces" if units in (characters, characters_alone) else ""
+        without = "without ends of lines, which the tokenizer drops" if units in WITHOUT_END.values() else ""
+        note = "; ".join(filter(None, (by_character, without)))
+        return {"perplexity": note} if note else {}
 
     def _unknown_tokens(self) -> dict[str, str]:
         """Counts them for a note: a text in which many words are one and the same is easier to predict."""
@@ -250,7 +257,7 @@ class LanguageModeling:
         if name is not None:
             tokenizer = pretrained_tokenizer(name, self._config)
             with loading(name):
-                return pretrained_pieces(tokenizer, self._config.vocab_size, train)
+                return pretrained_pieces(tokenizer, self._config.get_text_config().vocab_size, train)
         if data.tokens == "bpe":
             assert data.vocabulary is not None  # the recipe has seen to it
             return learned_pieces(train, data.vocabulary)
@@ -289,12 +296,13 @@ class LanguageModeling:
 
     def _pretrained_config(self, name: str) -> Any:
         config = pretrained_config(name, AutoModelForCausalLM, "causal language model")
-        longest = getattr(config, "max_position_embeddings", None)
+        text: Any = config.get_text_config()  # of a model that reads images too, the part that writes
+        longest = getattr(text, "max_position_embeddings", None)
         if longest is not None and self._data.block_size > longest:
             raise RecipeError(
                 "data.block_size", f"must be at most {longest}, the positions of {name}", value=self._data.block_size
             )
-        set_rates(config, self._rates(), RATE_NAMES)
+        set_rates(text, self._rates(), RATE_NAMES)
         return config
 
     def _rates(self) -> dict[str, float | None]:

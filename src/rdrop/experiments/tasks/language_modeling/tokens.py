@@ -124,6 +124,21 @@ def characters(line: str) -> list[str]:
     return [*line, "\n"]
 
 
+def words_alone(line: str) -> list[str]:
+    return line.split()
+
+
+def characters_alone(line: str) -> list[str]:
+    return [*line]
+
+
+WITHOUT_END: dict[Callable[[str], list[str]], Callable[[str], list[str]]] = {
+    words: words_alone,
+    characters: characters_alone,
+}
+"""What a perplexity is by where a tokenizer drops the end of a line, which then costs nothing."""
+
+
 class PieceVocabulary:
     """A tokenizer's pieces. The perplexity is still by word, comparable with that of words if none is unknown there.
 
@@ -183,13 +198,19 @@ def pretrained_pieces(tokenizer: Any, size: int, train: Sequence[str]) -> PieceV
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise ValueError("the tokenizer must have a token for the beginning or the end of a text")
+
+    def encode(lines: list[str]) -> list[list[int]]:
+        found: list[list[int]] = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    units, (with_end, without) = units_of(train), encode(["A\n", "A"])
     return PieceVocabulary(
-        lambda lines: tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"],
+        encode,
         ids=tokenizer.get_vocab(),
         size=size,
         start_id=start,
         special_ids=tokenizer.all_special_ids,
         unknown_id=tokenizer.unk_token_id,
         content=tokenizer_content(tokenizer),
-        units=units_of(train),
+        units=WITHOUT_END[units] if with_end == without else units,
     )

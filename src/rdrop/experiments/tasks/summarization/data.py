@@ -73,10 +73,13 @@ def _from_files(data: "SummarizationData", train: str) -> Examples:
 
 
 def _from_folder(data: "SummarizationData", folder: Path) -> Examples:
+    files = {
+        split: find_file(folder, *(name + kind for name in names for kind in (".jsonl", ".csv", ".tsv")), only=True)
+        for split, names in SPLIT_NAMES.items()
+    }
+    require_different_files({split: [path] for split, path in files.items()}, of_folder=True)
     examples = {}
-    for split, names in SPLIT_NAMES.items():
-        candidates = (name + suffix for name in names for suffix in (".jsonl", ".csv", ".tsv"))
-        path = find_file(folder, *candidates, only=True)
+    for split, path in files.items():
         examples[split] = _read(path, data, split)
         require_count(str(path), len(examples[split]), _count(data, split), "examples")
     return examples

@@ -184,7 +184,9 @@ def _tables(data: TextClassificationData) -> dict[str, _Table]:
         require_different_files({name: [path] for name, path in files})
         return _read_all(files, data)
     if data.folder is not None:
-        return _read_all(_files_in(data.folder, data), data)
+        files = _files_in(data.folder, data)
+        require_different_files({name: [path] for name, path in files}, of_folder=True)
+        return _read_all(files, data)
     if data.hub is not None:
         return {name: _read_hub(data.hub, split, data) for name, split in _hub_splits(data)}
     layout = "CoLA/train.tsv and its like" if data.glue else "train.csv, valid.csv and test.csv"

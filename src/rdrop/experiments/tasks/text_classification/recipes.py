@@ -79,7 +79,10 @@ class TextClassificationModel(NewOrPretrainedModel):
     hidden_size: Count | None = Field(None, description="Width of the residual stream.")
     heads: Count | None = Field(None, description="Attention heads per layer.")
     intermediate_size: Count | None = Field(None, description="Width of the feed-forward layer.")
-    dropout: Probability = Field(description="Rate after the embeddings, the attention and the feed-forward layer.")
+    dropout: Probability | None = Field(
+        description="Rate after the embeddings, the attention and the feed-forward layer. null: for a model that has "
+        "none, such as Llama."
+    )
     attention_dropout: Probability | None = Field(
         description="Rate on the attention probabilities. null: for a model that has none, such as XLNet."
     )

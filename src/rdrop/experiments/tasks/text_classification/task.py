@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -99,10 +99,32 @@ class TextClassification:
         model = classifier(name, configuration(self._model, self._tokenizer, self.classes, self._max_length))
         if name is not None:
             self._require_room(model, name)
-            try_out(model, name, lambda: self.logits(model, self.train_batch([0], 0)))
+            try_out(model, name, lambda: self._require_padding_without_effect(model, name))
         if self._model.start_at_mean and not self.classes:
             start_at(model, float(self._labels["train"].mean()), name)
         return model
+
+    def _require_padding_without_effect(self, model: nn.Module, name: str) -> None:
+        """Refuses a model whose logits of a text depend on the longer ones beside it, if the folder can be mended."""
+        lengths = self._inputs["train"]["input_ids"].lengths
+        rows = [int(lengths.argmin()), int(lengths.argmax())]
+        alone, beside = (self.logits(model, self._batch("train", own)) for own in (rows[:1], rows))
+        if (alone[0] - beside[0]).abs().max() <= MOST_OF_PADDING * beside.abs().max():
+            return
+        own, pad, side = (
+            cast(Any, model.config).pad_token_id,
+            self._tokenizer.pad_token_id,
+            self._tokenizer.padding_side,
+        )
+        if own == pad and side == "right":
+            self.notes |= {"padding": f"{name} reads it, so that its scores depend on which texts share a batch"}
+            return
+        rule = (
+            f"its logits of a text depend on the padding beside it: config.json has pad_token_id {own}, and the "
+            f"tokenizer pads with {pad} on the {side}; in a copy of the folder, set pad_token_id to {pad} in "
+            'config.json, and padding_side to "right" in tokenizer_config.json'
+        )
+        raise RecipeError("model.name", rule, value=name)
 
     def train_size(self) -> int:
         return len(self._labels["train"])
@@ -256,6 +278,8 @@ def _label_tensor(labels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(labels)[:, None] if labels.dtype == np.float32 else torch.from_numpy(labels)
 
 
+MOST_OF_PADDING = 1e-3
+"""Of the largest logit, which padding may change by rounding."""
 LEAST_SPREAD, LARGEST_SPREAD = 0.03, 30.0
 """Standard deviations of the numbers to predict outside of which a note is made. The thresholds are ours."""
 

@@ -211,11 +211,12 @@ def _counted(data: TranslationData, splits: dict[str, Pairs]) -> dict[str, Pairs
 
 def _folder_pairs(data: TranslationData, folder: str) -> dict[str, Pairs]:
     languages = (data.source, data.target)
-    splits = {}
-    for split, name in file_names(data).items():
-        files = [find_file(folder, f"{name}.{language}", f"{name}.tok.{language}") for language in languages]
-        splits[split] = _parallel_files(data, *files)
-    return splits
+    files = {
+        split: [find_file(folder, f"{name}.{language}", f"{name}.tok.{language}") for language in languages]
+        for split, name in file_names(data).items()
+    }
+    require_different_files(files, of_folder=True)
+    return {split: _parallel_files(data, *pair) for split, pair in files.items()}
 
 
 def _parallel_files(data: TranslationData, source: Path, target: Path) -> Pairs:
