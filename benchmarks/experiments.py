@@ -74,7 +74,9 @@ def add_arms(runs: Path) -> None:
         for comparison in comparisons(records, designs=[design]):
             if comparison.subject_label is not None:
                 line = {"name": comparison.name, "arms": dict(design.arms), "subject": design.subject}
-                found[comparison.name] = line | {"churn": comparison.churn()}
+                was = found.get(comparison.name, {"arms": {}, "churn": {}})
+                same = {arm: churn for arm, churn in was["churn"].items() if was["arms"][arm] == design.arms.get(arm)}
+                found[comparison.name] = line | {"churn": same | comparison.churn()}
     ordered = sorted(found.values(), key=lambda line: line["name"])
     ARMS.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered), encoding="utf-8")
 
