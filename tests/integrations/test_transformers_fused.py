@@ -89,6 +89,7 @@ def test_a_forward_of_two_micro_batches_is_no_larger_than_the_batch(folder: str)
     assert sorted(rows) == [2, 2, 2, 2, 2, 2, 4]  # of 2, 3, 1 and 2 examples, shuffled
 
 
+@pytest.mark.filterwarnings(r"ignore:every \(=\d\) is more than the number of updates")
 def test_plain_steps_are_not_cut(folder: str) -> None:
     rows = rows_of_every_forward(model := build(CLASSIFY))
     trained(CLASSIFY, folder, model=model, micro_batches=2, every=2)

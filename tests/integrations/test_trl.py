@@ -198,6 +198,7 @@ OF_BOTH = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
     ],
     ids=["text", "packed", "experts", "updates that every leaves out", "LoRA with checkpointing"],
 )
+@pytest.mark.filterwarnings(r"ignore:every \(=\d\) is more than the number of updates")
 def test_at_alpha_zero_fine_tuning_is_trls_to_the_bit(model: Any, case: Any, method: Any, folder: str) -> None:
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "activation_checkpointing": case is ANSWERS}
     stock = tune(SFTTrainer, model(), case, folder, settings)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +163,10 @@ def test_a_run_that_finishes_as_it_is_asked_to_stop_is_the_last(
 
 def test_a_child_that_waits_for_its_next_run_ends_with_the_others(tmp_path: Path) -> None:
     (run, *_) = plan(tmp_path)
-    waits = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
+    waits = (
+        "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(0.5); "
+        "print('{\"finished\": true}', flush=True); sys.stdin.read()"
+    )
     with (
         show_progress(Console(quiet=True), [run.recipe], []) as display,
         subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
@@ -172,6 +176,7 @@ def test_a_child_that_waits_for_its_next_run_ends_with_the_others(tmp_path: Path
         assert process.stdout is not None
         process.stdout.readline()  # it does not hear the signal from here on
         workers._children[0] = Child(run, process, errors, {})
+        threading.Thread(target=workers._listen, args=(process,)).start()
     assert process.returncode == 0
 
 

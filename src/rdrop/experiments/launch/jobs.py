@@ -492,15 +492,12 @@ class Processes:
         heard = len(self._noted)
         for child in self._children.values():
             child.process.terminate()
-            assert child.process.stdin is not None
-            with suppress(OSError):
-                child.process.stdin.close()  # it may have finished, and wait for a next run
         self._display.wait("stopping: what is on is being saved. Ctrl-C again: at once")
         while any(child.process.poll() is None for child in self._children.values()):
             if len(self._noted) > heard:
                 for child in self._children.values():
                     child.process.kill()
-            time.sleep(0.05)
+            self._take_events()  # who has finished after all waits for a next run, and is released with the idle ones
         self._children.clear()
 
 

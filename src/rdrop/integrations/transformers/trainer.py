@@ -286,7 +286,7 @@ class RDropMixin(FiniteUpdates):
             total, self._unlabeled_counts = total
             self._updates_without_unlabeled += self._unlabeled_counts[:, 0].sum() == 0
         if self.state.global_step == 0:
-            self._require_regularized_update()
+            self._warn_without_regularized_update()
             self._labels_seen = torch.zeros_like(total[0, 0])
         if self._labels_seen is not None:
             if self.state.epoch and self.state.epoch >= 1:
@@ -337,12 +337,13 @@ class RDropMixin(FiniteUpdates):
         loader = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         return UnlabeledBatches(dataset, collate, order, **loader)
 
-    def _require_regularized_update(self) -> None:
-        """Refuses a training in which no update would use R-Drop."""
+    def _warn_without_regularized_update(self) -> None:
+        """Says where no update will use R-Drop. No error: a trial of a few updates is one of the same settings."""
         if self.alpha > 0 and self.every > self.state.max_steps > 0:
-            raise ValueError(
-                f"every (={self.every}) must be at most the number of updates (={self.state.max_steps}), or none of "
-                "them uses R-Drop; for plain training set alpha=0"
+            warnings.warn(
+                f"every (={self.every}) is more than the number of updates (={self.state.max_steps}): none of them "
+                "uses R-Drop, so this is plain training",
+                stacklevel=2,
             )
 
     def _unlabeled_of_update(self, batches: list[Batch]) -> list[list[Batch]]:
