@@ -43,9 +43,10 @@ def model_folder(recipe: Mapping[str, Any]) -> str | None:
 def note_model(recipe: Mapping[str, Any]) -> None:
     """Notes the files of the recipe's pre-trained model, if that is a local folder."""
     folder = model_folder(recipe)
-    for name in os.listdir(folder) if folder is not None else ():
-        if name.endswith(OF_MODELS):
-            note_read(os.path.join(folder or "", name))
+    if folder is not None:
+        for name in os.listdir(folder):
+            if name.endswith(OF_MODELS):
+                note_read(os.path.join(folder, name))
 
 
 def names_of(recipe: Mapping[str, Any]) -> dict[str, object]:

@@ -74,7 +74,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
             f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
             "held. To score other examples, give them a file of its own: --test FILE."
         )
-    where = _keys_of_places(recipe)
+    where = _keys_of_places(recipe.data)
     now: dict[str, str] = {}
     try:
         with data_files.noting(now, data):
@@ -110,9 +110,8 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     return run.result | {"test": scores, "constant": constant, "notes": notes, "test_file": test}
 
 
-def _keys_of_places(recipe: Recipe) -> str:
+def _keys_of_places(data: object) -> str:
     """Returns the settings by which files that have moved are named."""
-    data = recipe.data
     has_own = getattr(data, "train", None) is not None
     keys = ("train", "valid", "test", "codes", "unlabeled") if has_own else ("folder", "unlabeled")
     given = [key for key in keys if getattr(data, key, None) not in (None, "all")]
