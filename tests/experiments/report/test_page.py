@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tests.experiments.run_folders import write_run, write_three_arms
+from tests.experiments.run_folders import VERSIONS, write_run, write_three_arms
 
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.report import page as page_module
@@ -426,6 +426,12 @@ def test_what_weakens_a_comparison_is_said_above_it(tmp_path, changes, warning):
     write_run(tmp_path, 0.7)
     write_run(tmp_path, 0.8, alpha=1.0, **changes)
     assert warning in page_of(tmp_path).visible
+
+
+def test_versions_that_an_earlier_rdrop_did_not_write_are_no_difference(tmp_path):
+    write_run(tmp_path, 0.7)
+    write_run(tmp_path, 0.8, alpha=1.0, versions=VERSIONS | {"sacrebleu": "2.6.0"})
+    assert "not all made with the same" not in page_of(tmp_path).visible
 
 
 def test_several_rdrop_arms_carry_the_warning_of_choosing_the_best(tmp_path):

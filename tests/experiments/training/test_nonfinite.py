@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import CheckpointWarning, load_newest_good
-from rdrop.experiments.training.trainer import TrainingError, train
+from rdrop.experiments.training.trainer import DivergedError, TrainingError, train
 
 SHORT = RECIPE.replace(updates=4, checkpoint_every=1, keep_checkpoints=1)
 WHERE = ("a logit", "a row of logits", "all logits", "a gradient", "all gradients", "a weight", "a score")
@@ -83,6 +83,20 @@ def test_what_is_not_finite_is_told_in_its_update_and_reaches_no_weight(
 
     check()
     record_property("injections", len(tried))
+
+
+def test_a_process_that_diverges_alone_writes_why_into_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    monkeypatch.setenv("RANK", "1")  # which leaves all other files to the first
+    poison = Poison("a logit", math.nan, update=2, alpha=2.0, precision="fp32", place=0)
+    spoil(monkeypatch, poison)
+    with pytest.raises(DivergedError, match="step 2"):
+        train(poison.recipe, tmp_path)
+    why = RunFolder(tmp_path).failure()
+    assert why is not None
+    assert "step 2" in why
 
 
 def assert_nothing_of_it_is_kept(folder: Path, poison: Poison) -> None:

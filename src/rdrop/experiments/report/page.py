@@ -7,8 +7,10 @@ says.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from rdrop.experiments.comparison.comparison import Comparison, comparisons
 from rdrop.experiments.comparison.designs import read_designs
@@ -177,7 +179,7 @@ def _warnings(comparison: Comparison) -> list[str]:
         ("machine", "times and memory are not comparable between them"),
         ("versions", "a difference may come from them"),
     ):
-        if any(run.result.get(key) != runs[0].result.get(key) for run in runs):
+        if _differ([run.result.get(key, {}) for run in runs]):
             sentences.append(f"The runs were not all made with the same {key}: {consequence}.")
     rdrop_arms = sum(not arm.method.is_plain for arm in comparison.arms)
     if rdrop_arms > 1 and comparison.subject is None:  # a subject was chosen before
@@ -187,6 +189,12 @@ def _warnings(comparison: Comparison) -> list[str]:
             "new seeds."
         )
     return sentences
+
+
+def _differ(facts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two runs name different values of one thing; an earlier version did not write all of them."""
+    names = {name for of_run in facts for name in of_run}
+    return any(len({str(of_run[name]) for of_run in facts if name in of_run}) > 1 for name in names)
 
 
 def glossary() -> Markup:

@@ -10,7 +10,10 @@ import torch
 from rdrop import __version__, kernels
 from rdrop.kernels import cpu
 
-LIBRARIES = ("torch", "accelerate", "transformers", "numpy", "safetensors", "scikit-learn")
+LIBRARIES = (
+    *("torch", "accelerate", "transformers", "tokenizers", "numpy", "safetensors", "scikit-learn"),
+    *("sacrebleu", "rouge-score"),
+)
 
 
 def machine(device: torch.device, processes: int) -> dict[str, Any]:

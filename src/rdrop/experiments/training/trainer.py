@@ -175,7 +175,8 @@ def train(
     if result is not None:
         return result
     if not is_first_process():
-        return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
+        with _divergence_written(run):
+            return _Training(recipe, run, on_progress or (lambda progress: None), trackers).run()
 
     with run.held() as lock:
         result = _finished(recipe, run)  # by another process, before this one had the lock
@@ -188,11 +189,18 @@ def train(
                 on_progress(progress)
 
         run.clear_failure()
-        try:
+        with _divergence_written(run):
             return _Training(recipe, run, still_ours, trackers, side_by_side).run()
-        except DivergedError as error:
-            run.write_failure(error.step, str(error), error.batch)
-            raise
+
+
+@contextmanager
+def _divergence_written(run: RunFolder) -> Iterator[None]:
+    """Writes into the run's folder that it has diverged. Of several processes one may be alone with it."""
+    try:
+        yield
+    except DivergedError as error:
+        run.write_failure(error.step, str(error), error.batch)
+        raise
 
 
 class _Training:
