@@ -5,6 +5,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from tests.experiments.run_folders import write_run, write_three_arms
 from rdrop.experiments.comparison.arms import Arm
 from rdrop.experiments.comparison.comparison import comparisons
 from rdrop.experiments.comparison.contest import Outcome, judged
+from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import split_usable
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.comparison.notes import noted
@@ -789,6 +791,7 @@ def test_runs_that_diverged_are_named_and_stay_in_the_statistics(tmp_path):
 def write_failure(runs, seed, **changes):
     folder = write_run(runs, 0.0, seed=seed, unfinished=True, **changes)
     RunFolder(folder).write_failure(12, "step 12: loss is nan. Its batch has the examples 0, 1. Lower alpha (=9).")
+    return folder
 
 
 def write_ten_seeds(runs, gains, failed=(), failed_baseline=()):
@@ -818,6 +821,48 @@ def test_an_arm_that_diverged_on_some_seeds_is_not_better_on_the_others(tmp_path
     assert comparison.arms[1].marked_label == "R-Drop (alpha 1) †"
     assert "left out of R-Drop (alpha 1): seeds 7, 8, 9 (diverged, without a score)" in text
     assert "no finished run" not in text
+
+
+def test_an_arm_that_diverged_on_all_seeds_keeps_its_row_and_the_verdict_names_it(tmp_path):
+    write_ten_seeds(tmp_path, GAINS, failed=range(10))
+    write_run(tmp_path, 0.75, seed=0, batch_size=64)
+    comparison = only(tmp_path)
+    assert [arm.label for arm in comparison.arms] == ["baseline", "R-Drop (alpha 1)", "baseline, twice the batch"]
+    assert comparison.arms[1].seeds == ()
+    assert comparison.verdict().split("\n") == [
+        "Nothing to compare: R-Drop (alpha 1) and the baseline have no scored seed in common.",
+        "Nothing to compare: R-Drop (alpha 1) and the baseline with twice the batch have no scored seed in common.",
+        "10 of 10 R-Drop (alpha 1) runs diverged (seeds 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9): step 12: loss is nan "
+        "(seed 0).",
+    ]
+    assert re.search(r"^R-Drop \(alpha 1\) † +— ", printed(comparison), re.MULTILINE)
+
+
+def test_a_baseline_that_diverged_on_all_seeds_is_named(tmp_path):
+    write_ten_seeds(tmp_path, GAINS, failed_baseline=range(10))
+    first, *_, last = only(tmp_path).verdict().split("\n")
+    assert first == "Nothing to compare: R-Drop (alpha 1) and the baseline have no scored seed in common."
+    assert last.startswith("10 of 10 baseline runs diverged")
+
+
+def test_runs_that_all_diverged_are_no_comparison(tmp_path):
+    write_ten_seeds(tmp_path, GAINS, failed=range(10), failed_baseline=range(10))
+    assert comparisons(find_runs(tmp_path)) == []
+
+
+@pytest.mark.parametrize("lost", ["baseline", "baseline, longer", "R-Drop"])
+def test_an_arm_of_a_design_that_diverged_on_all_seeds_keeps_its_place(tmp_path, lost):
+    arms = {"baseline": {"alpha": 0.0}, "baseline, longer": {"alpha": 0.0, "updates": 800}, "R-Drop": {"alpha": 1.0}}
+    digests = {}
+    for (label, changes), seed in product(arms.items(), range(2)):
+        write = write_failure if label == lost else partial(write_run, score=0.7 + 0.01 * seed)
+        digests[label] = arm_digest(RunFolder(write(tmp_path, seed=seed, **changes)).recipe())
+    (comparison,) = comparisons(find_runs(tmp_path), designs=[Design(digests, "R-Drop")])
+    assert [arm.marked_label for arm in comparison.arms] == [f"{arm} †" if arm == lost else arm for arm in arms]
+    assert comparison.baseline is comparison.arms[0]
+    assert comparison.subject is comparison.arms[2]
+    assert f"2 of 2 {lost} runs diverged (seeds 0 and 1)" in comparison.verdict()
+    assert lost in printed(comparison)
 
 
 def test_an_arm_may_be_better_where_only_the_other_diverged_or_both_did(tmp_path):

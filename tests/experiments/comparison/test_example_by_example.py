@@ -66,7 +66,7 @@ def run(folder: Path, seed: int, predictions: Predictions | None, metric: str = 
         write_predictions(folder, predictions)
         score = score_of(predictions, metric)
         test = {metric: score.value() if score else 0.0} | test
-    return FinishedRun(folder, {"seed": seed}, {"test": test}, [], Method(alpha=0.0))
+    return FinishedRun(folder, {"seed": seed}, Method(alpha=0.0), {"test": test}, [])
 
 
 # -------------------------------------------------------------------------------------------------------- the scores

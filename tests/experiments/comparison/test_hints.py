@@ -42,7 +42,7 @@ def run(alpha: float, seed: int = 0, *, score: float = 0.8, notes: Any = None, d
     ]
     recipe = {"name": "digits", "seed": seed, "batch_size": 32, "data": data or {}}
     result = {"valid": {"accuracy": score}, "test": {"accuracy": score}, "notes": notes or {}}
-    return FinishedRun(Path(f"{alpha}-{seed}"), recipe, result, rows, Method(alpha=alpha))
+    return FinishedRun(Path(f"{alpha}-{seed}"), recipe, Method(alpha=alpha), result, rows)
 
 
 def arm(alpha: float, *runs: FinishedRun) -> Arm:

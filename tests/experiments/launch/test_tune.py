@@ -319,7 +319,7 @@ def test_what_was_left_of_the_gain_is_said_in_words(
         assert record.recipe is not None
         assert record.result is not None
         result = record.result | {"valid": {"accuracy": valid}}
-        return FinishedRun(record.path, record.recipe, result, [], recipe.method)
+        return FinishedRun(record.path, record.recipe, recipe.method, result, [])
 
     arms = [
         Arm(label, DIGITS_VIT.method, 32, tuple(finished(seed, alpha, 0.8 + gain) for seed, gain in enumerate(gains)))

@@ -214,7 +214,7 @@ def test_training_data_that_have_moved_are_named_where_they_are(
 def test_other_training_data_are_refused_because_the_weights_would_mean_something_else(
     averaged: FinishedRun, files: dict[str, str], change: Callable[[list[str]], list[str]], tmp_path: Path
 ) -> None:
-    run = FinishedRun(tmp_path, averaged.recipe, averaged.result, [], averaged.method)
+    run = FinishedRun(tmp_path, averaged.recipe, averaged.method, averaged.result, [])
     heading, *lines = Path(files["train"]).read_text(encoding="utf-8").splitlines()
     other = tmp_path / "train.tsv"
     other.write_text("\n".join([heading, *change(lines)]) + "\n", encoding="utf-8")

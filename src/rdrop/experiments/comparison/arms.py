@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
+from rdrop.experiments.comparison.finished_runs import FinishedRun, LostRun, is_finite_number
 from rdrop.experiments.comparison.learning import has_learned, how_diverged
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.method import Method, times
@@ -30,15 +30,26 @@ def may_tell_arms_apart(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: the finished runs that differ in the seed alone, one a seed, in the order of the seeds."""
+    """One way of training: the runs that differ in the seed alone, one a seed, in the order of the seeds."""
 
     label: str
     method: Method
     batch: int
     """Examples or tokens per update; all runs that are compared count the same."""
     runs: tuple[FinishedRun, ...]
-    failures: Mapping[int, str] = field(default_factory=dict)
-    """By the seed: where a run has diverged that has no score for it, and so is not one of `runs`."""
+    """The finished ones."""
+    lost: tuple[LostRun, ...] = ()
+    """Those that have diverged without a score."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The saved recipe of its first run."""
+        return (*self.runs, *self.lost)[0].recipe
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """By the seed: what ended the runs that have no score."""
+        return {run.seed: run.why for run in self.lost}
 
     @property
     def marked_label(self) -> str:

@@ -22,17 +22,24 @@ from rdrop.experiments.comparison.arms import Arm, Gap, unlabeled_words
 from rdrop.experiments.comparison.contest import Contest, Outcome, judged
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.examples import KeptExamples, churn, example_difference, kept_examples
-from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number, split_usable
+from rdrop.experiments.comparison.finished_runs import (
+    FinishedRun,
+    LostRun,
+    is_finite_number,
+    lost_runs,
+    split_usable,
+)
 from rdrop.experiments.comparison.looks import Look, seeds_seen
 from rdrop.experiments.comparison.paired import PairedDifference, paired_difference
 from rdrop.experiments.comparison.sections import ArmScores, Section
 from rdrop.experiments.comparison.statistics import least_seeds, probability_of_improvement
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RunRecord, data_files, is_whole_recipe
+from rdrop.experiments.run_folder import RunRecord, data_files
 
 BATCH_KEYS = ("batch_size", "batch_tokens")
 
 _TestRow = tuple[str, str]  # a metric and the label of an arm
+_Run = FinishedRun | LostRun
 
 
 LEAST_BYTES = 2**25
@@ -278,59 +285,58 @@ def comparisons(
 
     `looks` are the verdicts on these runs that were shown before. The arms of `designs` are compared as these say; a
     comparison all of whose runs stand in one of them is not told twice. Unfinished and damaged runs take no part;
-    `rdrop.experiments.comparison.finished_runs.split_usable` names them. Of those that have diverged without a score
-    the arm knows (`Arm.failures`).
+    `rdrop.experiments.comparison.finished_runs.split_usable` names them. Those that have diverged without a score are
+    a part of their arm, which may have no others.
     """
     records = list(records)
-    finished = split_usable(records)[0]
-    designed = list(_designed(finished, designs))
+    finished, lost = split_usable(records)[0], lost_runs(records)
+    designed = list(_designed(finished, lost, designs))
     told = {run.path for comparison in designed for run in comparison.runs}
-    families: dict[str, list[FinishedRun]] = {}
+    families: dict[tuple[str, str, str], list[FinishedRun]] = {}
     for run in finished:
-        families.setdefault(_family(run), []).append(run)
-    by_content = [runs for key in sorted(families) for runs in _by_content(families[key])]
-    found = [comparison for runs in by_content for comparison in _comparisons_of_family(runs)]
-    found = [comparison for comparison in found if not told.issuperset(run.path for run in comparison.runs)]
+        families.setdefault((run.recipe["name"], run.result["metric"], _family(run)), []).append(run)
+    lost_of_families: dict[str, list[LostRun]] = {}
+    for of_none in lost:
+        lost_of_families.setdefault(_family(of_none), []).append(of_none)
+    found = [
+        comparison
+        for key in sorted(families)
+        for runs in _by_content(families[key])
+        for comparison in _comparisons_of_family(runs, lost_of_families.get(key[-1], ()))
+        if not told.issuperset(run.path for run in comparison.runs)
+    ]
     if designed:
         found = sorted([*designed, *found], key=lambda comparison: comparison.name)
-    seen, failures = tuple(looks), _failures(records)
-    arms = [tuple(_with_failures(arm, failures) for arm in comparison.arms) for comparison in found]
-    return [replace(comparison, looks=seen, arms=own) for comparison, own in zip(found, arms, strict=True)]
+    seen = tuple(looks)
+    return [replace(comparison, looks=seen) for comparison in found]
 
 
-def _failures(records: Iterable[RunRecord]) -> dict[str, dict[int, str]]:
-    """Returns by the arm's digest and the seed what ended the runs that have diverged without a score."""
-    found: dict[str, dict[int, str]] = {}
-    for record in records:
-        if record.failure is not None and record.recipe is not None and is_whole_recipe(record.recipe):
-            what = record.failure.removeprefix("diverged: ").partition(". ")[0]
-            found.setdefault(arm_digest(record.recipe), {})[record.recipe["seed"]] = what
-    return found
-
-
-def _with_failures(arm: Arm, failures: Mapping[str, Mapping[int, str]]) -> Arm:
-    digests = dict.fromkeys(arm_digest(run.recipe) for run in arm.runs)
-    found = {seed: what for digest in digests for seed, what in failures.get(digest, {}).items()}
-    return replace(arm, failures={seed: found[seed] for seed in sorted(found) if seed not in arm.seeds})
-
-
-def _designed(finished: Iterable[FinishedRun], designs: Iterable[Design]) -> Iterator[Comparison]:
+def _designed(
+    finished: Iterable[FinishedRun], lost: Iterable[LostRun], designs: Iterable[Design]
+) -> Iterator[Comparison]:
     """Yields the comparisons of the designs that have finished runs: plain training first, the subject last."""
     by_arm: dict[str, list[FinishedRun]] = {}
     for run in finished:
         by_arm.setdefault(arm_digest(run.recipe), []).append(run)
+    lost_by_arm: dict[str, list[LostRun]] = {}
+    for of_none in lost:
+        lost_by_arm.setdefault(arm_digest(of_none.recipe), []).append(of_none)
     for design in designs:
-        labels = {run.path: label for label, digest in design.arms.items() for run in by_arm.get(digest, ())}
         of_design = [run for digest in design.arms.values() for run in by_arm.get(digest, ())]
         for runs in (own for of_labels in _by_content(of_design) for own in _by_unlabeled_content(of_labels)):
-            of_arms: dict[str, list[FinishedRun]] = {}
-            for run in sorted(runs, key=lambda run: (labels[run.path] == design.subject, not run.method.is_plain)):
-                of_arms.setdefault(labels[run.path], []).append(run)
-            yield replace(_comparison(of_arms), baseline_label=design.baseline, subject_label=design.subject)
+            paths = {run.path for run in runs}
+            of_arms: dict[str, list[_Run]] = {}
+            for label, digest in design.arms.items():
+                of_arm = [*(run for run in by_arm.get(digest, ()) if run.path in paths), *lost_by_arm.get(digest, ())]
+                if of_arm:
+                    of_arms[label] = of_arm
+            order = sorted(of_arms, key=lambda label: (label == design.subject, not of_arms[label][0].method.is_plain))
+            comparison = _comparison({label: of_arms[label] for label in order})
+            yield replace(comparison, baseline_label=design.baseline, subject_label=design.subject)
 
 
-def _family(run: FinishedRun) -> str:
-    """Returns what all runs of one comparison share, as text that sorts by the recipe's name."""
+def _family(run: _Run) -> str:
+    """Returns what all runs of one comparison share."""
     shared = {key: value for key, value in run.recipe.items() if key not in {"seed", "method", *BATCH_KEYS}}
     if is_finite_number(shared.get("epochs")):
         shared["epochs"] = _a_unit(shared["epochs"], run.batch)  # as many updates: twice the batch has twice the epochs
@@ -339,7 +345,7 @@ def _family(run: FinishedRun) -> str:
             shared["patience"] = _a_unit(shared["patience"], run.batch)
         if is_finite_number(shared.get("average_last")) and shared["average_last"] > 1:
             shared["average_last"] = _a_unit(shared["average_last"], run.batch)
-    return json.dumps([run.recipe["name"], run.result["metric"], shared], sort_keys=True)
+    return json.dumps(shared, sort_keys=True)
 
 
 def _by_content(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
@@ -393,10 +399,15 @@ def _a_unit(length: float, batch: int) -> float:
     return float(f"{length / batch:.12g}")
 
 
-def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
-    runs: dict[_Key, list[FinishedRun]] = {}
+def _comparisons_of_family(family: list[FinishedRun], lost: Iterable[LostRun]) -> Iterable[Comparison]:
+    runs: dict[_Key, list[_Run]] = {}
     for run, unlabeled in zip(family, _unlabeled_contents(family), strict=True):
         runs.setdefault(_Key(run.method.arm(), run.batch, unlabeled), []).append(run)
+    finished = set(runs)
+    for of_none in lost:
+        without = _Key(of_none.method.arm(), of_none.batch, "")
+        for key in [key for key in finished if key._replace(unlabeled="") == without] or [without]:
+            runs.setdefault(key, []).append(of_none)
 
     shown: set[_Key] = set()
     for batch in sorted({key.batch for key in runs}):
@@ -407,8 +418,10 @@ def _comparisons_of_family(family: list[FinishedRun]) -> Iterable[Comparison]:
         multiples = {2, *(key.method.passes for key in own if not key.method.is_plain)}
         larger = [key for key in runs if key.method.is_plain and key.batch in {k * batch for k in multiples}]
         keys = [*sorted(own, key=_Key.order), *sorted(larger, key=_Key.order)]
+        if finished.isdisjoint(keys):
+            continue
         shown.update(keys)
-        arms: dict[str, list[FinishedRun]] = {}
+        arms: dict[str, list[_Run]] = {}
         for key in keys:
             label = key.label(batch, runs[key][0].recipe)
             numbered = (f"{label}, of content {number}" for number in count(2))
@@ -433,16 +446,19 @@ class _Key(NamedTuple):
         return (*self.method.order(), self.batch, self.unlabeled)
 
 
-def _comparison(runs: Mapping[str, list[FinishedRun]]) -> Comparison:
+def _comparison(runs: Mapping[str, list[_Run]]) -> Comparison:
     """Makes the comparison of arms by their labels, in this order."""
     arms, repeats = [], []
     for label, of_arm in runs.items():
+        finished = [run for run in of_arm if isinstance(run, FinishedRun)]
         # The latest run of a seed counts, whatever order the folders were read in.
-        latest = {run.seed: run for run in sorted(of_arm, key=lambda run: (run.result["finished"], str(run.path)))}
+        latest = {run.seed: run for run in sorted(finished, key=lambda run: (run.result["finished"], str(run.path)))}
         own = tuple(latest[seed] for seed in sorted(latest))
-        arms.append(Arm(label, own[0].method.arm(), own[0].batch, own))
-        repeats += [run for run in of_arm if latest[run.seed] is not run]
-    first = arms[0].runs[0]
+        lost = {run.seed: run for run in of_arm if isinstance(run, LostRun) and run.seed not in latest}
+        lost_in_order = tuple(lost[seed] for seed in sorted(lost))
+        arms.append(Arm(label, of_arm[0].method.arm(), of_arm[0].batch, own, lost_in_order))
+        repeats += [run for run in finished if latest[run.seed] is not run]
+    first = next(run for arm in arms for run in arm.runs)
     return Comparison(
         first.recipe["name"],
         first.result["metric"],

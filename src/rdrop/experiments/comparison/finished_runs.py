@@ -1,4 +1,4 @@
-"""The finished runs among the records of a run directory, checked once so that no reader has to ask again."""
+"""The runs of a run directory that a comparison uses, checked once so that no reader has to ask again."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from pydantic import ValidationError
 from rdrop.experiments import metrics
 from rdrop.experiments.metrics import MetricError
 from rdrop.experiments.recipe.method import Method
-from rdrop.experiments.run_folder import RECIPE, RESULT, RunRecord, remedy, what_is_damaged
+from rdrop.experiments.run_folder import RECIPE, RESULT, RunRecord, is_whole_recipe, remedy, what_is_damaged
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A run whose recipe and result are there, belong together and have what a comparison reads."""
-
+class _EndedRun:
     path: Path
     recipe: dict[str, Any]
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
     method: Method
 
     @property
@@ -36,11 +32,27 @@ class FinishedRun:
     def seed(self) -> int:
         return int(self.recipe["seed"])
 
+
+@dataclass(frozen=True)
+class FinishedRun(_EndedRun):
+    """A run whose recipe and result are there, belong together and have what a comparison reads."""
+
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
     @property
     def notes(self) -> Mapping[str, Any]:
         """Returns what a reader should know beside the scores; empty where a version without notes wrote the result."""
         found = self.result.get("notes")
         return found if isinstance(found, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class LostRun(_EndedRun):
+    """A run that has diverged and has no score."""
+
+    why: str
+    """What ended it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,19 @@ def split_usable(records: Iterable[RunRecord]) -> tuple[list[FinishedRun], list[
     )
 
 
+def lost_runs(records: Iterable[RunRecord]) -> list[LostRun]:
+    """Returns the runs that have diverged without a score. `split_usable` has them among those that are unusable."""
+    found = []
+    for record in records:
+        if record.failure is None or record.recipe is None or not is_whole_recipe(record.recipe):
+            continue
+        method = _method(record.recipe)
+        if isinstance(method, Method):
+            why = record.failure.removeprefix("diverged: ").partition(". ")[0]
+            found.append(LostRun(record.path, record.recipe, method, why))
+    return found
+
+
 def is_finite_number(value: object) -> bool:
     """Whether an entry of a file can be computed with; null, text, NaN and what float64 cannot hold cannot."""
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
@@ -72,13 +97,19 @@ def _check(record: RunRecord) -> FinishedRun | UnusableRun:
     damage = what_is_damaged(record.path, record.recipe, record.result) or unknown_metric(record.path, record.result)
     if damage is not None:
         return UnusableRun(record.path, damage.removeprefix(f"{record.path}{os.sep}"))
+    method = _method(record.recipe)
+    if isinstance(method, str):
+        return UnusableRun(record.path, f"{RECIPE}: {method}. {remedy(record.path / RECIPE)}")
+    return FinishedRun(record.path, record.recipe, method, record.result, record.metrics)
+
+
+def _method(recipe: Mapping[str, Any]) -> Method | str:
+    """Returns the section of the recipe, or what is wrong with it."""
     try:
-        method = Method.model_validate(record.recipe["method"])
+        return Method.model_validate(recipe["method"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(("method", *map(str, first["loc"])))
-        return UnusableRun(record.path, f"{RECIPE}: {key}: {first['msg']}. {remedy(record.path / RECIPE)}")
-    return FinishedRun(record.path, record.recipe, record.result, record.metrics, method)
+        return f"{'.'.join(('method', *map(str, first['loc'])))}: {first['msg']}"
 
 
 def unknown_metric(path: Path, result: Mapping[str, Any]) -> str | None:

@@ -142,8 +142,8 @@ def best_early(baseline: Arm, arms: Sequence[Arm]) -> str | None:
     early = sum(share <= EARLY for share in shares)
     if len(shares) < len(baseline.runs) or early * 2 <= len(shares):
         return None
-    recipe = baseline.runs[0].recipe
-    if any(arm.method.is_plain and _is_shorter(arm.runs[0].recipe, recipe) for arm in arms if arm.runs):
+    recipe = baseline.recipe
+    if any(arm.method.is_plain and _is_shorter(arm.recipe, recipe) for arm in arms):
         return None
     given = " ".join(shell_line(["--arm", settings]) for settings in _with_a_shorter(baseline, arms))
     return (

@@ -100,7 +100,7 @@ def rows_of_task(task: str, found: list[Comparison]) -> list[Entry]:
 
 
 def _task_of(comparison: Comparison) -> str:
-    return str(comparison.arms[0].runs[0].recipe.get("task"))
+    return str(comparison.arms[0].recipe.get("task"))
 
 
 def _published_rows(published: Published) -> Iterator[Entry]:
@@ -125,7 +125,7 @@ def _published_rows(published: Published) -> Iterator[Entry]:
 
 def _own_rows(comparison: Comparison, title: str, link: str) -> Iterator[Entry]:
     """Yields a row for each metric of test and arm; the loss is a metric only where it is what is compared."""
-    dataset = dataset_of(comparison.arms[0].runs[0].recipe)
+    dataset = dataset_of(comparison.arms[0].recipe)
     for section in comparison.sections:
         if section.split == "test" and (section.metric == comparison.metric or not section.metric.endswith("loss")):
             style, metric = section.style, metrics.find(section.metric)

@@ -29,13 +29,13 @@ def shown(value: object) -> str:
 
 def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
     """Dotted key -> its value in each arm, the seed left out, in the order of the recipe."""
-    recipes = [flat(arm.runs[0].recipe) for arm in comparison.arms]
+    recipes = [flat(arm.recipe) for arm in comparison.arms]
     return {key: [recipe.get(key) for recipe in recipes] for key in _keys(recipes) if key != "seed"}
 
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
     """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
-    recipes = [flat(comparison.arms[0].runs[0].recipe) for comparison in found]
+    recipes = [flat(comparison.arms[0].recipe) for comparison in found]
     files = [_files(comparison) for comparison in found]
     settings: list[dict[str, object]] = []
     for comparison, recipe, own_files in zip(found, recipes, files, strict=True):
