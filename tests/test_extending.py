@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
+from rdrop.experiments import recipes
 from rdrop.experiments.launch import cli
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,7 @@ def readers_folder(tmp_path, monkeypatch):
     write_sentences(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(recipes, "_CLASSES", {**recipes._CLASSES})
     yield tmp_path
     for name, _ in MODULES:
         sys.modules.pop(name.removesuffix(".py"), None)
@@ -58,6 +61,34 @@ def test_modules_of_a_reader_run_as_the_page_says(readers_folder, capsys):
     assert "R-Drop can act on Tagger:" in shown
     assert "tagging: 2 seeds" in shown
     assert "sentences all right" in shown
+
+
+def test_a_file_that_a_task_of_ones_own_reads_is_known_by_its_content(readers_folder, capsys):
+    def run(*arguments):
+        status = cli.run([*arguments])
+        return status, " ".join(capsys.readouterr().err.split())
+
+    settings = ("tagging:TAGGING", "data.file=sentences.txt", "updates=4", "warmup_updates=1")
+    compare = ("compare", *settings, "--no-double-batch", "--seeds", "1")
+    evaluate = ("evaluate", "runs", "--recipe", "tagging:TAGGING")
+    assert run(*compare) == (0, ANY)
+    sentences = Path("sentences.txt").rename("moved.txt")
+
+    status, said = run(*evaluate)
+    assert status == 2
+    assert "sentences.txt'. Where files of the run have moved, say where they are by data.file=FILE." in said
+    assert run(*evaluate, "data.file=moved.txt")[0] == 0
+    assert "to score, change data.file" in run(*evaluate, "model.dropout=0.1")[1]
+
+    sentences.write_text(sentences.read_text().replace("home/place", "home/other"))
+    status, said = run(*evaluate, "data.file=moved.txt")
+    assert status == 2
+    assert "the training data are not those of the run" in said
+    sentences.rename("sentences.txt")
+    for again in (evaluate, compare):
+        status, said = run(*again)
+        assert status == 2
+        assert "sentences.txt: changed after" in said
 
 
 def test_each_addition_to_the_project_touches_the_files_that_the_page_says(tmp_path):

@@ -621,13 +621,13 @@ def test_the_seeds_that_would_show_the_difference_are_said_where_nothing_is_show
     assert remark(tmp_path, "With this spread") is None
 
 
-@pytest.mark.parametrize(("folds", "advised"), [(5, True), (6, False)])
-def test_more_seeds_than_folds_are_advised_together_with_as_many_folds(tmp_path, folds, advised):
+@pytest.mark.parametrize(("folds", "said"), [(5, True), (6, False)])
+def test_of_more_seeds_than_folds_it_is_said_how_many_have_a_part_of_their_own(tmp_path, folds, said):
     for seed, gain in enumerate((0.03, 0.033, 0.036)):
         for alpha in (0.0, 1.0):
             write_run(tmp_path, 0.7 + alpha * gain, alpha=alpha, seed=seed, data={"folds": folds})
     found = remark(tmp_path, "With this spread, 6 seeds")
-    assert ("; set data.folds to at least as many)" in found) == advised
+    assert ("; 5 have a part of their own)" in found) == said
 
 
 def test_more_seeds_than_a_thousand_are_not_counted(tmp_path):

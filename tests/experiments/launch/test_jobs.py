@@ -144,7 +144,7 @@ def test_a_second_ctrl_c_ends_at_once_what_does_not_stop(tmp_path: Path) -> None
             os.kill(pid, signal.SIGSTOP)  # so that it cannot save
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        assert any("Ctrl-C again: at once" in line for line in process.stderr)
+        assert any("Ctrl-C ends it at once" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         process.communicate()
         assert process.returncode == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from rdrop.experiments.comparison.comparison import Arm, Comparison
 from rdrop.experiments.comparison.finished_runs import FinishedRun
 from rdrop.experiments.comparison.tuning import Tried, Tuning
+from rdrop.experiments.comparison.wording import MINUS
 from rdrop.experiments.launch import cli
 from rdrop.experiments.launch.plan import Run
-from rdrop.experiments.launch.tune import FIRST_SEED, MOST_IN_FULL, make_grid, search, split_grid
+from rdrop.experiments.launch.tune import FIRST_SEED, MOST_IN_FULL, make_grid, plan_fresh, search, split_grid
 from rdrop.experiments.recipe import Recipe
+from rdrop.experiments.recipes import find_recipe
 from rdrop.experiments.run_folder import TUNING, RunFolder, find_runs
 from rdrop.experiments.tasks.digits.recipes import DIGITS_VIT
 from rdrop.experiments.training import trainer
@@ -168,6 +171,54 @@ def test_nothing_is_run_twice_and_the_page_is_the_same(trained: list[Recipe], tm
     compared = ["compare", "digits-vit", "alpha=1", "model.dropout=0.3", "--seeds", "6", "--no-double-batch"]
     assert cli.run([*compared, "--runs", str(tmp_path)]) == 0
     assert len(trained) == count + 6  # the baseline with that dropout
+
+
+def test_another_search_has_a_page_of_its_own(trained: list[Recipe], tmp_path: Path) -> None:
+    def pages() -> dict[str, str]:
+        return {page.name: page.read_text() for page in tmp_path.glob("*-tuning*")}
+
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    first = pages()
+    assert sorted(first) == ["digits-vit-tuning.html", "digits-vit-tuning.json"]
+    other = ["tune", "digits-vit", "alpha=0.5,2", "--tune-seeds", "2", "--seeds", "2", "--runs", str(tmp_path)]
+    assert cli.run(other) == 0
+    both = pages()
+    assert both == first | {name: both[name] for name in ("digits-vit-tuning-2.html", "digits-vit-tuning-2.json")}
+    assert cli.run([*other[:-4], "--seeds", "3", "--runs", str(tmp_path)]) == 0  # the same on more fresh seeds
+    assert pages().keys() == both.keys()
+    assert cli.run([*COMMAND, "--runs", str(tmp_path)]) == 0
+    assert pages()["digits-vit-tuning.html"] == first["digits-vit-tuning.html"]
+
+
+def test_keys_of_unlabeled_examples_are_those_of_rdrop(trained: list[Recipe], tmp_path: Path) -> None:
+    recipe = find_recipe("digits-100")
+    grid = make_grid(recipe, {"data.unlabeled_batch": ["32", "16"], "learning_rate": ["0.001", "0.002"]})
+    assert (len(grid.rdrop), len(grid.plain)) == (4, 2)
+    arms = plan_fresh(grid.rdrop[0], grid.plain[1], [0], tmp_path, larger_batch=True)
+    assert [label for label in arms if label.startswith("baseline")] == [
+        "baseline, learning rate 0.002",
+        "baseline, twice the batch, learning rate 0.002",
+    ]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("loss", -1)])
+def test_a_gain_is_above_0_in_every_metric(metric: str, sign: int, tmp_path: Path) -> None:
+    def arm(label: str, alpha: float, scores: tuple[float, ...]) -> Arm:
+        runs = []
+        for seed, score in enumerate(scores):
+            recipe = DIGITS_VIT.replace(seed=seed, alpha=alpha)
+            result = {"valid": {metric: score}, "test": {metric: score}, "metric": metric}
+            runs.append(FinishedRun(tmp_path / f"{seed}-{alpha}", recipe.saved(), recipe.method, result, []))
+        return Arm(label, runs[0].method, 32, tuple(runs))
+
+    fresh = Comparison("digits", metric, (arm("baseline", 0, (0.5, 0.5)), arm("R-Drop", 1, (0.5 - sign * 0.1,) * 2)))
+    rdrop, plain = (
+        Tried({}, is_plain, dict.fromkeys((1000, 1001), 0.5 + gain))
+        for is_plain, gain in ((False, sign * 0.2), (True, 0.0))
+    )
+    tuning = Tuning("digits", metric, (), (), (1000, 1001), (rdrop, plain), rdrop, plain, fresh, "")
+    said = tuning.sentences_of_search()[-1]
+    assert re.search(rf": \+[20.]+( points)? in the search, {MINUS}[10.]+ on 2 fresh seeds", said), said
 
 
 def test_the_report_leaves_the_runs_of_the_search_out(trained: list[Recipe], tmp_path: Path) -> None:
@@ -330,7 +381,7 @@ def test_what_was_left_of_the_gain_is_said_in_words(
         for is_plain, gain in ((False, in_search), (True, 0.0))
     )
     fresh = Comparison("digits", "accuracy", tuple(arms))
-    tuning = Tuning("digits", "accuracy", (), (), (1000, 1001), (rdrop, plain), rdrop, plain, fresh)
+    tuning = Tuning("digits", "accuracy", (), (), (1000, 1001), (rdrop, plain), rdrop, plain, fresh, "")
     assert tuning.sentences_of_search()[-1].endswith(words)
 
 

@@ -14,11 +14,12 @@ import pytest
 from tests.experiments.run_folders import VERSIONS, write_run, write_three_arms
 
 from rdrop.experiments.comparison.comparison import comparisons
+from rdrop.experiments.comparison.designs import Design, arm_digest, record_designs
 from rdrop.experiments.report import page as page_module
 from rdrop.experiments.report.html import Markup, element
 from rdrop.experiments.report.page import write_report
 from rdrop.experiments.report.plots import Curve, curve_of
-from rdrop.experiments.run_folder import ResultsError, StorageError, find_runs
+from rdrop.experiments.run_folder import ResultsError, RunFolder, StorageError, find_runs
 from rdrop.experiments.run_folder.predictions import Predictions, write_predictions
 
 VOID = {"meta", "br"}
@@ -452,6 +453,17 @@ def test_comparisons_of_one_name_are_told_apart_by_their_settings(tmp_path):
     page = page_of(tmp_path)
     for title in ("digits-vit (data.train_labels = 100)", "digits-vit (data.train_labels = 300)"):
         assert page.visible.count(title) == 2  # in the contents and above its section
+
+
+def test_comparisons_of_one_recipe_are_told_apart_by_their_arms(tmp_path):
+    arms = {}
+    for label, changes in {"plain": {"alpha": 0.0}, "longer": {"alpha": 0.0, "updates": 800}, "R": {}}.items():
+        arms[label] = arm_digest(RunFolder(write_run(tmp_path, 0.7, **{"alpha": 1.0, **changes})).recipe())
+    record_designs(tmp_path, [Design(arms, "R")])
+    write_run(tmp_path, 0.7, alpha=2.0)
+    page = page_of(tmp_path)
+    for arms_of_one in ("R; longer; plain", "R-Drop (alpha 1); R-Drop (alpha 2); baseline"):
+        assert page.visible.count(f"digits-vit (with = {arms_of_one})") == 2  # in the contents and above its section
 
 
 def test_curves_leave_gaps_where_a_value_is_no_finite_number(tmp_path):

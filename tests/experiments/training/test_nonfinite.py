@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rdrop.experiments.run_folder import RunFolder
 from rdrop.experiments.training import trainer
 from rdrop.experiments.training.checkpoints import CheckpointWarning, load_newest_good
-from rdrop.experiments.training.trainer import DivergedError, TrainingError, train
+from rdrop.experiments.training.trainer import DivergedError, RefusedError, TrainingError, train
 
 SHORT = RECIPE.replace(updates=4, checkpoint_every=1, keep_checkpoints=1)
 WHERE = ("a logit", "a row of logits", "all logits", "a gradient", "all gradients", "a weight", "a score")
@@ -97,6 +97,48 @@ def test_a_process_that_diverges_alone_writes_why_into_the_folder_of_the_run(
     why = RunFolder(tmp_path).failure()
     assert why is not None
     assert "step 2" in why
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"Lower learning_rate \(=0\.05\) or clip_norm \(=1\), and look at the data\.$"),
+        ({"clip_norm": None}, r"Lower learning_rate \(=0\.05\) or set clip_norm, and look"),
+        ({"precision": "bf16"}, r"or clip_norm \(=1\), set precision \(=bf16\) to fp32, and look"),
+    ],
+)
+def test_what_is_advised_after_a_divergence_is_not_so_already(
+    changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    poison = Poison("all gradients", math.nan, update=1, alpha=0.0, precision="fp32", place=0)
+    spoil(monkeypatch, poison)
+    with pytest.raises(DivergedError, match=words):
+        train(poison.recipe.replace(**changes), tmp_path)
+
+
+def test_a_score_that_is_not_finite_beside_a_finite_loss_points_at_the_scorer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = TinyTask.evaluate
+    monkeypatch.setattr(TinyTask, "evaluate", lambda *given: evaluate(*given) | {"accuracy": math.nan})
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    with pytest.raises(DivergedError, match=r"valid split: accuracy is nan\. Look at how TinyTask computes it\.$"):
+        train(SHORT, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scores", "missing", "found"),
+    [({"accuracy": 0.5}, "loss", "accuracy"), ({"loss": 1.0}, "accuracy", "loss"), ({}, "loss", "nothing")],
+)
+def test_a_score_that_is_missing_is_refused(
+    scores: dict[str, float], missing: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyTask, "evaluate", lambda *given: scores)
+    monkeypatch.setattr(TinyTask, "metric", "accuracy")
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    with pytest.raises(RefusedError, match=rf"TinyTask\.evaluate returns no '{missing}', but {found}; add it"):
+        train(SHORT, tmp_path)
 
 
 def assert_nothing_of_it_is_kept(folder: Path, poison: Poison) -> None:

@@ -28,6 +28,11 @@ def may_tell_arms_apart(key: str) -> bool:
     return key in Method.model_fields or key in ARM_KEYS or bool(re.fullmatch(r"model\..*dropout", key))
 
 
+def is_of_rdrop(key: str) -> bool:
+    """Whether the key means nothing to plain training."""
+    return key in Method.model_fields or key in ("data.unlabeled", "data.unlabeled_batch")
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training: the runs that differ in the seed alone, one a seed, in the order of the seeds."""
@@ -127,6 +132,7 @@ def unlabeled_words(recipe: dict[str, Any]) -> list[str]:
 
 def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
     keys = [key for key in arm.descriptions() if key not in Method.model_fields and key != "seed"]
+    keys = [key for key in keys if not (arm.method.is_plain and is_of_rdrop(key))]
     changed = {key: arm.value(key) for key in keys if arm.value(key) != reference.value(key)}
     for unit in ("batch_size", "batch_tokens"):
         if changed.get(unit) and reference.value(unit):
@@ -140,7 +146,7 @@ def _differences(arm: Recipe, reference: Recipe) -> Iterator[str]:
         changed = {key: value for key, value in changed.items() if key.removeprefix("model.") not in rates}
         yield "no dropout"
     for key, value in changed.items():
-        yield from _words(key, value, reference.value(key), is_plain=arm.method.is_plain)
+        yield from _words(key, value, reference.value(key))
 
 
 def as_many_updates(recipe: Recipe, times: float) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def as_many_updates(recipe: Recipe, times: float) -> dict[str, Any]:
     return changes
 
 
-def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]:
+def _words(key: str, value: Any, other: Any) -> Iterator[str]:
     name = key.rpartition(".")[2].replace("_", " ")
     match key:
         case "updates" | "epochs" | "batch_size" | "batch_tokens" if value and other and value % other == 0:
@@ -172,7 +178,7 @@ def _words(key: str, value: Any, other: Any, *, is_plain: bool) -> Iterator[str]
         case "schedule":
             yield f"{value} schedule"
         case "data.unlabeled":
-            if not is_plain and value is not None and other is not None:
+            if value is not None and other is not None:
                 yield f"of {value}"
         case "data.unlabeled_batch":
             yield f"{value} unlabeled per update"

@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.arms import Arm
+from rdrop.experiments.comparison.arms import Arm, is_of_rdrop
 from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
 from rdrop.experiments.comparison.learning import has_learned
 from rdrop.experiments.comparison.wording import counted, words
-from rdrop.experiments.recipe import Method, Recipe
+from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import typed
 from rdrop.experiments.shown import shell_line
 
@@ -170,11 +170,10 @@ def _with_a_shorter(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
 def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """Returns the settings that make an arm of the reference, both given by `_flat`."""
     is_plain = not arm["alpha"]
-    skipped = {*Method.model_fields, "data.unlabeled", "data.unlabeled_batch"} if is_plain else set()
     found = [_PLAIN] if is_plain else []
     for key in {**arm, **reference}:
         value, other = (side.get(key, _added_default(key)) for side in (arm, reference))
-        if value != other and key not in skipped:
+        if value != other and not (is_plain and is_of_rdrop(key)):
             number = int(value) if isinstance(value, float) and value.is_integer() else value
             found.append(shlex.quote(typed(key, number)))  # as `--arm` reads its words
     return " ".join(found)

@@ -102,7 +102,7 @@ def seeds_needed(contest: Contest, style: NumberStyle) -> str | None:
     number = "more than 1,000" if needed is None else str(needed)
     size = f"{style.difference(abs(difference.mean)).lstrip('+')}{style.points}"
     folds = max((count for run in contest.arm.runs if (count := folds_of(run)) is not None), default=None)
-    own_parts = "" if folds is None or (needed or folds + 1) <= folds else "; set data.folds to at least as many"
+    own_parts = "" if folds is None or (needed or folds + 1) <= folds else f"; {folds} have a part of their own"
     few = len(difference.seeds) < contest.least_seeds
     roughly = f"; {len(difference.seeds)} seeds tell the spread only roughly" if few else ""
     return (

@@ -60,24 +60,26 @@ class Tuning:
     best_rdrop: Tried
     best_plain: Tried
     fresh: Comparison
+    search: str
+    """The same for the same settings on as many seeds of the search."""
 
     @property
     def style(self) -> NumberStyle:
         """Returns how scores and differences on the valid split are printed."""
-        return NumberStyle.of(self.metric, [self.gain_in_search()])
+        return NumberStyle.of(self.metric, [self.difference_in_search()])
 
     def ranked(self) -> list[Tried]:
         """Returns what was tried, the best first; those that were dropped early or failed come last."""
         sign = -1 if metrics.find(self.metric).higher_is_better else 1
         return sorted(self.tried, key=lambda t: (t.problem is not None, -len(t.scores), sign * (t.mean or 0.0)))
 
-    def gain_in_search(self) -> PairedDifference:
+    def difference_in_search(self) -> PairedDifference:
         """The best R-Drop minus the best plain training, on valid, over the seeds that chose both."""
         return paired_difference(
             self.best_rdrop.scores, self.best_plain.scores, metrics.find(self.metric).higher_is_better
         )
 
-    def gain_on_fresh_seeds(self) -> PairedDifference:
+    def difference_on_fresh_seeds(self) -> PairedDifference:
         """The same two, on valid, over the seeds that chose nothing."""
         baseline, rdrop = self.fresh.arms[:2]
         return self.fresh.difference(rdrop, baseline, split="valid")
@@ -117,15 +119,17 @@ class Tuning:
         return f"{best.name} (the first of {equal + 1} with this score)" if equal else best.name
 
     def _what_was_left(self) -> str:
-        found, left, style = self.gain_in_search().mean, self.gain_on_fresh_seeds().mean, self.style
-        seeds = counted(len(self.gain_on_fresh_seeds().seeds), "fresh seed")
-        if found is None or left is None:
+        in_search, on_fresh, style = self.difference_in_search(), self.difference_on_fresh_seeds(), self.style
+        seeds = counted(len(on_fresh.seeds), "fresh seed")
+        if in_search.mean is None or on_fresh.mean is None:
             return "How much of the search's gain was left cannot be said: a score is missing."
+        sign = 1 if metrics.find(self.metric).higher_is_better else -1  # a gain is above 0 in every metric
+        found, left = sign * in_search.mean, sign * on_fresh.mean
         shown = f"{style.difference(found)}{style.points} in the search, {style.difference(left)} on {seeds}"
         line = f"R-Drop's gain in valid {words(self.metric)}: {shown}"
-        if not (found > 0 if metrics.find(self.metric).higher_is_better else found < 0):
+        if found <= 0:
             return f"{line}; the search had found no gain."
-        interval = self.gain_on_fresh_seeds().interval
+        interval = on_fresh.interval
         if interval is None or interval[0] <= 0 <= interval[1]:
             why = "there is no spread to tell" if interval is None else "the 95 % interval on fresh seeds holds 0"
             return f"{line}; how much of it was left cannot be said: {why}."
@@ -138,6 +142,7 @@ class Tuning:
         """Returns the search as one JSON object."""
         return {
             "name": self.name,
+            "search": self.search,
             "metric": self.metric,
             "seeds": list(self.seeds),
             "tried": [

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -101,6 +101,7 @@ def run(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     current = [_OLD_SPELLING.sub("--unlabeled", argument) for argument in arguments]
     try:
+        _require_once(current)
         with escaped_warnings():
             return int(_command()(current or ["--help"], prog_name="rdrop", standalone_mode=False) or 0)
     except UsageError as error:
@@ -120,6 +121,16 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), status=1)
 
 
+def _require_once(arguments: Sequence[str]) -> None:
+    """Refuses an option that is given more often than it is taken: of two files one would be read."""
+    of_commands = [option for command in _command().commands.values() for option in command.params]
+    several = {name for option in of_commands if getattr(option, "multiple", False) for name in option.opts}
+    given = [argument.partition("=")[0] for argument in itertools.takewhile(lambda other: other != "--", arguments)]
+    for name in dict.fromkeys(given):
+        if name.startswith("--") and name not in several and given.count(name) > 1:
+            raise typer.BadParameter(f"given {given.count(name)} times; it is taken once", param_hint=name)
+
+
 def _advice_on_setting(error: Exception) -> str | None:
     """Returns what to type where a key of a recipe was typed as an option: `--alpha 1`, `--batch-size=32`."""
     option = getattr(error, "option_name", None)
@@ -132,7 +143,7 @@ def _advice_on_setting(error: Exception) -> str | None:
 
 
 @cache
-def _command() -> Callable[..., Any]:
+def _command() -> Any:  # a group of the click that typer uses
     return typer.main.get_command(app)
 
 

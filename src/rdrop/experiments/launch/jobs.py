@@ -492,7 +492,7 @@ class Processes:
         heard = len(self._noted)
         for child in self._children.values():
             child.process.terminate()
-        self._display.wait("stopping: what is on is being saved. Ctrl-C again: at once")
+        self._display.wait("stopping: what is on is being saved; Ctrl-C ends it at once")
         while any(child.process.poll() is None for child in self._children.values()):
             if len(self._noted) > heard:
                 for child in self._children.values():

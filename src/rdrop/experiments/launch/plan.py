@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdrop.experiments.comparison.arms import ARM_KEYS, as_many_updates, label_of, may_tell_arms_apart
+from rdrop.experiments.comparison.arms import ARM_KEYS, as_many_updates, is_of_rdrop, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import unknown_metric
-from rdrop.experiments.recipe import Method, Recipe, override, with_excluded
+from rdrop.experiments.recipe import Recipe, override, with_excluded
 from rdrop.experiments.recipe.settings import RecipeError, read_settings, typed
 from rdrop.experiments.recipes import ARMS, find_recipe
 from rdrop.experiments.run_folder import RESULT, ResultsError, RunFolder, read_result, remedy, saved
@@ -160,7 +160,7 @@ def read_arm(recipe: Recipe, text: str) -> Recipe:
     if changes.get("alpha") != 0:
         return recipe.replace(**changes)
     for key in changes:
-        if (key in Method.model_fields and key != "alpha") or key.startswith("data.unlabeled"):
+        if is_of_rdrop(key) and key != "alpha":
             instead = "; the rate of the model is model.dropout" if key == "dropout" else ""
             rule = f"means nothing to an arm of plain training (alpha=0); leave it out{instead}"
             raise RecipeError(key, rule, value=changes[key])

@@ -9,6 +9,7 @@ of their own, which `rdrop report` leaves out: their seeds chose the settings, s
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.arms import Arm, label_of, may_tell_arms_apart
+from rdrop.experiments.comparison.arms import Arm, is_of_rdrop, label_of, may_tell_arms_apart
 from rdrop.experiments.comparison.comparison import Comparison
 from rdrop.experiments.comparison.designs import Design, arm_digest
-from rdrop.experiments.comparison.finished_runs import is_finite_number, split_usable
+from rdrop.experiments.comparison.finished_runs import is_finite_number, lost_runs, split_usable
 from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
 from rdrop.experiments.launch.jobs import FailedRunsError, Failure
@@ -96,7 +97,7 @@ def make_grid(recipe: Recipe, grid: Mapping[str, list[str]]) -> Grid:
         if key in recipe.descriptions() and not may_tell_arms_apart(key):
             rule = "is the same in both arms that a search compares; set one value, or search once for each"
             raise RecipeError(key, rule, value=grid[key])
-    method_keys = tuple(key for key in grid if key in Method.model_fields)
+    method_keys = tuple(key for key in grid if is_of_rdrop(key))
     other_keys = tuple(key for key in grid if key not in method_keys)
     rdrop = _candidates(recipe, grid, (*method_keys, *other_keys))
     for candidate in rdrop:
@@ -192,7 +193,7 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[
         if not finished:
             reasons = "".join(f": {run.path}: {run.problem}" for run in unusable[:1])
             raise FailedRunsError([Failure(label, runs[0].folder, f"no seed has finished{reasons}", 1)])
-        compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished)))
+        compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished), tuple(lost_runs(records))))
     metric = compared[0].runs[0].result["metric"]
     return Tuning(
         name=grid.recipe.name,
@@ -210,6 +211,7 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[
             looks=tuple(looks),
             baseline_label=compared[0].label,
         ),
+        search=hashlib.sha256(" ".join([str(seeds), *sorted(found.tried)]).encode()).hexdigest()[:12],
     )
 
 

@@ -34,7 +34,10 @@ def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
 
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
-    """Returns for each comparison the settings that tell it from others of its name; empty if the name is unique."""
+    """Returns for each comparison what tells it from others of its name; empty if the name is unique.
+
+    That is settings and the content of files, or else the arms that not all of them have.
+    """
     recipes = [flat(comparison.arms[0].recipe) for comparison in found]
     files = [_files(comparison) for comparison in found]
     settings: list[dict[str, object]] = []
@@ -54,6 +57,12 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
             if any(files[place].get(path, content) != content for place in of_name)
         }
         settings.append({key: recipe.get(key) for key in differing} | contents)
+    labels = [{arm.label for arm in comparison.arms} for comparison in found]
+    told = [titled(comparison.name, setting) for comparison, setting in zip(found, settings, strict=True)]
+    for setting, title, own in zip(settings, told, labels, strict=True):
+        same = [others for others, other in zip(labels, told, strict=True) if other == title]
+        if apart := own.difference(own.intersection(*same)):  # of one recipe and data, with other arms
+            setting["with"] = "; ".join(sorted(apart))
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ from rdrop.experiments.comparison.wording import NumberStyle, words
 from rdrop.experiments.report.html import Markup, element
 from rdrop.experiments.report.page import document, glossary, section
 from rdrop.experiments.report.plots import INK, SETTINGS, STAND_INS, finished_svg
-from rdrop.experiments.run_folder import write_atomically
+from rdrop.experiments.run_folder import ResultsError, read_file, write_atomically
 
 _COLUMN_INCHES, _ROW_INCHES = 1.0, 0.62
 _FAINTEST, _STRONGEST = 0.06, 0.62
@@ -27,14 +28,26 @@ _FAINTEST, _STRONGEST = 0.06, 0.62
 def write_tuning(tuning: Tuning, runs: Path) -> Path:
     """Writes the page and, beside it, the record of the search; returns the path of the page.
 
-    The folder remembers that the verdict was shown.
+    Another search of the recipe keeps its own. The folder remembers that the verdict was shown.
     """
     record_looks(runs, [tuning.fresh.look()])
-    page = runs / f"{tuning.name}-tuning.html"
+    pages = (runs / f"{tuning.name}-tuning{'' if number == 1 else f'-{number}'}.html" for number in count(1))
+    page = next(page for page in pages if _search_of(page) in (None, tuning.search))
     record = json.dumps(tuning.record(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(page.with_suffix(".json"), record.encode())
     write_atomically(page, _page(tuning, runs).encode())
     return page
+
+
+def _search_of(page: Path) -> object:
+    """Returns the search that has its record beside this page; None without one."""
+    record = page.with_suffix(".json")
+    if not record.exists():
+        return None
+    try:
+        return json.loads(read_file(record)).get("search", "")
+    except (ValueError, AttributeError, RecursionError, ResultsError):  # no record: it is left where it is
+        return ""
 
 
 def draw_grid(tuning: Tuning, name: str) -> Markup:

@@ -625,7 +625,8 @@ def _json_text(value: object, key: str, where: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str):
-        raise DataError(f"{where}: the value of {key!r} must be text or a number; correct it, or delete the line")
+        found = ", not null; a key that is null in all lines can be left out of them, else" if value is None else ";"
+        raise DataError(f"{where}: the value of {key!r} must be text or a number{found} correct it, or delete the line")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,5 +1,6 @@
 """The protocol of a task: all that the training loop asks of its data, model and scores."""
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.recipe.settings import RecipeError
+from rdrop.experiments.run_folder import data_files
 from rdrop.experiments.run_folder.predictions import Predictions
 from rdrop.experiments.tasks.share import Share
 from rdrop.terms import Divergence, TaskLoss
@@ -167,7 +169,9 @@ class ShowsLearning(Protocol):
 def load_task(recipe: Recipe, test: str | None = None) -> Task:
     """Returns the task of the recipe, with its data loaded; `test` is another file to score than the recipe's.
 
-    Raises `DataError` for data that are not what they should be, and `RecipeError` for a recipe that names no task.
+    The files that the section `data` names count as read for a task of a package of its own: it may read them by any
+    means. Raises `DataError` for data that are not what they should be, and `RecipeError` for a recipe that names no
+    task.
     """
     place = recipe.TASK
     if isinstance(place, str):
@@ -178,4 +182,8 @@ def load_task(recipe: Recipe, test: str | None = None) -> Task:
             rule = f"{type(recipe).__name__}.TASK (={recipe.TASK!r}) is not there: {error}"
             raise RecipeError("task", rule, value=recipe.task) from error
     task: Task = place(recipe) if test is None else place(recipe, test)
+    if not type(task).__module__.startswith("rdrop."):
+        for path in recipe.saved()["data"].values():
+            if isinstance(path, str) and os.path.isfile(path):
+                data_files.note_read(path)
     return task

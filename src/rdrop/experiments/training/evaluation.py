@@ -66,23 +66,25 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     if problem is not None:
         raise ResultsError(problem)
     own = load_recipe(run.path / RECIPE)
-    recipe, test = scoring_recipe(own, settings)
-    then, was, data = run.result.get("files", {}), own.saved()["data"], recipe.saved()["data"]
-    then = data_files.of_data(then, run.result["recipe"])
+    then, was = data_files.of_data(run.result.get("files", {}), run.result["recipe"]), own.saved()["data"]
+    places = [key for key, name in was.items() if data_files.below(then, name)]
+    recipe, test = scoring_recipe(own, settings, places)
+    data = recipe.saved()["data"]
     if changed := data_files.changed_in_place(then, was, data):
         raise ResultsError(
             f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
             "held. To score other examples, give them a file of its own: --test FILE."
         )
-    where = _keys_of_places(recipe.data)
+    where = _keys_of_places(recipe.data, places)
     now: dict[str, str] = {}
     try:
         with data_files.noting(now, data):
             task = load_task(recipe, test)
-    except MissingDataError as error:
+    except (MissingDataError, FileNotFoundError) as error:
         raise MissingDataError(f"{error}. Where files of the run have moved, say where they are by {where}.") from error
     is_other = any(
-        data_files.is_other_when_moved(then, was.get(key), now, data.get(key)) for key in ("folder", "train")
+        data_files.is_other_when_moved(then, was.get(key), now, data.get(key))
+        for key in {"folder", "train", *(key for key in places if f"data.{key}" not in SCORING_KEYS)}
     )
     if is_other or run.result.get("data") not in (None, fingerprint(task)):
         raise ResultsError(
@@ -110,18 +112,22 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     return run.result | {"test": scores, "constant": constant, "notes": notes, "test_file": test}
 
 
-def _keys_of_places(data: object) -> str:
-    """Returns the settings by which files that have moved are named."""
+def _keys_of_places(data: object, places: Iterable[str]) -> str:
+    """Returns the settings by which files that have moved are named; `places` are those of the files of the run."""
     has_own = getattr(data, "train", None) is not None
-    keys = ("train", "valid", "test", "codes", "unlabeled") if has_own else ("folder", "unlabeled")
+    keys = ["train", "valid", "test", "codes", "unlabeled"] if has_own else ["folder", "unlabeled"]
+    keys += [key for key in places if f"data.{key}" not in SCORING_KEYS]
     given = [key for key in keys if getattr(data, key, None) not in (None, "all")]
     return (
         " and ".join(f"data.{key}={'FOLDER' if key == 'folder' else 'FILE'}" for key in given) or "data.folder=FOLDER"
     )
 
 
-def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str | None]:
+def scoring_recipe(recipe: Recipe, settings: Iterable[str], places: Iterable[str] = ()) -> tuple[Recipe, str | None]:
     """Changes the recipe of a run by settings that leave the trained model what it is; refuses others.
+
+    `places` are the keys of the section `data` that name files which the run has read: a task of one's own may have
+    other keys for them than those of `SCORING_KEYS`.
 
     A test file for a run that had none is no change of its recipe, which would put what was held out back into the
     training data; it is returned beside it.
@@ -137,10 +143,13 @@ def scoring_recipe(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, str
                 raise RecipeError("data.test", "names the file to score", value="null")
             test = value if isinstance(value, str) else setting.removeprefix("data.test=")
     changed = override(recipe, settings)
+    keys = dict.fromkeys([*SCORING_KEYS, *(f"data.{key}" for key in places)])
     for setting in settings:
         key, _, text = setting.partition("=")
-        if key not in SCORING_KEYS and not key.startswith("decoding."):
-            rule = f"belongs to the training; to score, change {', '.join(SCORING_KEYS)} or a key of decoding"
+        if key not in keys and not key.startswith("decoding."):
+            own = recipe.descriptions()
+            or_search = " or a key of decoding" if any(name.startswith("decoding.") for name in own) else ""
+            rule = f"belongs to the training; to score, change {', '.join(k for k in keys if k in own)}{or_search}"
             raise RecipeError(key, rule, value=text)
     return changed, test
 

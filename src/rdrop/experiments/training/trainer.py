@@ -422,9 +422,11 @@ class _Training:
 
     def advice(self) -> str:
         recipe = self.recipe
+        clip = "set clip_norm" if recipe.clip_norm is None else f"clip_norm (={recipe.clip_norm:g})"
+        exact = "" if recipe.precision == "fp32" else f", set precision (={recipe.precision}) to fp32"
         return (
-            f"The weights are still those of step {self.state.step}. Lower learning_rate (={recipe.learning_rate}) or "
-            f"clip_norm (={recipe.clip_norm}), set precision (={recipe.precision}) to fp32, and look at the data."
+            f"The weights are still those of step {self.state.step}. Lower learning_rate (={recipe.learning_rate:g}) "
+            f"or {clip}{exact}, and look at the data."
         )
 
     # ---------------------------------------------------------------------------------- scores, checkpoints, result
@@ -525,10 +527,18 @@ class _Training:
                 hook.remove()
         with _refusals():
             metrics.rows(scores)
+        scorer = type(self.task).__name__
+        for name in ("loss", self.task.metric):
+            if name not in scores:
+                raise RefusedError(
+                    f"{scorer}.evaluate returns no {name!r}, but {', '.join(scores) or 'nothing'}; add it"
+                )
         wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
         if wrong:
             step = self.state.step
-            raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", self.advice())
+            # A model with a finite loss has not diverged.
+            advice = f"Look at how {scorer} computes it." if math.isfinite(scores["loss"]) else self.advice()
+            raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", advice)
         return scores
 
     def finish(self) -> dict[str, Any]:
