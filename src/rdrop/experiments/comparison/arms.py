@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def failures(self) -> dict[int, str]:
-        """What ended the runs that have no score, by the seed."""
+        """The ends of the runs that have no score, by the seed."""
         return {run.seed: run.why for run in self.lost}
 
     @property
