@@ -67,7 +67,7 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
         raise ResultsError(problem)
     own = load_recipe(run.path / RECIPE)
     then, was = data_files.of_data(run.result.get("files", {}), run.result["recipe"]), own.saved()["data"]
-    places = [key for key, name in was.items() if data_files.below(then, name)]
+    places = [key for key, name in was.items() if "" in data_files.below(then, name).values()]
     recipe, test = scoring_recipe(own, settings, places)
     data = recipe.saved()["data"]
     if changed := data_files.changed_in_place(then, was, data):
