@@ -838,6 +838,14 @@ def test_an_arm_that_diverged_on_all_seeds_keeps_its_row_and_the_verdict_names_i
     assert re.search(r"^R-Drop \(alpha 1\) † +— ", printed(comparison), re.MULTILINE)
 
 
+def test_an_arm_that_diverged_on_all_seeds_was_not_added_after_a_verdict(tmp_path):
+    write_ten_seeds(tmp_path, GAINS)
+    for seed in range(10):
+        write_failure(tmp_path, seed, alpha=4.0)
+    (again,) = comparisons(find_runs(tmp_path), [only(tmp_path).look()])
+    assert again.added_arms == ()
+
+
 def test_a_baseline_that_diverged_on_all_seeds_is_named(tmp_path):
     write_ten_seeds(tmp_path, GAINS, failed_baseline=range(10))
     first, *_, last = only(tmp_path).verdict().split("\n")
@@ -887,7 +895,7 @@ def test_a_seed_that_was_trained_again_after_it_had_diverged_counts(tmp_path):
     assert comparison.gaps() == ()
 
 
-@pytest.mark.parametrize("damage", [{"task": []}, {"name": None}, {"seed": None}, {"method": 3}])
+@pytest.mark.parametrize("damage", [{"task": []}, {"name": None}, {"seed": None}, {"method": 3}, {"batch_size": None}])
 def test_a_failure_with_a_damaged_recipe_hides_no_other_run(tmp_path, damage):
     write_ten_seeds(tmp_path, GAINS, failed=(9,))
     (failed,) = (run for run in find_runs(tmp_path) if run.failure is not None)

@@ -229,7 +229,7 @@ class Comparison:
         for look in self.looks:
             seeds = {arm.label: sum(run.path.name in look for run in arm.runs) for arm in self.arms}
             if sum(count >= least_seeds() for count in seeds.values()) > 1:
-                return tuple(arm for arm in self.arms if not seeds[arm.label])
+                return tuple(arm for arm in self.arms if arm.runs and not seeds[arm.label])
         return ()
 
     def remarks(self, contests: int | None = None) -> list[str]:

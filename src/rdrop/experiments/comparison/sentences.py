@@ -132,9 +132,9 @@ def diverged_runs(arm: Arm) -> str | None:
     runs = f"{len(found)} of {counted(len(arm.runs) + len(arm.failures), f'{arm.label} run')}"
     seed, seen = next(iter(found.items()))
     which = "" if len(found) == 1 else f" (seed {seed})"
-    rate = f"learning_rate (={arm.recipe['learning_rate']:g})"
-    # Of those without a score the list of unfinished runs has what each was advised.
-    advice = f" Lower {rate}, or lengthen the warm-up." if len(found) > len(arm.failures) else ""
+    advice = ""
+    if len(found) > len(arm.failures):  # of those without a score the list of unfinished runs has what each was advised
+        advice = f" Lower learning_rate (={arm.recipe['learning_rate']:g}), or lengthen the warm-up."
     return f"{runs} diverged ({noun} {listed(tuple(found))}): {seen}{which}.{advice}"
 
 

@@ -181,7 +181,7 @@ def _warnings(comparison: Comparison) -> list[str]:
     ):
         if _differ([run.result.get(key, {}) for run in runs]):
             sentences.append(f"The runs were not all made with the same {key}: {consequence}.")
-    rdrop_arms = sum(not arm.method.is_plain for arm in comparison.arms)
+    rdrop_arms = sum(bool(arm.runs) and not arm.method.is_plain for arm in comparison.arms)
     if rdrop_arms > 1 and comparison.subject is None:  # a subject was chosen before
         sentences.append(
             f"{rdrop_arms} R-Drop arms stand against one baseline. p is corrected for that, but each interval is for "

@@ -103,7 +103,7 @@ def _scores_of_finished_runs(runs: Path, between: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     all_of_runs = comparisons(find_runs(runs), designs=read_designs(runs))
     for comparison, setting in zip(all_of_runs, distinguishing_settings(all_of_runs), strict=True):
-        rdrop = [arm for arm in comparison.challengers if not arm.method.is_plain]
+        rdrop = [arm for arm in comparison.challengers if arm.runs and not arm.method.is_plain]
         rdrop = [arm for arm in rdrop if comparison.subject in (None, arm)][:1]
         dataset = dataset_of(comparison.arms[0].recipe)
         if comparison.baseline is not None and dataset == DATASETS.get(comparison.name, dataset):

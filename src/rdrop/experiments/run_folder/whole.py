@@ -129,7 +129,7 @@ def what_is_damaged(path: Path, recipe: Mapping[str, Any], result: Mapping[str, 
 
 def is_whole_recipe(recipe: Mapping[str, Any]) -> bool:
     """Whether the recipe of a run, finished or not, has what a comparison reads."""
-    return _wrong_entry(Path(RECIPE), recipe, _of_recipe(recipe)) is None
+    return (_wrong_entry(Path(RECIPE), recipe, _of_recipe(recipe)) or _no_batch(Path(), recipe)) is None
 
 
 def what_is_damaged_in_result(path: Path, result: Mapping[str, Any], *, for_weights: bool = False) -> str | None:
