@@ -846,6 +846,26 @@ def test_an_arm_that_diverged_on_all_seeds_was_not_added_after_a_verdict(tmp_pat
     assert again.added_arms == ()
 
 
+def test_without_a_baseline_too_the_arms_that_diverged_are_named(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, 0.7, seed=seed, alpha=1.0)
+        write_failure(tmp_path, seed, alpha=4.0)
+    assert only(tmp_path).verdict().split("\n") == [
+        "Nothing to compare: no run of the baseline (alpha 0) has finished.",
+        "2 of 2 R-Drop (alpha 4) runs diverged (seeds 0 and 1): step 12: loss is nan (seed 0).",
+    ]
+
+
+def test_an_arm_beside_a_design_that_diverged_on_all_seeds_is_told_too(tmp_path):
+    digests = {}
+    for alpha, label in ((0.0, "baseline"), (1.0, "R-Drop")):
+        digests[label] = arm_digest(RunFolder(write_run(tmp_path, 0.7, alpha=alpha)).recipe())
+    write_failure(tmp_path, 0, alpha=4.0)
+    designed, beside = comparisons(find_runs(tmp_path), designs=[Design(digests, "R-Drop")])
+    assert [arm.label for arm in designed.arms] == ["baseline", "R-Drop"]
+    assert [arm.marked_label for arm in beside.arms] == ["baseline", "R-Drop (alpha 1)", "R-Drop (alpha 4) †"]
+
+
 def test_a_baseline_that_diverged_on_all_seeds_is_named(tmp_path):
     write_ten_seeds(tmp_path, GAINS, failed_baseline=range(10))
     first, *_, last = only(tmp_path).verdict().split("\n")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rdrop.experiments.comparison.arms import Arm
-from rdrop.experiments.comparison.finished_runs import FinishedRun
+from rdrop.experiments.comparison.finished_runs import FinishedRun, LostRun
 from rdrop.experiments.comparison.hints import (
     alpha_too_large,
     best_early,
@@ -169,13 +169,17 @@ def test_the_hint_of_a_shorter_baseline_keeps_the_larger_batch_that_arms_would_r
     assert len(found) == 4
 
 
-def test_the_hint_of_a_shorter_baseline_keeps_the_arms_that_a_recipe_brings() -> None:
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_the_hint_of_a_shorter_baseline_keeps_the_arms_that_a_recipe_brings(is_lost: bool) -> None:
     recipe = find_recipe("digits")
     planned = plan_arms(recipe, larger_batch=True).arms
     arms = [
         Arm(label, of.method, of.batch_size or 0, (replace(with_best(run(0.0), 20, **of.saved()), method=of.method),))
         for label, of in planned.items()
     ]
+    if is_lost:
+        lost = [(LostRun(Path(arm.label), arm.recipe, arm.method, "loss is nan"),) for arm in arms]
+        arms[1:] = [replace(arm, runs=(), lost=own) for arm, own in zip(arms[1:], lost[1:], strict=True)]
     said = best_early(arms[0], arms)
     assert said is not None
     given = arms_given(said)

@@ -170,6 +170,8 @@ def test_every_command_refuses_a_wrong_setting(command: str, capsys: pytest.Capt
         (["compare", "digits-vit", "--seeds", "1,4294967296"], "seed=4294967296: must be less than 4294967296"),
         (["compare", "digits-vit", "--seeds", "9" * 30], "is neither"),
         (["train", "digits", "--runs", "a", "--runs=b"], "--runs: given 2 times; it is taken once"),
+        (["bench", "--rows", "1", "--rows", "2"], "No such option: --rows"),
+        (["train", "digits", "--alpha", "1", "--alpha", "2"], "written without hyphens: alpha=..."),
         (["evaluate", "runs", "--test", "a", "--test", "b", "--test", "c"], "--test: given 3 times; it is taken once"),
         (["compare", "digits-vit", "alpha=0"], "alpha=0: a comparison needs R-Drop, alpha > 0"),
         (["compare", "digits-vit", "seed=3"], "seed: a comparison has several; say which with --seeds"),

@@ -201,6 +201,31 @@ def test_keys_of_unlabeled_examples_are_those_of_rdrop(trained: list[Recipe], tm
     ]
 
 
+@pytest.mark.parametrize("lost", [(1.0, 32), (0.0, 64), (0.0, 32)])
+def test_an_arm_that_diverged_on_all_fresh_seeds_is_said_beside_the_others(
+    lost: tuple[float, int],
+    trained: list[Recipe],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored = trainer.train
+
+    def train(recipe: Recipe, folder: Path, **options: Any) -> dict[str, Any]:
+        if recipe.seed < FIRST_SEED and (recipe.method.alpha, recipe.batch_size) == lost:
+            RunFolder(folder).write_recipe(recipe.saved())
+            RunFolder(folder).write_failure(12, "step 12: loss is nan. Lower alpha.")
+            raise trainer.DivergedError(12, "step 12: loss is nan", "Lower alpha.")
+        return scored(recipe, folder, **options)
+
+    monkeypatch.setattr(trainer, "train", train)
+    assert cli.run(["tune", "digits-vit", "alpha=0.5,1", "--tune-seeds", "1", "--seeds", "2", "--runs", str(tmp_path)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "diverged (seeds 0 and 1): step 12: loss is nan (seed 0)." in shown
+    record = json.loads((tmp_path / "digits-vit-tuning.json").read_text())
+    assert [bool(arm["test"]) for arm in record["fresh"]].count(False) == 1
+
+
 @pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("loss", -1)])
 def test_a_gain_is_above_0_in_every_metric(metric: str, sign: int, tmp_path: Path) -> None:
     def arm(label: str, alpha: float, scores: tuple[float, ...]) -> Arm:

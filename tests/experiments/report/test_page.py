@@ -441,6 +441,16 @@ def test_several_rdrop_arms_carry_the_warning_of_choosing_the_best(tmp_path):
     assert "2 R-Drop arms stand against one baseline" in page_of(tmp_path).visible
 
 
+def test_an_arm_without_a_score_is_no_choice_and_its_runs_are_listed(tmp_path):
+    for alpha in (0.0, 1.0):
+        write_run(tmp_path, 0.7, alpha=alpha)
+    lost = write_run(tmp_path, 0.0, alpha=4.0, unfinished=True)
+    RunFolder(lost).write_failure(12, "step 12: loss is nan. Lower alpha (=4).")
+    page = page_of(tmp_path)
+    assert "arms stand against one baseline" not in page.visible
+    assert f"0 (diverged) step 12: loss is nan {lost.relative_to(tmp_path)}" in page.visible
+
+
 def test_a_repeated_run_is_named(tmp_path):
     old = write_run(tmp_path / "a", 0.7, passes=2)
     write_run(tmp_path / "b", 0.7, passes=3, finished="2027-01-01T00:00:00Z")

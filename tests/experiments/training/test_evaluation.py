@@ -19,7 +19,7 @@ from rdrop.experiments.launch import cli
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES, load_recipe
-from rdrop.experiments.run_folder import ResultsError, find_runs
+from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
 from rdrop.experiments.tasks.decoding.search import Search
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.tasks.image_classification.data import load_splits
@@ -268,6 +268,20 @@ def test_several_runs_are_compared_and_the_look_at_their_scores_is_all_that_is_w
     assert len(looks.read_text().splitlines()) == 1
     looks.unlink()
     assert contents(compared) == before
+
+
+def test_a_run_that_diverged_has_its_place_beside_the_new_scores(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path, dirs_exist_ok=True)
+    lost = DIGITS_VIT.replace(alpha=1.0, updates=20, evaluate_every=10, seed=1)
+    folder = RunFolder(tmp_path / lost.name / lost.digest())
+    folder.write_recipe(lost.saved())
+    folder.write_failure(12, "step 12: loss is nan. Lower alpha (=1).")
+    out, err = shown([tmp_path], capsys)
+    assert "left out of R-Drop (alpha 1): seed 1 (diverged, without a score)" in out
+    assert "1 of 2 R-Drop (alpha 1) runs diverged (seed 1): step 12: loss is nan." in out
+    assert err.count(f"left out: {folder.path}") == 1
 
 
 @pytest.mark.parametrize(

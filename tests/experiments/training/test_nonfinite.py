@@ -127,6 +127,14 @@ def test_a_score_that_is_not_finite_beside_a_finite_loss_points_at_the_scorer(
         train(SHORT, tmp_path)
 
 
+def test_an_infinite_score_of_a_finite_loss_is_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = TinyTask.evaluate
+    monkeypatch.setattr(TinyTask, "evaluate", lambda *given: evaluate(*given) | {"perplexity": math.inf})
+    monkeypatch.setattr(trainer, "load_task", TinyTask)
+    with pytest.raises(DivergedError, match=r"valid split: perplexity is inf\..*Lower learning_rate"):
+        train(SHORT, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("scores", "missing", "found"),
     [({"accuracy": 0.5}, "loss", "accuracy"), ({"loss": 1.0}, "accuracy", "loss"), ({}, "loss", "nothing")],

@@ -47,9 +47,14 @@ class Arm:
     """Those that have diverged without a score."""
 
     @property
+    def first(self) -> FinishedRun | LostRun:
+        """The first of its runs, a finished one if there is any."""
+        return self.runs[0] if self.runs else self.lost[0]
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The saved recipe of its first run."""
-        return (*self.runs, *self.lost)[0].recipe
+        return self.first.recipe
 
     @property
     def failures(self) -> dict[int, str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rdrop.experiments import metrics
@@ -50,8 +51,9 @@ LEAST_BYTES = 2**25
 class Comparison:
     """The arms trained by one recipe, the baseline first.
 
-    Without a finished plain run of the recipe's batch size there is no `baseline`, and nothing is compared. `repeats`
-    are further runs of an arm and seed that already has a later one; they are listed, never averaged in.
+    Without a plain run of the recipe's batch size, finished or diverged, there is no `baseline`, and nothing is
+    compared. `repeats` are further runs of an arm and seed that already has a later one; they are listed, never
+    averaged in.
     """
 
     name: str
@@ -89,6 +91,11 @@ class Comparison:
     def runs(self) -> tuple[FinishedRun, ...]:
         """All runs, also those that a later one of the same arm and seed replaces."""
         return (*(run for arm in self.arms for run in arm.runs), *self.repeats)
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """The folders of all runs, also of those that have no score."""
+        return frozenset(run.path for run in (*self.runs, *(run for arm in self.arms for run in arm.lost)))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -210,14 +217,14 @@ class Comparison:
 
     def verdict(self) -> str:
         """Says what the comparison shows, a sentence a line: for each contest, and for each arm with failed runs."""
-        if self.baseline is None:
-            return "Nothing to compare: no run of the baseline (alpha 0) has finished."
-        if not self.challengers:
-            return "Nothing to compare: only the baseline has finished runs."
         style = self.sections[0].style
+        found = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
+        if self.baseline is None:
+            found = ["Nothing to compare: no run of the baseline (alpha 0) has finished."]
+        elif not self.challengers:
+            found = ["Nothing to compare: only the baseline has finished runs."]
         failed = [said(arm) for arm in self.arms for said in (sentences.without_learning, sentences.diverged_runs)]
-        of_contests = [sentences.verdict(contest, self.metric, style) for contest in self.contests]
-        return "\n".join([*of_contests, *filter(None, failed)])
+        return "\n".join([*found, *filter(None, failed)])
 
     def corrections(self) -> list[str]:
         """Says for what the p values of the verdict are corrected, and for what they are not."""
@@ -291,19 +298,19 @@ def comparisons(
     records = list(records)
     finished, lost = split_usable(records)[0], lost_runs(records)
     designed = list(_designed(finished, lost, designs))
-    told = {run.path for comparison in designed for run in comparison.runs}
+    told = {path for comparison in designed for path in comparison.paths}
     families: dict[tuple[str, str, str], list[FinishedRun]] = {}
     for run in finished:
         families.setdefault((run.recipe["name"], run.result["metric"], _family(run)), []).append(run)
     lost_of_families: dict[str, list[LostRun]] = {}
-    for of_none in lost:
-        lost_of_families.setdefault(_family(of_none), []).append(of_none)
+    for lost_run in lost:
+        lost_of_families.setdefault(_family(lost_run), []).append(lost_run)
     found = [
         comparison
         for key in sorted(families)
         for runs in _by_content(families[key])
         for comparison in _comparisons_of_family(runs, lost_of_families.get(key[-1], ()))
-        if not told.issuperset(run.path for run in comparison.runs)
+        if not told.issuperset(comparison.paths)
     ]
     if designed:
         found = sorted([*designed, *found], key=lambda comparison: comparison.name)
@@ -315,21 +322,19 @@ def _designed(
     finished: Iterable[FinishedRun], lost: Iterable[LostRun], designs: Iterable[Design]
 ) -> Iterator[Comparison]:
     """Yields the comparisons of the designs that have finished runs: plain training first, the subject last."""
-    by_arm: dict[str, list[FinishedRun]] = {}
-    for run in finished:
+    by_arm: dict[str, list[_Run]] = {}
+    ended: list[_Run] = [*finished, *lost]
+    for run in ended:
         by_arm.setdefault(arm_digest(run.recipe), []).append(run)
-    lost_by_arm: dict[str, list[LostRun]] = {}
-    for of_none in lost:
-        lost_by_arm.setdefault(arm_digest(of_none.recipe), []).append(of_none)
     for design in designs:
-        of_design = [run for digest in design.arms.values() for run in by_arm.get(digest, ())]
+        runs_of_arms = {label: by_arm[digest] for label, digest in design.arms.items() if digest in by_arm}
+        of_design = [run for own in runs_of_arms.values() for run in own if isinstance(run, FinishedRun)]
         for runs in (own for of_labels in _by_content(of_design) for own in _by_unlabeled_content(of_labels)):
             paths = {run.path for run in runs}
             of_arms: dict[str, list[_Run]] = {}
-            for label, digest in design.arms.items():
-                of_arm = [*(run for run in by_arm.get(digest, ()) if run.path in paths), *lost_by_arm.get(digest, ())]
-                if of_arm:
-                    of_arms[label] = of_arm
+            for label, of_arm in runs_of_arms.items():
+                if of_content := [run for run in of_arm if run.path in paths or isinstance(run, LostRun)]:
+                    of_arms[label] = of_content
             order = sorted(of_arms, key=lambda label: (label == design.subject, not of_arms[label][0].method.is_plain))
             comparison = _comparison({label: of_arms[label] for label in order})
             yield replace(comparison, baseline_label=design.baseline, subject_label=design.subject)
@@ -404,10 +409,10 @@ def _comparisons_of_family(family: list[FinishedRun], lost: Iterable[LostRun]) -
     for run, unlabeled in zip(family, _unlabeled_contents(family), strict=True):
         runs.setdefault(_Key(run.method.arm(), run.batch, unlabeled), []).append(run)
     finished = set(runs)
-    for of_none in lost:
-        without = _Key(of_none.method.arm(), of_none.batch, "")
+    for lost_run in lost:  # of what content its unlabeled examples were is not known
+        without = _Key(lost_run.method.arm(), lost_run.batch, "")
         for key in [key for key in finished if key._replace(unlabeled="") == without] or [without]:
-            runs.setdefault(key, []).append(of_none)
+            runs.setdefault(key, []).append(lost_run)
 
     shown: set[_Key] = set()
     for batch in sorted({key.batch for key in runs}):

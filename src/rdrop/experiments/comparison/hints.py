@@ -12,7 +12,7 @@ from typing import Any
 
 from rdrop.experiments import metrics
 from rdrop.experiments.comparison.arms import Arm, is_of_rdrop
-from rdrop.experiments.comparison.finished_runs import FinishedRun, is_finite_number
+from rdrop.experiments.comparison.finished_runs import FinishedRun, LostRun, is_finite_number
 from rdrop.experiments.comparison.learning import has_learned
 from rdrop.experiments.comparison.wording import counted, words
 from rdrop.experiments.recipe import Recipe
@@ -157,12 +157,11 @@ def _with_a_shorter(baseline: Arm, arms: Sequence[Arm]) -> list[str]:
     """Returns the settings of the arms that `--arm` must name, as it replaces all but the recipe and its baseline: the
     other plain ones, where the comparison was designed those of R-Drop too, and half of the baseline.
     """
-    subject = next((arm for arm in reversed(arms) if arm.runs and not arm.method.is_plain), baseline)
-    reference = _flat(subject.runs[0])
-    first = _settings(_flat(baseline.runs[0]), reference)
-    others = [arm for arm in arms if arm.runs and arm is not subject and (arm.method.is_plain or first != _PLAIN)]
-    beside = [_settings(_flat(arm.runs[0]), reference) for arm in others]
-    own = _flat(baseline.runs[0])
+    subject = next((arm for arm in reversed(arms) if not arm.method.is_plain), baseline)
+    own, reference = _flat(baseline.first), _flat(subject.first)
+    first = _settings(own, reference)
+    others = [arm for arm in arms if arm is not subject and (arm.method.is_plain or first != _PLAIN)]
+    beside = [_settings(_flat(arm.first), reference) for arm in others]
     halves = {key: _half(own[key]) for key in (*_LENGTHS, "warmup_updates") if own.get(key)}
     return [*(settings for settings in beside if settings != _PLAIN), _settings(own | halves, reference)]
 
@@ -179,7 +178,7 @@ def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     return " ".join(found)
 
 
-def _flat(run: FinishedRun) -> dict[str, Any]:
+def _flat(run: FinishedRun | LostRun) -> dict[str, Any]:
     """Returns the settings of a run by their keys: `alpha`, `updates`, `model.dropout`."""
     found = run.method.model_dump(mode="json")
     for key, value in run.recipe.items():

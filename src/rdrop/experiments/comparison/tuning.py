@@ -140,6 +140,7 @@ class Tuning:
 
     def record(self) -> dict[str, Any]:
         """Returns the search as one JSON object."""
+        results = [run.result for arm in self.fresh.arms for run in arm.runs]
         return {
             "name": self.name,
             "search": self.search,
@@ -159,9 +160,9 @@ class Tuning:
                 }
                 for arm in self.fresh.arms
             ],
-            "finished": max(run.result["finished"] for arm in self.fresh.arms for run in arm.runs),
-            "versions": self.fresh.arms[0].runs[0].result["versions"],
-            "machine": self.fresh.arms[0].runs[0].result["machine"],
+            "finished": max(result["finished"] for result in results),
+            "versions": results[0]["versions"],
+            "machine": results[0]["machine"],
             "says": self.sentences(),
         }
 

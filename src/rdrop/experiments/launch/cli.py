@@ -122,12 +122,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _require_once(arguments: Sequence[str]) -> None:
-    """Refuses an option that is given more often than it is taken: of two files one would be read."""
-    of_commands = [option for command in _command().commands.values() for option in command.params]
-    several = {name for option in of_commands if getattr(option, "multiple", False) for name in option.opts}
+    """Refuses an option that is given more often than its command takes it: of two files one would be read."""
+    command = _command().commands.get(next(iter(arguments), None))
+    options = [] if command is None else command.params
+    once = [
+        option for option in options if not getattr(option, "multiple", False) and not getattr(option, "is_flag", False)
+    ]
     given = [argument.partition("=")[0] for argument in itertools.takewhile(lambda other: other != "--", arguments)]
-    for name in dict.fromkeys(given):
-        if name.startswith("--") and name not in several and given.count(name) > 1:
+    for name in (name for option in once for name in option.opts if name.startswith("--")):
+        if given.count(name) > 1:
             raise typer.BadParameter(f"given {given.count(name)} times; it is taken once", param_hint=name)
 
 
@@ -387,7 +390,9 @@ def evaluate(
     elif len(scored) == 1 and scored[0].result is not None:
         _show_scores(scored[0].result, ("test",))
     else:
-        shown = _show_comparisons(scored, runs, are_new_scores=bool(changes))
+        lost = [record for record in find_runs(runs) if record.failure is not None]
+        of = {run.path for run in scored}
+        shown = _show_comparisons([*scored, *lost], runs, of=of, are_new_scores=bool(changes))
         if not changes:
             record_looks(runs, (comparison.look() for comparison in shown))
     if failures:

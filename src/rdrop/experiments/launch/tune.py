@@ -189,12 +189,15 @@ def tuning_of(grid: Grid, seeds: int, found: Found, arms: Arms, looks: Iterable[
     compared = []
     for label, runs in arms.items():
         records = [record for run in runs if run.folder.is_dir() for record in find_runs(run.folder)]
-        finished, unusable = split_usable(records)
-        if not finished:
+        (finished, unusable), lost = split_usable(records), lost_runs(records)
+        if not (finished or lost):
             reasons = "".join(f": {run.path}: {run.problem}" for run in unusable[:1])
             raise FailedRunsError([Failure(label, runs[0].folder, f"no seed has finished{reasons}", 1)])
-        compared.append(Arm(label, finished[0].method, finished[0].batch, tuple(finished), tuple(lost_runs(records))))
-    metric = compared[0].runs[0].result["metric"]
+        ended = [*finished, *lost]
+        compared.append(Arm(label, ended[0].method, ended[0].batch, tuple(finished), tuple(lost)))
+    metric = next((run.result["metric"] for arm in compared for run in arm.runs), None)
+    if metric is None:
+        raise FailedRunsError([Failure(arm.label, arm.first.path, "no seed has finished", 1) for arm in compared])
     return Tuning(
         name=grid.recipe.name,
         metric=metric,

@@ -274,6 +274,15 @@ def _runs_of_arm(comparison: Comparison, arm: Arm, style: NumberStyle, root: Pat
         )
         for run in arm.runs
     ]
+    rows += [
+        element(
+            "tr",
+            element("th", f"{run.seed} (diverged)", scope="row"),
+            element("td", run.why, colspan=str(width - 2)),
+            element("td", element("a", element("code", _below(run.path, root)), href=_address(run.path, place))),
+        )
+        for run in arm.lost
+    ]
     return joined((_group(arm.label, width), *rows))
 
 
@@ -325,7 +334,7 @@ def _scored_updates(run: FinishedRun) -> str:
 
 
 def unusable_runs(unusable: list[UnusableRun], root: Path) -> Markup | None:
-    """The folders that took no part in any comparison, and why; None without any."""
+    """The folders without a score that a comparison could use, and why; None without any."""
     if not unusable:
         return None
     rows = [
@@ -335,7 +344,7 @@ def unusable_runs(unusable: list[UnusableRun], root: Path) -> Markup | None:
     return element(
         "section",
         element("h3", "Unfinished and damaged runs", id="unusable"),
-        element("p", "These folders took no part in any comparison above."),
+        element("p", "No comparison above has a score of these folders."),
         _table("Unfinished and damaged runs", ("folder", "state"), [joined(rows)], class_="settings"),
         aria_labelledby="unusable",
     )

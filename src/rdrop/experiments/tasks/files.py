@@ -625,8 +625,11 @@ def _json_text(value: object, key: str, where: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str):
-        found = ", not null; a key that is null in all lines can be left out of them, else" if value is None else ";"
-        raise DataError(f"{where}: the value of {key!r} must be text or a number{found} correct it, or delete the line")
+        what, unneeded = "", ""
+        if value is None:
+            what, unneeded = ", not null", " (a column that is not needed can be left out of all lines)"
+        rule = f"must be text or a number{what}; correct it, or delete the line{unneeded}"
+        raise DataError(f"{where}: the value of {key!r} {rule}")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -71,9 +71,10 @@ def rescore(run: FinishedRun, settings: Iterable[str] = ()) -> dict[str, Any]:
     recipe, test = scoring_recipe(own, settings, places)
     data = recipe.saved()["data"]
     if changed := data_files.changed_in_place(then, was, data):
+        others = " To score other examples, give them a file of its own: --test FILE."
         raise ResultsError(
             f"{', '.join(changed)}: changed after {run.path} had been trained and scored with it. Put back what it "
-            "held. To score other examples, give them a file of its own: --test FILE."
+            f"held.{others if 'data.test' in own.descriptions() else ''}"
         )
     where = _keys_of_places(recipe.data, places)
     now: dict[str, str] = {}
@@ -116,7 +117,7 @@ def _keys_of_places(data: object, places: Iterable[str]) -> str:
     """Returns the settings by which files that have moved are named; `places` are those of the files of the run."""
     has_own = getattr(data, "train", None) is not None
     keys = ["train", "valid", "test", "codes", "unlabeled"] if has_own else ["folder", "unlabeled"]
-    keys += [key for key in places if f"data.{key}" not in SCORING_KEYS]
+    keys += [key for key in places if key not in keys]
     given = [key for key in keys if getattr(data, key, None) not in (None, "all")]
     return (
         " and ".join(f"data.{key}={'FOLDER' if key == 'folder' else 'FILE'}" for key in given) or "data.folder=FOLDER"

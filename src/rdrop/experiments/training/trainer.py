@@ -536,8 +536,9 @@ class _Training:
         wrong = [f"{name} is {value}" for name, value in scores.items() if not math.isfinite(value)]
         if wrong:
             step = self.state.step
-            # A model with a finite loss has not diverged.
-            advice = f"Look at how {scorer} computes it." if math.isfinite(scores["loss"]) else self.advice()
+            # Of a finite loss a perplexity may be infinite; NaN is the scorer's own.
+            is_own = math.isfinite(scores["loss"]) and any(map(math.isnan, scores.values()))
+            advice = f"Look at how {scorer} computes it." if is_own else self.advice()
             raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", advice)
         return scores
 
