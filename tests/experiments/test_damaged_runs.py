@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli, "_write_page", lambda runs: None)  # it reads by the same check, and draws
+    monkeypatch.setattr(cli, "write_pages", lambda runs: None)  # it reads by the same check, and draws
     shutil.copytree(whole, tmp_path / "runs")
     return tmp_path / "runs"
 

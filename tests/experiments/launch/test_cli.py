@@ -88,7 +88,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         return finish(recipe, folder)
 
     monkeypatch.setattr(trainer, "train", train)
-    monkeypatch.setattr(cli, "_write_page", lambda runs: None)
+    monkeypatch.setattr(cli, "write_pages", lambda runs: None)
     return recipes
 
 

@@ -25,8 +25,10 @@ from tests.experiments.tiny_runs import RECIPE, TinyTask, final_state
 
 from rdrop.experiments import recipes
 from rdrop.experiments.launch import cli, jobs
-from rdrop.experiments.launch.jobs import Child, Processes, StoppedError, find_places, train_all
+from rdrop.experiments.launch.jobs import train_all
+from rdrop.experiments.launch.outcomes import FailedRunsError, StoppedError
 from rdrop.experiments.launch.plan import Command, Run, plan_comparison, settings_between
+from rdrop.experiments.launch.processes import Child, Processes
 from rdrop.experiments.launch.progress import show_progress
 from rdrop.experiments.recipe import Recipe, override
 from rdrop.experiments.recipes import RECIPES
@@ -103,7 +105,7 @@ def test_a_process_goes_on_with_the_next_run_and_one_that_died_waiting_is_replac
     console = Console(quiet=True)
     with (
         show_progress(console, [run.recipe for run in runs], []) as display,
-        jobs.Processes([{}], Command(TINY, tmp_path / "together"), display) as workers,
+        Processes([{}], Command(TINY, tmp_path / "together"), display) as workers,
     ):
         trained = []
         for run in runs:
@@ -372,7 +374,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named_at_the_end(
     ]  # fmt: skip
     assert "ZeroDivisionError: nobody foresaw it" in failures[2].what
     assert len(trained) == 5
-    assert jobs.FailedRunsError(failures).status == 1
+    assert FailedRunsError(failures).status == 1
 
 
 @pytest.mark.parametrize("is_seen", [True, False])
@@ -437,47 +439,3 @@ def test_the_spelling_of_the_first_version_is_understood(capsys: pytest.CaptureF
         assert "data.unlabeled" in capsys.readouterr().err
     assert cli.run(["train", "--help"]) == 0
     assert "unlabelled" not in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------------------- how many at a time
-
-
-def places(monkeypatch: pytest.MonkeyPatch, jobs_asked: int | None, cores: int, **environment: str) -> tuple[Any, str]:
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jobs, "_cores", lambda: cores)
-    console = Console(record=True, width=200, file=io.StringIO())
-    return find_places(jobs_asked, console), console.export_text()
-
-
-def test_each_run_has_a_gpu_of_its_own_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = {"CUDA_VISIBLE_DEVICES": "2,GPU-7"}
-    own = [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "GPU-7"}]
-    assert places(monkeypatch, None, 8, **gpus)[0] == own
-    assert places(monkeypatch, 3, 8, **gpus)[0] == [*own, own[0]]
-
-
-def test_without_a_gpu_auto_is_as_many_as_the_cores_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = {"CUDA_VISIBLE_DEVICES": ""}
-    assert places(monkeypatch, None, 8, OMP_NUM_THREADS="1", **cpu)[0] == [{}] * 8
-    found, said = places(monkeypatch, None, 8, **cpu)
-    assert found == [{"OMP_NUM_THREADS": "2"}] * 4
-    assert said == "4 runs at a time, OMP_NUM_THREADS=2 each\n"
-    assert places(monkeypatch, None, 1, **cpu) == ([{}], "")
-
-
-def test_runs_that_would_share_cores_are_told_how_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = {"CUDA_VISIBLE_DEVICES": ""}
-    found, said = places(monkeypatch, 2, 4, **cpu)
-    assert found == [{}, {}]  # the threads that each would have alone
-    assert "2 runs at a time, with 4 threads each, share 4 cores" in said
-    assert "OMP_NUM_THREADS=2 before the command" in said
-    assert places(monkeypatch, 2, 4, OMP_NUM_THREADS="2", **cpu)[1] == ""
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", "1000", "٣"])
-def test_what_is_no_number_of_jobs_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["compare", "digits-vit", f"--jobs={text}"]) == 2
-    assert "neither a number of runs, such as 2, nor auto" in capsys.readouterr().err

@@ -13,46 +13,61 @@ import os
 import re
 import shlex
 import sys
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from rdrop.experiments.comparison.designs import read_designs, record_designs
-from rdrop.experiments.launch.jobs import (
-    DIVERGED_STATUS,
-    FailedRunsError,
-    Failure,
-    MistakeError,
-    StoppedError,
-    find_places,
-    train_all,
-    train_supervised,
+from rdrop.experiments.comparison.designs import record_designs
+from rdrop.experiments.distributed import in_several_processes, is_first_process
+from rdrop.experiments.launch.answers import (
+    kernel_line,
+    keys_of,
+    progress_console,
+    show_comparisons,
+    show_result,
+    show_scores,
+    show_tuning,
+    title_of,
+    write_pages,
 )
+from rdrop.experiments.launch.jobs import train_all
+from rdrop.experiments.launch.options import (
+    DEFAULT_RUNS,
+    DataFolder,
+    Jobs,
+    ModelName,
+    NoDoubleBatch,
+    RecipeName,
+    RunsFolder,
+    Settings,
+    TestFile,
+    Trackers,
+    TrainFile,
+    UnlabeledFile,
+    ValidFile,
+    chosen_recipe,
+    parse_jobs,
+    parse_seeds,
+    require_no_file,
+    settings_of,
+)
+from rdrop.experiments.launch.outcomes import DIVERGED_STATUS, FailedRunsError, Failure, MistakeError, StoppedError
+from rdrop.experiments.launch.places import find_places
 from rdrop.experiments.launch.plan import Command, Run, plan_arms
 from rdrop.experiments.launch.terminal import Terminal, escaped_warnings
-from rdrop.experiments.recipe import Recipe, override
+from rdrop.experiments.recipe import override
 from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import RECIPES, find_recipe
-from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, RunRecord, find_runs
+from rdrop.experiments.run_folder import TUNING, ResultsError, RunLockedError, find_runs
 from rdrop.experiments.run_folder.data_files import require_unchanged
 from rdrop.experiments.shown import escaped, shell_line
 from rdrop.experiments.tasks.files import DataError
 from rdrop.experiments.training.trackers import TrackerError
-
-if TYPE_CHECKING:
-    from rdrop.experiments.comparison.comparison import Comparison
-    from rdrop.experiments.comparison.finished_runs import UnusableRun
-    from rdrop.experiments.comparison.tuning import Tuning
 
 # typer imports click or brings its own, by version. This is the UsageError of the one it uses.
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -62,36 +77,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `rdrop list`, or a saved recipe.json.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: alpha=1 data.train_labels=100"),
-]
-DataFolder = Annotated[
-    str | None, typer.Option("--data", metavar="FOLDER", help="Local files in the recipe's layout: data.folder.")
-]
-TrainFile = Annotated[str | None, typer.Option("--train", metavar="FILE", help="Your own data: data.train.")]
-ValidFile = Annotated[str | None, typer.Option("--valid", metavar="FILE", help="Chooses the checkpoint: data.valid.")]
-TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="Scores it, once: data.test.")]
-UnlabeledFile = Annotated[
-    str | None, typer.Option("--unlabeled", metavar="FILE", help="Examples without labels: data.unlabeled.")
-]
-ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A hub id or a folder: model.name.")]
-Trackers = Annotated[
-    list[str] | None, typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ...; may be given twice.")
-]
-RunsFolder = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the folders of the runs are.")]
-NoDoubleBatch = Annotated[
-    bool, typer.Option("--no-double-batch", help="Without the baseline of twice the batch, R-Drop's compute.")
-]
-Jobs = Annotated[
-    str,
-    typer.Option("--jobs", metavar="N|auto", help="Runs at a time, a process each; a GPU each, if there are several."),
-]
-DEFAULT_RUNS = Path("runs")
-MOST_SEEDS = 1000
 _OLD_SPELLING = re.compile(r"^--unlabelled(?==|$)")
-SEEDS = re.compile(r"\d{1,10}(,\d{1,10})*,?", re.ASCII)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -182,7 +168,7 @@ def list_recipes(
 
     console = Terminal()
     console.print(
-        catalog(runs, console.width) if recipe is None else _keys(override(find_recipe(recipe), settings or []))
+        catalog(runs, console.width) if recipe is None else keys_of(override(find_recipe(recipe), settings or []))
     )
 
 
@@ -201,15 +187,19 @@ def train(
     side_by_side: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Train one recipe and score it on the test split. A run that was stopped goes on; a finished one stands."""
-    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
-    run = Run.of(_label_of(chosen.saved()), chosen, runs)
-    if side_by_side:  # `rdrop.experiments.launch.jobs` started this process
+    chosen = chosen_recipe(
+        recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model
+    )
+    run = Run.of(title_of(chosen.saved()), chosen, runs)
+    if side_by_side:  # `processes.py` started this process
+        from rdrop.experiments.launch.child import train_supervised
+
         raise typer.Exit(train_supervised(run, side_by_side, tracker or ()))
-    failures = train_all([run], _progress_console(), trackers=tracker or ())
+    failures = train_all([run], progress_console(), trackers=tracker or ())
     if failures:
         raise FailedRunsError(failures)
-    if _is_first_process():
-        _show_result(run)
+    if is_first_process():
+        show_result(run)
 
 
 @app.command()
@@ -255,35 +245,42 @@ def compare(
     """
     if any(setting.startswith("seed=") for setting in settings or []):
         raise RecipeError("seed", "a comparison has several; say which with --seeds, e.g. --seeds 3,4,5")
-    chosen = _chosen(recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
+    chosen = chosen_recipe(
+        recipe, settings, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model
+    )
     arms = plan_arms(chosen, arm or (), larger_batch=not no_double_batch, entry=find_recipe(recipe).name)
     plan = arms.runs(parse_seeds(str(arms.least_seeds) if seeds is None else seeds), runs)
-    if arms.designs() and _is_first_process():
+    if arms.designs() and is_first_process():
         record_designs(runs, arms.designs())
     command = Command(recipe, runs, tuple(tracker or ()))
     if commands:
-        require_unchanged(run.folder for run in plan)
-        damaged = []
-        for run in plan:
-            try:
-                is_settled = run.result() is not None or run.failure() is not None
-            except ResultsError as error:
-                damaged.append(Failure.of(run, str(error), 2))
-                continue
-            if not is_settled:
-                sys.stdout.write(shell_line(["rdrop", *command.arguments(run)]) + "\n")
-        if damaged:
-            raise FailedRunsError(damaged)
+        _print_commands(plan, command)
         return
-    console = _progress_console()
+    console = progress_console()
     places = find_places(parse_jobs(jobs), console)
     failures = train_all(plan, console, trackers=tracker or (), places=places, command=command)
     failed = {failure.folder for failure in failures}
-    if _is_first_process() and len(failed) < len(plan):
-        _show_comparisons(find_runs(runs), runs, of={run.folder for run in plan} - failed)
-        _write_page(runs)
+    if is_first_process() and len(failed) < len(plan):
+        show_comparisons(find_runs(runs), runs, of={run.folder for run in plan} - failed)
+        write_pages(runs)
     if failures:
         raise FailedRunsError(failures)
+
+
+def _print_commands(plan: Sequence[Run], command: Command) -> None:
+    """Prints the command of each run that is not settled. Raises `FailedRunsError` for results that are damaged."""
+    require_unchanged(run.folder for run in plan)
+    damaged = []
+    for run in plan:
+        try:
+            is_settled = run.result() is not None or run.failure() is not None
+        except ResultsError as error:
+            damaged.append(Failure.of(run, str(error), 2))
+            continue
+        if not is_settled:
+            sys.stdout.write(shell_line(["rdrop", *command.arguments(run)]) + "\n")
+    if damaged:
+        raise FailedRunsError(damaged)
 
 
 @app.command()
@@ -323,14 +320,16 @@ def tune(
         raise typer.BadParameter(
             f"{max(fresh)} is a seed of the search, which has those from 1000", param_hint="--seeds"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if in_several_processes():
         raise typer.BadParameter("a search runs in one process, or in several by --jobs; not under torchrun")
-    chosen = _chosen(recipe, fixed, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model)
+    chosen = chosen_recipe(
+        recipe, fixed, data=data, train=train, valid=valid, test=test, unlabeled=unlabeled, model=model
+    )
     candidates = tuning.make_grid(chosen, grid)
     if not no_double_batch:
         for plain, rdrop in itertools.product(candidates.plain, candidates.rdrop):
             tuning.of_equal_cost(plain, rdrop)  # which may be refused, and before anything is trained
-    console = _progress_console()
+    console = progress_console()
     places = find_places(parse_jobs(jobs), console)
 
     def train_in(root: Path) -> tuning.Train:
@@ -349,7 +348,7 @@ def tune(
         tuned = tuning.tuning_of(candidates, tune_seeds, found, arms, read_looks(runs))
     except FailedRunsError as error:
         raise FailedRunsError([*failures, *error.failures]) from None
-    _show_tuning(tuned, runs)
+    show_tuning(tuned, runs)
     # That a setting diverges is a finding of the search, which the table shows.
     failures += [failure for failure in found.failures if failure.status != DIVERGED_STATUS]
     if failures:
@@ -378,21 +377,22 @@ def evaluate(
     if recipe is not None:
         find_recipe(recipe)  # which imports the class that reads the recipes of its task
     from rdrop.experiments.comparison.looks import record_looks
+    from rdrop.experiments.launch.evaluate import rescored
 
-    _require_no_file(settings or [], "--test")
-    changes = [*(settings or []), *_options(data=data, test=test)]
-    scored, failures = _rescored(runs, changes)
-    if not _is_first_process():
+    require_no_file(settings or [], "--test")
+    changes = [*(settings or []), *settings_of(data=data, test=test)]
+    scored, failures = rescored(runs, changes)
+    if not is_first_process():
         pass  # of several, which have all scores
     elif as_json:
         found = [{"run": str(run.path), "scores": run.result["test"]} for run in scored if run.result is not None]
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     elif len(scored) == 1 and scored[0].result is not None:
-        _show_scores(scored[0].result, ("test",))
+        show_scores(scored[0].result, ("test",))
     else:
         lost = [record for record in find_runs(runs) if record.failure is not None]
         of = {run.path for run in scored}
-        shown = _show_comparisons([*scored, *lost], runs, of=of, are_new_scores=bool(changes))
+        shown = show_comparisons([*scored, *lost], runs, of=of, are_new_scores=bool(changes))
         if not changes:
             record_looks(runs, (comparison.look() for comparison in shown))
     if failures:
@@ -402,8 +402,8 @@ def evaluate(
 @app.command()
 def report(runs: Annotated[Path, typer.Argument(metavar="RUNS")] = DEFAULT_RUNS) -> None:
     """Show the comparisons among the finished runs below RUNS, and write RUNS/report.html and RUNS/results.html."""
-    _show_comparisons(find_runs(runs), runs)
-    _write_page(runs)
+    show_comparisons(find_runs(runs), runs)
+    write_pages(runs)
 
 
 @app.command()
@@ -418,15 +418,15 @@ def check(
     """Tell whether R-Drop can act on the recipe's model: are the passes different? Exit status 1 if they are not."""
     from rdrop import kernels
     from rdrop.experiments.launch.check import check_recipe
-    from rdrop.experiments.launch.jobs import quiet_transformers
+    from rdrop.experiments.launch.this_process import quiet_transformers
 
     quiet_transformers()
-    found = check_recipe(_chosen(recipe, settings, data=data, train=train, model=model))
+    found = check_recipe(chosen_recipe(recipe, settings, data=data, train=train, model=model))
     missing = kernels.available()
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "kernels": missing}, indent=2) + "\n")
     else:
-        sys.stdout.write(escaped(f"{found}\n{_kernel_line(missing)}\n"))
+        sys.stdout.write(escaped(f"{found}\n{kernel_line(missing)}\n"))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -464,241 +464,3 @@ def bench(
         run(benchmarks or (), sizes, conditions, Terminal(), output)
     except BenchError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def _is_first_process() -> bool:
-    """Whether this process shows and writes: the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _progress_console() -> Console:
-    return Terminal(stderr=True, quiet=not _is_first_process())
-
-
-def _chosen(name: str, settings: list[str] | None, *, model: str | None, **files: str | None) -> Recipe:
-    """The recipe with the settings, and with the options, which are settings by a shorter name."""
-    recipe = find_recipe(name)
-    _require_no_file(settings or [], "--train" if "data.train" in recipe.descriptions() else None)
-    return override(recipe, [*(settings or []), *_options(model=model, **files)])
-
-
-def _require_no_file(settings: Iterable[str], option: str | None) -> None:
-    """Refuses a file in the place of a setting, which was meant for `option`."""
-    for setting in settings:
-        if option is not None and "=" not in setting and os.path.exists(setting):
-            rule = f"a setting is written key=value; give it as {shell_line([option, setting])}"
-            raise RecipeError(setting, rule)
-
-
-def _options(**given: str | None) -> list[str]:
-    keys = {"data": "data.folder", "model": "model.name"}
-    return [
-        f"{keys.get(name, f'data.{name}')}={json.dumps(value)}" for name, value in given.items() if value is not None
-    ]
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`"5"` is the seeds 0 to 4, `"3,5"` these two, `"3,"` the one. Anything else is a usage error."""
-    if SEEDS.fullmatch(text):
-        numbers = [int(number) for number in text.split(",") if number]
-        seeds = numbers if "," in text else list(range(min(numbers[0], MOST_SEEDS + 1)))
-        if 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
-            return seeds
-    raise typer.BadParameter(
-        f"{text!r} is neither a number of seeds, such as 5, nor a list of different ones, such as 0,1,2",
-        param_hint="--seeds",
-    )
-
-
-def parse_jobs(text: str) -> int | None:
-    """`"3"` is three runs at a time; None, for `"auto"`, as many as the machine has room for."""
-    if text == "auto":
-        return None
-    if re.fullmatch(r"[1-9]\d{0,2}", text, re.ASCII):
-        if int(text) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise typer.BadParameter("torchrun has started the processes of one run; leave it out", param_hint="--jobs")
-        return int(text)
-    raise typer.BadParameter(f"{text!r} is neither a number of runs, such as 2, nor auto", param_hint="--jobs")
-
-
-def _keys(recipe: Recipe) -> Table:
-    table = _table("key", "its value, and what it means")
-    for key, description in recipe.descriptions().items():
-        table.add_row(Text(key, "bold"), Text(json.dumps(recipe.value(key)), "bold"))
-        table.add_row("", description)
-    return table
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in headings[:-1]:
-        table.add_column(heading, no_wrap=True)
-    table.add_column(headings[-1])
-    return table
-
-
-def _kernel_line(missing: dict[str, str | None]) -> str:
-    """Which implementations of the loss are here; for the others, why not."""
-    words = [f"{name}: {'present' if reason is None else reason}" for name, reason in missing.items()]
-    return textwrap.fill("kernels     " + "; ".join(words), width=79, subsequent_indent=" " * 12)
-
-
-def _rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Failure]]:
-    """The finished runs below `runs`, with new scores of the test split in the place of the old; and those without any.
-
-    Raises `FailedRunsError` if none could be scored; where all say the same of the command, that error.
-    """
-    from rdrop.experiments.comparison.comparison import comparisons
-    from rdrop.experiments.comparison.finished_runs import split_usable
-    from rdrop.experiments.launch.jobs import quiet_transformers
-    from rdrop.experiments.launch.progress import summary
-    from rdrop.experiments.training.checkpoints import CheckpointError
-    from rdrop.experiments.training.evaluation import rescore
-
-    records = find_runs(runs)
-    finished, unusable = split_usable(records)
-    if not finished:
-        reasons = " ".join(f"{run.path}: {run.problem}" for run in unusable[:1])
-        raise ResultsError(f"{runs} holds no finished run. {reasons}".rstrip())
-    compared = comparisons(records, designs=read_designs(runs))
-    in_order = [(run.path, arm.label) for of in compared for arm in of.arms for run in arm.runs]
-    arms, places = dict(in_order), {path: place for place, (path, _) in enumerate(in_order)}
-    finished.sort(key=lambda run: (run.recipe["name"], run.seed, places.get(run.path, len(places)), run.path))
-    console = Terminal(stderr=True, quiet=not _is_first_process())
-    _show_unusable(unusable, console)
-    quiet_transformers()
-    scored, failures = [], []
-    mistakes: dict[str, Exception] = {}
-    for number, run in enumerate(finished, start=1):
-        name, arm = run.recipe["name"], arms.get(run.path, run.method.label())
-        label = f"{name}, {arm}, seed {run.seed}"
-        try:
-            result = rescore(run, settings)
-        except (CheckpointError, ResultsError) as error:
-            failures.append(Failure(label, run.path, str(error), 1 if isinstance(error, CheckpointError) else 2))
-            continue
-        except (DataError, RecipeError) as error:  # of this run alone, or of the command
-            failures.append(Failure(label, run.path, f"{run.path}: {error}", 2))
-            mistakes[str(error)] = error
-            continue
-        scored.append(RunRecord(run.path, run.recipe, result, run.metrics))
-        console.print(f"{number:>{len(str(len(finished)))}}/{len(finished)}  {label}: {summary(result, cost=False)}")
-    if scored:
-        return scored, failures
-    if len(mistakes) == 1:
-        raise mistakes.popitem()[1]
-    raise FailedRunsError(failures)
-
-
-def _label_of(recipe: Mapping[str, Any]) -> str:
-    return f"{recipe['name']}, alpha {recipe['method']['alpha']:g}, seed {recipe['seed']}"
-
-
-def _show_result(run: Run) -> None:
-    result = run.result()
-    assert result is not None  # it has just been trained
-    _show_scores(result, ("valid", "test"))
-    Terminal().print(f"{_scored_weights(result)} {run.folder}".lstrip(), soft_wrap=True)
-
-
-def _scored_weights(result: Mapping[str, Any]) -> str:
-    *others, last = result.get("averaged_steps") or [None]
-    if last is None and result.get("best_step") is None:  # of a version that did not say
-        return ""
-    if last is None:
-        by_loss = " by its loss" if result["recipe"].get("select_by") == "loss" else ""
-        return f"The weights of update {result['best_step']}, the best on the valid split{by_loss}."
-    if not others:
-        return f"The weights of update {last}."
-    return f"The mean of the weights of updates {', '.join(map(str, others))} and {last}."
-
-
-def _show_scores(result: Mapping[str, Any], splits: Sequence[str]) -> None:
-    """A row a metric, the main one first; below, what a reader should know beside the numbers."""
-    from rdrop.experiments.comparison.wording import NumberStyle
-
-    table = _table("", *splits)
-    for metric in sorted(result["test"], key=lambda name: name != result["metric"]):
-        style = NumberStyle.of(metric, [])
-        # Some are of the test split alone.
-        table.add_row(style.heading(metric), *(style.score(result[split].get(metric)) for split in splits))
-    console = Terminal()
-    console.print(_label_of(result["recipe"]), style="bold")
-    console.print(table)
-    for name, note in result.get("notes", {}).items():
-        console.print(f"{name}: {note}", soft_wrap=True)
-
-
-def _show_comparisons(
-    records: list[RunRecord], root: Path, *, of: Set[Path] | None = None, are_new_scores: bool = False
-) -> list[Comparison]:
-    """Shows the comparisons of the records, or those with one of the runs `of`, and returns all.
-
-    These have all seeds and arms that are there, as on the page: which of them were asked for is no reason to leave
-    others out. `root` is the folder that remembers the arms and the verdicts; of scores that no run has there is no
-    verdict.
-    """
-    from rdrop.experiments.comparison.comparison import comparisons
-    from rdrop.experiments.comparison.finished_runs import split_usable
-    from rdrop.experiments.comparison.looks import read_looks
-    from rdrop.experiments.comparison.terminal_table import terminal_table
-    from rdrop.experiments.report.settings import distinguishing_settings, titled
-
-    console = Terminal()
-    found = comparisons(records, () if are_new_scores else read_looks(root), read_designs(root))
-    for comparison, setting in zip(found, distinguishing_settings(found), strict=True):
-        if of is not None and of.isdisjoint(run.path for run in comparison.runs):
-            continue
-        if are_new_scores:
-            comparison = replace(comparison, are_new_scores=True)
-        console.print(terminal_table(comparison, titled(comparison.name, setting)))
-        # Of more contests than two, a screen would not do; the page has all.
-        _show_words([comparison.verdict()], comparison.remarks(contests=2), comparison)
-    _show_unusable([run for run in split_usable(records)[1] if of is None or run.path in of], console)
-    return found
-
-
-def _show_tuning(tuning: Tuning, runs: Path) -> None:
-    from rdrop.experiments.comparison.terminal_table import terminal_table
-    from rdrop.experiments.comparison.tuning import terminal_table as table_of_search
-    from rdrop.experiments.report.tuning import write_tuning
-
-    console = Terminal()
-    console.print(table_of_search(tuning))
-    console.print(terminal_table(tuning.fresh))
-    _show_words(tuning.sentences(), tuning.fresh.remarks(), tuning.fresh)
-    console.print(f"The page with the grid and the comparison: {write_tuning(tuning, runs)}", soft_wrap=True)
-
-
-def _show_words(verdicts: Iterable[str], remarks: Iterable[str], comparison: Comparison) -> None:
-    """Shows what is said below the table of a comparison: the verdict and what belongs to it, then the notes."""
-    from rdrop.experiments.comparison.notes import noted
-
-    console = Terminal()
-    console.print()
-    for sentence in verdicts:
-        console.print(sentence, style="bold")
-    for remark in remarks:
-        console.print(remark)
-    for hint in comparison.hints():
-        console.print(f"Hint: {hint}", style="yellow")
-    console.print()
-    notes = noted(comparison)
-    for note in notes:
-        console.print(note)
-    if notes:
-        console.print()
-
-
-def _show_unusable(unusable: Iterable[UnusableRun], console: Console) -> None:
-    for run in unusable:
-        console.print(f"left out: {run.path}: {run.problem}", style="yellow", soft_wrap=True)
-
-
-def _write_page(runs: Path) -> None:
-    from rdrop.experiments.report.page import write_report
-    from rdrop.experiments.report.published_page import write_results
-
-    console = Terminal()
-    console.print(f"The page with curves, settings and cost: {write_report(runs)}", soft_wrap=True)
-    console.print(f"Beside the published figures: {write_results(runs)}", soft_wrap=True)

@@ -24,7 +24,7 @@ from rdrop.experiments.comparison.designs import Design, arm_digest
 from rdrop.experiments.comparison.finished_runs import is_finite_number, lost_runs, split_usable
 from rdrop.experiments.comparison.looks import Look
 from rdrop.experiments.comparison.tuning import Tried, Tuning, spelled
-from rdrop.experiments.launch.jobs import FailedRunsError, Failure
+from rdrop.experiments.launch.outcomes import FailedRunsError, Failure
 from rdrop.experiments.launch.plan import Run, with_larger_batch
 from rdrop.experiments.recipe import Method, Recipe, override
 from rdrop.experiments.recipe.settings import RecipeError, read_settings

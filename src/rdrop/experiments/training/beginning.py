@@ -8,7 +8,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -46,6 +46,26 @@ def complaints(rows: Iterable[Mapping[str, Any]], recipe: Recipe, constant: Mapp
         None if _is_early(last, recipe) or _tells_apart(last, constant) else _complaint(before, last, recipe)
         for before, last in pairwise(rows)
     ]
+
+
+def new_warning(rows: Iterable[Mapping[str, Any]], recipe: Recipe, constant: Mapping[str, float]) -> str | None:
+    """Returns why training has not begun by the last score, once in a training: the rows tell what was said before."""
+    *earlier, last = complaints(rows, recipe, constant) or [None]
+    return None if any(earlier) else last
+
+
+def note_on_beginning(
+    rows: Sequence[Mapping[str, Any]], recipe: Recipe, constant: Mapping[str, float]
+) -> dict[str, str]:
+    """Returns a word for the reader of a result where training has not begun, or late."""
+    found = complaints(rows, recipe, constant)
+    if not any(found):
+        return {}
+    if found[-1] is not None:
+        return {"has begun": f"no: {found[-1]}"}
+    last = max(place for place, complaint in enumerate(found) if complaint is not None)
+    begun = rows[last + 2]["step"]  # of the first score there is no complaint
+    return {"has begun": f"{LATE}, by the score after {begun} of {rows[-1]['step']} updates"}
 
 
 def _is_early(last: Mapping[str, Any], recipe: Recipe) -> bool:

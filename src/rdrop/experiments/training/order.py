@@ -30,6 +30,7 @@ class DataOrder:
     """
 
     def __init__(self, recipe: Recipe, size: int, lengths: Indices | None, *, parts: int = 1) -> None:
+        self.size = size
         self._batch_size, self._cut = recipe.batch_size, _CutByLength(lengths, parts)
         self._batches: list[Indices] = []
         if recipe.batch_size is not None:

@@ -18,30 +18,26 @@ Three properties hold for every task, and tests hold them:
 
 import gc
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from rdrop.experiments import metrics
-from rdrop.experiments.comparison.learning import how_rows_diverged
-from rdrop.experiments.metrics import MetricError
+from rdrop.experiments.distributed import is_first_process
 from rdrop.experiments.randomness import seed_all
 from rdrop.experiments.recipe import Recipe
 from rdrop.experiments.run_folder import (
-    FAILURE,
     FORMAT,
     RECIPE,
     RESULT,
@@ -59,87 +55,31 @@ from rdrop.experiments.tasks.task import (
     Batch,
     KeepsPredictions,
     KnowsConstant,
-    LearnsFromUnlabeled,
     SharesEvaluation,
     ShowsLearning,
     load_task,
 )
 from rdrop.experiments.training import checkpoints, sharding
-from rdrop.experiments.training.beginning import LATE, complaints, has_begun
+from rdrop.experiments.training.beginning import has_begun, new_warning
 from rdrop.experiments.training.cost import CostMeter, bytes_of_state
+from rdrop.experiments.training.failures import DivergedError, RefusedError, TrainingError, advice, refusals
+from rdrop.experiments.training.feed import Feed, Microbatch
 from rdrop.experiments.training.fingerprint import fingerprint
 from rdrop.experiments.training.machine import machine, versions
-from rdrop.experiments.training.objective import Objective, ObjectiveError, joined_views
+from rdrop.experiments.training.notes import notes_on
+from rdrop.experiments.training.objective import Objective
 from rdrop.experiments.training.optimization import build_optimizer, learning_rate_at
-from rdrop.experiments.training.order import DataOrder, Indices, OrderError, UnlabeledOrder
 from rdrop.experiments.training.preemption import Preempted, StopRequestedError, StopSignals
 from rdrop.experiments.training.prefetch import Prefetched
 from rdrop.experiments.training.progress import Progress as Progress
-from rdrop.experiments.training.sharding import ShardingError
 from rdrop.experiments.training.start import start_from, vocabulary_digest
+from rdrop.experiments.training.state import RunState, parse_state
 from rdrop.experiments.training.stored_state import damaged_state_named, require_whole_state
 from rdrop.experiments.training.trackers import require_trackers
 from rdrop.integrations.targets import count_positions
 from rdrop.terms import LossTerms
 
 TRAIN_KEYS = ("loss", "task_loss", "divergence", "alpha", "learning_rate", "gradient_norm")
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start, or cannot go on: what, at which step, and how to fix it."""
-
-
-class RefusedError(TrainingError):
-    """A recipe that does not fit its task, its data or its machine, however often it is tried."""
-
-
-class DivergedError(TrainingError):
-    """A run in which a number is not finite. Its folder says so: trained again, it would end at the same step."""
-
-    def __init__(self, step: int, what: str, advice: str, batch: dict[str, Any] | None = None) -> None:
-        seen = "" if batch is None else f" {_batch_in_words(batch)}"
-        super().__init__(f"{what}.{seen} {advice}")
-        self.step, self.batch = step, batch
-
-
-DOMINATES = 1000
-"""How many times the task loss the weighted divergence is where it, and not the learning rate, made an update fail."""
-SHOWN_EXAMPLES = 8
-"""Of the batch in which a run diverged, in the message."""
-
-
-@dataclass
-class RunState:
-    """All that a checkpoint must know beside weights and optimizer: a JSON object."""
-
-    step: int = 0
-    """Updates done."""
-    evaluated_step: int = 0
-    best_step: int | None = None
-    best_score: float | None = None
-    scores_since_best: int = 0
-    averaged_steps: list[int] = field(default_factory=list)
-    """The last scores whose weights the final score averages, if it does."""
-    seconds: float = 0.0
-    resumed: int = 0
-    data: str = ""
-    """The fingerprint of the training data."""
-    files: dict[str, str] = field(default_factory=dict)
-    """The content of the files that the data were read from."""
-    start: dict[str, str] = field(default_factory=dict)
-    """A note on the run whose weights this one started from."""
-    processes: int | None = None
-    """That made the updates so far; None in checkpoints of before."""
-    sums: dict[str, float] = field(default_factory=dict)
-    """Of what the next `train` row averages, with the counts."""
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-class Microbatch(NamedTuple):
-    """The examples of one forward and backward pass."""
-
-    batch: Batch
-    is_labeled: bool
 
 
 def train(
@@ -216,7 +156,7 @@ class _Training:
         self.asked, self.recipe = recipe, recipe  # as it is saved; as it is trained, with its lengths in updates
         self.folder, self.on_progress, self.side_by_side = folder, on_progress, side_by_side
         self.checkpoint_folder = folder.path / "checkpoints"
-        with _refusals():
+        with refusals():
             plugin = sharding.asked_plugin(recipe)
         # Precision and accumulation are this loop's own, whatever `accelerate launch` has put into the environment.
         self.accelerator = Accelerator(
@@ -235,23 +175,20 @@ class _Training:
             data_files.note_model(recipe.saved())
             for path in source.weights_files(recipe.init_from, recipe.seed):
                 data_files.note_read(path)
-        self.parts = recipe.accumulation * self.accelerator.num_processes
         seed_all(recipe.seed, "model")
         self.model = self.task.build_model()  # what is evaluated and saved
         if plugin is None:
             self.model.to(self.accelerator.device)
-        with _refusals():
+        with refusals():
             metrics.find(self.task.metric)
-            size, lengths = self.task.train_size(), self.task.train_lengths()
-            self.order = DataOrder(recipe, size, lengths, parts=self.parts)
-            self.recipe = recipe = recipe.in_updates(self.order.exact_updates_per_epoch)
-            self.batches = Prefetched(self.microbatches, end=recipe.total_updates)
-            self.unlabeled_order = self.order_unlabeled()
+            self.feed = Feed(recipe, self.task, self.accelerator.process_index, self.accelerator.num_processes)
+            self.recipe = recipe = self.feed.recipe
+            self.batches = Prefetched(self.feed.microbatches, end=recipe.total_updates)
             self.objective = Objective(recipe, self.task, self.model, self.logits)
         self.optimizer = build_optimizer(recipe, self.model)
         self.stored: tuple[checkpoints.Stored, checkpoints.Stored] = self.model, self.optimizer
         if plugin is not None:
-            with _refusals():
+            with refusals():
                 self.model, self.optimizer = sharding.shard(self.accelerator, self.model, self.optimizer)
             self.stored = sharding.whole_model(self.model), sharding.whole_optimizer(self.optimizer)
         self.is_sharded = plugin is not None
@@ -315,9 +252,7 @@ class _Training:
 
         self.state.step += 1
         self.state.seconds = self.cost.train_seconds
-        for name, value in measured.items():
-            self.state.sums[name] = self.state.sums.get(name, 0.0) + value
-            self.state.counts[name] = self.state.counts.get(name, 0) + 1
+        self.state.note(measured)
         self.report_progress(loss)
 
     def accumulate_gradient(self, step: int) -> Tensor:
@@ -348,55 +283,17 @@ class _Training:
                 terms += torch.stack(loss).detach()
         return self.sum_over_processes(terms)
 
-    def microbatches(self, step: int) -> list[Microbatch]:
-        """This process's part of the update's batch, in `accumulation` parts, on the CPU; then the same of the
-        examples without labels. Called in a thread.
-        """
-        epoch, indices = self.order.at(step)
-        of_task = self.task.train_batch
-        parts = [Microbatch(self.views(of_task, part, epoch, step), True) for part in self.own_parts(indices)]
-        if self.unlabeled_order is not None and self.recipe.method.acts_at(step):
-            assert isinstance(self.task, LearnsFromUnlabeled)
-            epoch, indices = self.unlabeled_order.at(step)
-            of_task = self.task.unlabeled_batch
-            parts += [Microbatch(self.views(of_task, part, epoch, step), False) for part in self.own_parts(indices)]
-        return parts
-
-    def views(self, batch: Callable[..., Batch], indices: list[int], epoch: int, step: int) -> Batch:
-        """The examples at `indices`, once; or once for each pass, where each has a view of its own."""
-        views = self.recipe.method.views_at(step)
-        if views == 1:
-            return batch(indices, epoch)
-        return joined_views([batch(indices, epoch, view) for view in range(views)])
-
-    def own_parts(self, indices: Indices) -> list[list[int]]:
-        parts = np.array_split(indices, self.parts)
-        return [part.tolist() for part in parts[self.accelerator.process_index :: self.accelerator.num_processes]]
-
-    def order_unlabeled(self) -> UnlabeledOrder | None:
-        """The order of the examples without labels, where the task has some."""
-        task = self.task
-        members = ("unlabeled_size", "unlabeled_lengths", "unlabeled_batch", "unlabeled_per_update")
-        missing = [name for name in members if not hasattr(task, name)]
-        if 0 < len(missing) < len(members):
-            raise TrainingError(
-                f"{type(task).__name__} has no {' and no '.join(missing)}: a task that learns from examples without "
-                f"labels has {', '.join(members)}"
-            )
-        if not isinstance(task, LearnsFromUnlabeled) or not task.unlabeled_size():
-            return None
-        size, lengths = task.unlabeled_size(), task.unlabeled_lengths()
-        return UnlabeledOrder(self.recipe.seed, size, lengths, task.unlabeled_per_update, parts=self.parts)
-
     def loss(self, part: Microbatch, step: int, num_items: Tensor) -> LossTerms:
         try:
-            with _refusals():
+            with refusals():
                 if not part.is_labeled:
                     return self.objective.unlabeled_terms(part.batch, step, num_items)
                 return self.objective.terms(part.batch, step, num_items)
         except FloatingPointError as error:
             self.append_row("train", step + 1, dict.fromkeys(TRAIN_KEYS, math.nan))
-            raise DivergedError(step + 1, f"step {step + 1}: {error}", self.advice(), self.batch_at(step)) from error
+            raise DivergedError(
+                step + 1, f"step {step + 1}: {error}", advice(self.recipe, step), self.feed.examples(step)
+            ) from error
 
     def logits(self, batch: Batch) -> Tensor:
         device = self.accelerator.device.type
@@ -408,26 +305,9 @@ class _Training:
         if wrong:
             self.append_row("train", self.state.step + 1, dict.fromkeys(TRAIN_KEYS) | measured)
             step = self.state.step + 1
-            batch = self.batch_at(step - 1)
-            advice = _advice_on_alpha(measured) or self.advice()
-            raise DivergedError(step, f"step {step}: {' and '.join(wrong)}", advice, batch)
-
-    def batch_at(self, step: int) -> dict[str, Any]:
-        """Which examples the update after `step` updates has: the epoch, and the indices of the training examples."""
-        epoch, indices = self.order.at(step)
-        batch: dict[str, Any] = {"epoch": epoch, "examples": indices.tolist()}
-        if self.unlabeled_order is not None and self.recipe.method.acts_at(step):
-            batch["unlabeled"] = self.unlabeled_order.at(step)[1].tolist()
-        return batch
-
-    def advice(self) -> str:
-        recipe = self.recipe
-        clip = "set clip_norm" if recipe.clip_norm is None else f"clip_norm (={recipe.clip_norm:g})"
-        exact = "" if recipe.precision == "fp32" else f", set precision (={recipe.precision}) to fp32"
-        return (
-            f"The weights are still those of step {self.state.step}. Lower learning_rate (={recipe.learning_rate:g}) "
-            f"or {clip}{exact}, and look at the data."
-        )
+            batch = self.feed.examples(step - 1)
+            what = f"step {step}: {' and '.join(wrong)}"
+            raise DivergedError(step, what, advice(self.recipe, step - 1, measured), batch)
 
     # ---------------------------------------------------------------------------------- scores, checkpoints, result
 
@@ -453,7 +333,7 @@ class _Training:
         """Scores the valid split, writes both rows of this step, and notes whether it is the best so far."""
         self.require_labels()
         self.valid = self.score("valid")
-        state, means = self.state, _means(self.state)
+        state, means = self.state, self.state.means()
         self.append_row("train", state.step, dict.fromkeys(TRAIN_KEYS) | means)
         self.append_row("valid", state.step, self.valid | self.signs())
         state.sums, state.counts, state.evaluated_step = {}, {}, state.step
@@ -464,32 +344,17 @@ class _Training:
             state.best_step, state.best_score, state.scores_since_best = state.step, score, 0
         if self.recipe.average_last > 1:
             state.averaged_steps = [*state.averaged_steps, state.step][-self.recipe.average_last :]
-        self.report_progress(means["loss"], self.new_warning())
+        self.report_progress(means["loss"], self.warning())
 
     def signs(self) -> dict[str, float]:
         """Whether the model that was scored on valid has begun to learn, where its task measures that."""
         return self.task.signs if isinstance(self.task, ShowsLearning) else {}
 
-    def new_warning(self) -> str | None:
-        """Returns why training has not begun, once in a training: the rows tell what was said before a stop, too."""
+    def warning(self) -> str | None:
+        """Returns why training has not begun, once in a training."""
         if has_begun(self.signs()):
             return None
-        *earlier, last = self.complaints() or [None]
-        return None if any(earlier) else last
-
-    def note_on_beginning(self) -> dict[str, str]:
-        """Returns a word for the reader where training has not begun, or late."""
-        found = self.complaints()
-        if not any(found):
-            return {}
-        if found[-1] is not None:
-            return {"has begun": f"no: {found[-1]}"}
-        last = max(place for place, complaint in enumerate(found) if complaint is not None)
-        begun = self.valid_rows()[last + 2]["step"]  # of the first score there is no complaint
-        return {"has begun": f"{LATE}, by the score after {begun} of {self.state.step} updates"}
-
-    def complaints(self) -> list[str | None]:
-        return complaints(self.valid_rows(), self.recipe, self.constant_scores())
+        return new_warning(self.valid_rows(), self.recipe, self.constant_scores())
 
     def constant_scores(self) -> dict[str, float]:
         return self.task.constant_scores() if isinstance(self.task, KnowsConstant) else {}
@@ -525,7 +390,7 @@ class _Training:
                 scores = self.task.evaluate(self.model.eval(), split)
             finally:
                 hook.remove()
-        with _refusals():
+        with refusals():
             metrics.rows(scores)
         scorer = type(self.task).__name__
         for name in ("loss", self.task.metric):
@@ -538,8 +403,8 @@ class _Training:
             step = self.state.step
             # Of a finite loss a perplexity may be infinite; NaN is the scorer's own.
             is_own = math.isfinite(scores["loss"]) and any(map(math.isnan, scores.values()))
-            advice = f"Look at how {scorer} computes it." if is_own else self.advice()
-            raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", advice)
+            what_to_do = f"Look at how {scorer} computes it." if is_own else advice(self.recipe, step)
+            raise DivergedError(step, f"step {step}, {split} split: {' and '.join(wrong)}", what_to_do)
         return scores
 
     def finish(self) -> dict[str, Any]:
@@ -567,10 +432,7 @@ class _Training:
             "metrics": metrics.rows(test),
             "notes": self.task.notes
             | self.state.start
-            | self.note_on_length()
-            | self.note_on_batch()
-            | self.note_on_alpha()
-            | (self.note_on_divergence(valid, constant) or self.note_on_beginning()),
+            | notes_on(state, self.asked, self.feed, self.valid_rows(), valid, constant),
             "data": state.data,
             "files": state.files,
             "vocabulary": vocabulary_digest(self.task),
@@ -589,47 +451,6 @@ class _Training:
             tracker.finish()
         self.accelerator.wait_for_everyone()
         return result
-
-    def note_on_length(self) -> dict[str, str]:
-        """Returns how long a training in epochs is in updates."""
-        if self.asked.epochs is None:
-            return {}
-        updates = f"{self.recipe.updates} updates"
-        if self.state.step < self.recipe.total_updates:
-            updates += f", of which {self.state.step} were done"
-        return {"epochs": f"{self.asked.epochs:g} of {self.task.train_size()} examples: {updates}"}
-
-    def note_on_batch(self) -> dict[str, str]:
-        """Returns a word for the reader where a larger batch would be the same training."""
-        tokens = self.recipe.batch_tokens
-        if tokens is None or self.order.updates_per_epoch > 1:
-            return {}
-        return {"batch": f"batch_tokens (={tokens}) holds all examples; with twice as many it is the same training"}
-
-    def note_on_alpha(self) -> dict[str, str]:
-        """Returns a word for the reader where the weights that are scored were not trained with much of alpha."""
-        state, recipe, method = self.state, self.recipe, self.recipe.method
-        if method.is_plain or method.alpha_schedule == "constant":
-            return {}
-        scored = state.averaged_steps[-1] if state.averaged_steps else state.best_step or state.step
-        in_scored = method.alpha_at(scored - 1, recipe.total_updates)
-        if in_scored < method.alpha / 2:
-            reached, why = in_scored, f"the weights that are scored are of update {scored} of {recipe.updates}"
-        elif state.step < recipe.total_updates:
-            reached = method.alpha_at(state.step - 1, recipe.total_updates)
-            why = f"training ended after {state.step} of {recipe.updates} updates"
-        else:
-            return {}
-        return {"alpha": f"rose to {reached:.3g} of {method.alpha:g}: {why}"}
-
-    def note_on_divergence(self, valid: dict[str, float], constant: dict[str, float]) -> dict[str, str]:
-        """Returns a word for the reader where all was finite, and yet training has diverged."""
-        seen = how_rows_diverged([*self.valid_rows(), {"kind": "valid", **valid}], constant)
-        if seen is None:
-            return {}
-        recipe = self.recipe
-        rate, warmup = f"learning_rate (={recipe.learning_rate:g})", f"warmup_updates (={recipe.warmup_updates})"
-        return {"diverged": f"{seen}; lower {rate} or raise {warmup}"}
 
     def save(self) -> None:
         """Saves a checkpoint of this step, unless it is there already."""
@@ -668,7 +489,7 @@ class _Training:
             require_whole_state(checkpoint.path)
             checkpoint.restore_model(model)
             checkpoint.restore_optimizer(optimizer)
-            found = _parse_state(checkpoint)
+            found = parse_state(checkpoint)
             source.require_same_source(self.asked.init_from, self.asked.seed, found.start, self.folder.path)
             self.state = self.resumed_state(found)
             self.state.resumed += 1
@@ -715,7 +536,7 @@ class _Training:
 
     def append_row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            epoch = step / self.order.exact_updates_per_epoch
+            epoch = step / self.feed.order.exact_updates_per_epoch
             row = {"kind": kind, "step": step, "epoch": epoch, "seconds": self.state.seconds}
             self.folder.append_metrics(row | values)
             measured = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
@@ -742,11 +563,6 @@ def free_earlier_runs() -> None:
         gc.collect()
 
 
-def is_first_process() -> bool:
-    """Whether this process writes: the only one, or the first of those that torchrun or accelerate started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
     """Returns the result of a run that is finished already. Its recipe, if somebody deleted it, is written again."""
     result = read_result(run)
@@ -757,37 +573,6 @@ def _finished(recipe: Recipe, run: RunFolder) -> dict[str, Any] | None:
         if is_first_process():
             run.restore_recipe(recipe.saved())
     return result
-
-
-def _parse_state(checkpoint: checkpoints.Checkpoint) -> RunState:
-    try:
-        return RunState(**checkpoint.state)
-    except TypeError as error:
-        raise checkpoints.CheckpointError(
-            f"{checkpoint.path} was written by another version of rdrop ({error}). Resume it with that version, or "
-            f"delete {checkpoint.path.parent} to start the run again."
-        ) from error
-
-
-def _batch_in_words(batch: dict[str, Any]) -> str:
-    examples = batch["examples"]
-    shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
-    more = f", ... ({len(examples)}, all of them in {FAILURE})" if len(examples) > SHOWN_EXAMPLES else ""
-    return f"Its batch has the training examples {shown}{more}, counted from 0, of epoch {batch['epoch']}."
-
-
-def _advice_on_alpha(measured: Mapping[str, float]) -> str | None:
-    """Returns what to do where an update failed by the weight of the divergence; None where it is not that."""
-    alpha, task_loss = measured.get("alpha", 0.0), measured.get("task_loss", math.nan)
-    weighted = alpha / 2 * measured.get("divergence", 0.0)
-    if not weighted > DOMINATES * abs(task_loss):  # as of NaN
-        return None
-    terms = f"alpha / 2 times the divergence is {weighted:.3g}, and the task loss {task_loss:.3g}"
-    return f"Lower alpha (={alpha:g}): {terms}."
-
-
-def _means(state: RunState) -> dict[str, float]:
-    return {name: total / state.counts[name] for name, total in state.sums.items()}
 
 
 def _require_same_recipe(recipe: Recipe, found: dict[str, Any], file: Path) -> None:
@@ -810,12 +595,3 @@ def _buffers_of_whole_updates(model: nn.Module, parts: int) -> Iterator[None]:
         for value, buffer in zip(before, model.buffers(), strict=False):
             buffer.copy_(value)
         raise
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns what data order, method, metrics and sharding refuse into a `RefusedError`."""
-    try:
-        yield
-    except (OrderError, ObjectiveError, MetricError, ShardingError) as error:
-        raise RefusedError(str(error)) from error
