@@ -23,9 +23,10 @@ from rdrop.experiments.recipe.settings import RecipeError
 from rdrop.experiments.recipes import load_recipe
 from rdrop.experiments.run_folder import ResultsError, find_runs, holder_of
 from rdrop.experiments.run_folder.predictions import read_predictions
-from rdrop.experiments.tasks.files import DataError, read_lines, read_table
+from rdrop.experiments.tasks.files import DataError, read_lines
 from rdrop.experiments.tasks.image_classification.images import read_class_folders, read_npz
 from rdrop.experiments.tasks.pretrained import pretrained_config, pretrained_tokenizer
+from rdrop.experiments.tasks.tables import read_table
 from rdrop.experiments.tasks.translation.subwords import read_codes
 from rdrop.experiments.training.checkpoints import CheckpointError, load_newest_good
 from rdrop.integrations.transformers.durable import MANIFEST, why_damaged

@@ -25,14 +25,13 @@ from rdrop.experiments.tasks.files import (
     LONGEST_LINE_BYTES,
     DataError,
     ParallelText,
-    TableRow,
     find_file,
     have_same_content,
     load_hub,
     read_lines,
-    read_table,
 )
 from rdrop.experiments.tasks.splits import hold_out
+from rdrop.experiments.tasks.tables import TableRow, read_table
 
 MUTATED_FILES = 500
 UNUSUAL = "a\u2028b\x85c\x0cd\x0be\x1cf\u00a0"  # str.splitlines would make six lines of it

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdrop.experiments.recipe.settings import nearest_name
-from rdrop.experiments.tasks.files import DataError, TableRow, find_file, hub_text, load_hub, read_table
+from rdrop.experiments.tasks.files import DataError, find_file, hub_text, load_hub
 from rdrop.experiments.tasks.spelling import is_blank, is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, SPLITS, hold_out, require_count, require_different_files
 from rdrop.experiments.tasks.summarization.tiny import write_tiny_documents
+from rdrop.experiments.tasks.tables import TableRow, read_table
 
 if TYPE_CHECKING:
     from rdrop.experiments.tasks.summarization.recipes import SummarizationData

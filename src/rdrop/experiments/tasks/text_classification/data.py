@@ -16,16 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdrop.experiments.tasks.files import (
-    TABLES,
-    DataError,
-    MissingDataError,
-    find_file,
-    hub_text,
-    load_hub,
-    read_table,
-    require_columns,
-)
+from rdrop.experiments.tasks.files import DataError, MissingDataError, find_file, hub_text, load_hub
 from rdrop.experiments.tasks.spelling import DECIMAL_COMMA, MISSING_AS_SPELLED, NUMBER, is_blank, is_missing, label_key
 from rdrop.experiments.tasks.splits import (
     Rows,
@@ -35,6 +26,7 @@ from rdrop.experiments.tasks.splits import (
     require_different_files,
     with_every_class,
 )
+from rdrop.experiments.tasks.tables import TABLES, read_table, require_columns
 from rdrop.experiments.tasks.text_classification.glue import GLUE, SCORE_RANGE
 from rdrop.experiments.tasks.text_classification.tiny import write_tiny_texts
 

@@ -13,18 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdrop.experiments.randomness import derived_seed
-from rdrop.experiments.tasks.files import (
-    TABLES,
-    DataError,
-    MissingDataError,
-    ParallelText,
-    find_file,
-    hub_text,
-    load_hub,
-    read_table,
-)
+from rdrop.experiments.tasks.files import DataError, MissingDataError, ParallelText, find_file, hub_text, load_hub
 from rdrop.experiments.tasks.spelling import is_missing
 from rdrop.experiments.tasks.splits import HUB_SPLITS, hold_out, require_count, require_different_files
+from rdrop.experiments.tasks.tables import TABLES, read_table
 from rdrop.experiments.tasks.token_cache import file_digest
 from rdrop.experiments.tasks.translation.tiny import file_names, write_tiny_pairs
 
