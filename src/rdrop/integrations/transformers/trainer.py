@@ -26,11 +26,9 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from rdrop.alpha import AlphaSchedule, alpha_at, course_of
 from rdrop.arguments import NonfiniteLossError, divide
 from rdrop.integrations.requirements import (
-    ENOUGH_UPDATES,
     own_loss_is_known,
     require_randomness,
     warn_of_batch_norm,
-    warn_of_no_divergence,
     warn_where_alpha_stopped,
     why_gradient_is_wrong,
 )
@@ -61,6 +59,7 @@ from rdrop.integrations.transformers.forward import (
     without_labels,
 )
 from rdrop.integrations.transformers.nonfinite import FiniteUpdates, OnNonfinite
+from rdrop.integrations.transformers.observed import DivergenceSeen, LabelsSeen, TermMeans
 from rdrop.integrations.transformers.packed import (
     by_pass,
     cut_packed,
@@ -199,7 +198,7 @@ class RDropMixin(FiniteUpdates):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
         self._unlabeled = None  # ends the workers of its loader
-        self._require_labels()
+        self._labels_seen.require_some(self.state.global_step)
         warn_where_alpha_stopped(self.state.global_step, self.state.max_steps, self.alpha, self.alpha_schedule)
         return output
 
@@ -239,7 +238,7 @@ class RDropMixin(FiniteUpdates):
 
     def _begin(self) -> None:
         self._check_method()
-        self._term_means = _TermMeans()
+        self._term_means, self._labels_seen, self._divergence_seen = TermMeans(), LabelsSeen(), DivergenceSeen()
         self._checks_left = CHECKED_MICRO_BATCHES
         self._is_looked_at = self._is_packing_seen = False
         self._accumulation = 1
@@ -247,14 +246,8 @@ class RDropMixin(FiniteUpdates):
         self._is_epoch_over = True
         self._is_stock, self.loss_is_scaled_for_ga = False, True
         self._weight, self._forwards = 1.0, 0  # of the update; 0 until a training step
-        self._regularized = set[int]()  # the updates, while no divergence was seen
         self._divides_by_count: bool | None = None  # whether the stock loss does; None: not known yet
         self._unlabeled, self._unlabeled_parts = None, list[list[Batch]]()
-        self._labels_seen: Tensor | None = None  # how many counted so far, until it is known that some do
-        self._updates_without_labels: Tensor | int = 0
-        self._updates_without_unlabeled: Tensor | int = 0
-        self._is_warned_of_labels = self._is_warned_of_unlabeled = False
-        self._is_warned_of_divergence = self._divergence_seen = False
         self._ways: tuple[EncoderOnce, Fused] | None = None  # of the model that is trained, which `train` may yet build
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -284,16 +277,10 @@ class RDropMixin(FiniteUpdates):
             total = self.accelerator.gather(total[None]).sum(0)
         if unlabeled:
             total, self._unlabeled_counts = total
-            self._updates_without_unlabeled += self._unlabeled_counts[:, 0].sum() == 0
+            self._labels_seen.add_unlabeled(self._unlabeled_counts[:, 0].sum())
         if self.state.global_step == 0:
             self._warn_without_regularized_update()
-            self._labels_seen = torch.zeros_like(total[0, 0])
-        if self._labels_seen is not None:
-            if self.state.epoch and self.state.epoch >= 1:
-                self._require_labels()
-            else:
-                self._labels_seen += total[:, 0].sum()
-        self._updates_without_labels += total[:, 0].sum() == 0  # read where something is logged
+        self._labels_seen.add(total[:, 0].sum(), self.state.global_step, self.state.epoch)
         return batches, total
 
     def _next_update(self, epoch_iterator: Any, num_batches: int) -> list[Batch]:
@@ -360,15 +347,6 @@ class RDropMixin(FiniteUpdates):
         ]
         last = len(batches) - 1
         return [*([batch] for batch in found[:last]), found[last:]]
-
-    def _require_labels(self) -> None:
-        """Refuses a training all of whose labels are ignored, once: after its first epoch, or where it ends before."""
-        seen, self._labels_seen = self._labels_seen, None
-        if seen is not None and seen == 0:
-            raise ValueError(
-                f"no label in {self.state.global_step} updates counts: all are -100, so the model has learned nothing. "
-                "See what the data collator leaves of the labels, and whether truncation cuts off the part with them"
-            )
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         if self._is_stock:
@@ -507,8 +485,7 @@ class RDropMixin(FiniteUpdates):
         shares = [[target.share * term for term in terms_] for target, terms_ in zip(targets, terms, strict=True)]
         loss, task_loss, divergence = (self._weight * torch.stack(term).sum() for term in zip(*shares, strict=True))
         self._term_means.add(self.state.global_step, task_loss=task_loss, divergence=divergence)
-        if not self._divergence_seen:
-            self._regularized.add(self.state.global_step)
+        self._divergence_seen.add(self.state.global_step)
         self._alpha_used = alpha
         auxiliary = self._auxiliary(outputs)
         return loss if auxiliary is None else loss + auxiliary, outputs
@@ -706,30 +683,10 @@ class RDropMixin(FiniteUpdates):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._term_means.pop(self.accelerator))
-        some_count = self._labels_seen is None or self._labels_seen > 0  # else all is refused in the end
-        if some_count and not self._is_warned_of_labels and (without := int(self._updates_without_labels)):
-            self._is_warned_of_labels = True
-            warnings.warn(
-                f"{without} of {self.state.global_step} updates had no label that counts: all were -100, and nothing "
-                "was learned from their examples. See what the data collator leaves of the labels, and whether "
-                "truncation cuts off the part with them",
-                stacklevel=2,
-            )
-        if not self._is_warned_of_unlabeled and (without := int(self._updates_without_unlabeled)):
-            self._is_warned_of_unlabeled = True
-            warnings.warn(
-                f"{without} of {self.state.global_step} updates had no position of unlabeled_dataset that counts: all "
-                "were -100. Label with 0 every position whose predictions are to be compared",
-                stacklevel=2,
-            )
+        self._labels_seen.warn(self.state.global_step)
         if "divergence" in logs:
             logs["alpha"] = self._alpha_used  # of the last regularized update
-            if logs["divergence"] or self._divergence_seen:
-                self._divergence_seen = True
-                self._regularized.clear()
-            elif not self._is_warned_of_divergence and len(self._regularized) >= ENOUGH_UPDATES:
-                self._is_warned_of_divergence = True
-                warn_of_no_divergence(len(self._regularized))
+            self._divergence_seen.warn(logs["divergence"])
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -801,29 +758,6 @@ class RDropSeq2SeqTrainer(RDropMixin, Seq2SeqTrainer):
         collator = DataCollatorForSeq2Seq(tokenizer, model=model)
         RDropSeq2SeqTrainer(model=model, args=args, data_collator=collator, train_dataset=train, alpha=5.0).train()
     """
-
-
-class _TermMeans:
-    """Sums of the logged terms since the last log. Each term is the mean over the updates that have it."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._updates: dict[str, set[int]] = {}
-
-    def add(self, update: int, **terms: Tensor) -> None:
-        """Adds a micro-batch's part of the terms of one update."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-            self._updates.setdefault(name, set()).add(update)
-
-    def pop(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means over all processes, and forgets them."""
-        means = {
-            name: accelerator.gather(total.reshape(1)).mean().item() / len(self._updates[name])
-            for name, total in self._sums.items()
-        }
-        self._sums, self._updates = {}, {}
-        return means
 
 
 @contextmanager
