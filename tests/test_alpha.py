@@ -98,5 +98,5 @@ def test_a_course_over_an_unknown_number_of_updates_is_refused_and_a_constant_ne
     assert alpha_at(3, 0, 2.0) == 2.0
     with pytest.raises(ValueError, match=r"a linear schedule of alpha rises over all updates, and their number \(=0\)"):
         alpha_at(0, 0, 2.0, "linear")
-    with pytest.raises(ValueError, match="schedule \\(='cosine'\\) must be 'constant', 'linear' or 'quadratic'"):
+    with pytest.raises(ValueError, match="of alpha \\(='cosine'\\) must be 'constant', 'linear' or 'quadratic'"):
         alpha_at(0, 4, 2.0, "cosine")  # type: ignore[arg-type]

@@ -152,6 +152,10 @@ def all_dropout_frozen() -> nn.Module:
     return model
 
 
+def mask_at_random(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.rand(logits.shape) < 0.3, -torch.inf)
+
+
 def nan_weights() -> nn.Module:
     model = mlp()
     nn.init.constant_(model[4].weight if len(model) > 4 else model[3].weight, float("nan"))
@@ -220,6 +224,7 @@ FAULTS: list[tuple[str, str, Callable[[], nn.Module], Any]] = [
     ("checkpoint-rng", "error", lambda: checkpointed_bert(use_reentrant=False, preserve_rng_state=False), TOKENS),
     ("checkpoint-rng", "error", checkpoint_wrapped, X),
     ("non-finite-logits", "error", nan_weights, X),
+    ("non-finite-logits", "error", lambda: Returns(mlp(), mask_at_random), X),
     ("forward-failed", "error", mlp, torch.zeros(2, 7)),
     ("batch", "error", mlp, {"x": X, "y": torch.zeros(9)}),
     ("batch", "error", mlp, torch.zeros(0, 4)),
@@ -499,6 +504,37 @@ def test_rounding_is_no_difference_and_a_dropout_mask_is(dtype: torch.dtype) -> 
     masked = x.index_fill(0, torch.tensor([0]), -torch.inf)
     assert not differ(masked, masked.clone())
     assert differ(masked, x)
+    assert differ(masked, nn.functional.dropout(masked, 0.1))
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_a_class_that_is_masked_hides_neither_dropout_nor_its_absence(mask: float) -> None:
+    """Beside the mask, of any size, the differences between the passes are small."""
+
+    def masked(model: nn.Module) -> nn.Module:
+        return Returns(model, lambda logits: logits.index_fill(1, torch.tensor(0), mask))
+
+    torch.manual_seed(0)
+    assert codes(check_rdrop(masked(mlp()), X)) == set()
+    assert codes(check_rdrop(masked(Returns(mlp(p=0.0), nn.functional.dropout)), X)) == {"unknown-randomness"}
+    assert codes(check_rdrop(masked(mlp(p=0.0)), X), "error") == {"no-dropout"}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda: torch.eye(4).to_sparse(),
+        lambda: torch.eye(4).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ],
+    ids=["coo", "csr", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")  # torch's own
+def test_a_model_that_holds_a_tensor_which_cannot_be_compared_is_checked(held: Callable[[], Tensor]) -> None:
+    model = mlp()
+    tensor = model.held = held()
+    assert codes(check_rdrop(model, X)) == set()
+    assert model.held is tensor
 
 
 @pytest.mark.parametrize(

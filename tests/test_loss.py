@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rdrop import (
     LossTerms,
+    alpha_at,
     bernoulli_kl,
     binary_cross_entropy,
     check_logits,
@@ -656,6 +658,34 @@ def test_compiled_in_one_graph_equals_eager(backend):
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, from inside torch
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float64, {}),
+        (torch.float32, {"implementation": "reference"}),
+        (torch.float32, {"task_passes": (0,), "divergence": kl_from_first}),
+        (torch.float32, {"task_loss": binary_cross_entropy, "divergence": bernoulli_kl}),
+    ],
+    ids=["kernel", "float64", "reference", "simcut", "multi-label"],
+)
+def test_compiled_with_an_alpha_that_rises_equals_eager(dtype, options, fullgraph):
+    labels = torch.rand(4, 5).round() if "task_loss" in options else torch.arange(4)
+
+    def loss(logits: Tensor, alpha: float) -> Tensor:
+        return rdrop_loss(logits, labels, alpha=alpha, **options).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)
+    logits = random_logits(8, 5, dtype=dtype).requires_grad_()
+    for step in range(4):
+        alpha = alpha_at(step, 4, 4.0, "quadratic")
+        expected, found = (torch.autograd.grad(how(logits, alpha), logits)[0] for how in (loss, compiled))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_meta_tensors_give_shapes_without_values():
     logits, labels = torch.empty(6, 5, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
     assert rdrop_loss(logits, labels, alpha=1.0, reduction="none").loss.shape == (3,)
@@ -666,6 +696,25 @@ def test_differentiating_twice_is_refused():
     loss = rdrop_loss(logits, torch.tensor([0]), alpha=1.0).loss
     with pytest.raises(RuntimeError, match="symmetric_kl can be differentiated once only"):
         torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_the_remedy_for_a_second_derivative_of_the_plain_loss_works():
+    logits, labels = random_logits(2, 3, dtype=torch.float32).requires_grad_(), torch.tensor([0])
+
+    def gradient(**options: Any) -> Tensor:
+        loss = rdrop_loss(logits, labels, alpha=0.0, **options).loss
+        return torch.autograd.grad(loss, logits, create_graph=True)[0]
+
+    if kernels.available()["cpu"] is None:
+        with pytest.raises(RuntimeError, match="pass implementation='reference'"):
+            gradient()
+    assert torch.autograd.grad(gradient(implementation="reference").square().sum(), logits)[0].norm() > 0
+
+
+@pytest.mark.parametrize("labels", [None, [0], 0])
+def test_what_is_no_tensor_is_refused(labels):
+    with pytest.raises(TypeError, match=f"labels must be a tensor, and is of type {type(labels).__name__}"):
+        rdrop_loss(random_logits(2, 3), labels, alpha=1.0)
 
 
 def test_the_loss_leaves_its_inputs_alone():
@@ -1068,8 +1117,11 @@ def test_a_forward_mode_derivative_is_refused_and_never_zero(implementation):
 
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         torch.func.jvp(loss, (logits,), (logits,))
-    with pytest.raises(NotImplementedError, match="take the gradient by backward"):
+    with pytest.raises(NotImplementedError, match=r"take its gradient by loss\.backward"):
         torch.func.jacfwd(loss)(logits)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match=r"no rules for torch.func .* by loss.backward"):
+            transform(loss)(logits[None] if transform is torch.func.vmap else logits)
 
 
 def test_check_logits_takes_the_numbers_of_a_regression():

@@ -347,6 +347,19 @@ def test_dropout_is_no_rounding_in_any_dtype(dtype: torch.dtype) -> None:
     assert agree(split_passes(model(repeat_batch(x)), 2))
 
 
+@pytest.mark.parametrize("mask", [-torch.inf, -1e9])
+def test_a_mask_has_no_part_in_whether_passes_agree(mask: float) -> None:
+    x = torch.randn(8, 5).index_fill(1, torch.tensor(0), mask)
+    eps = torch.finfo(x.dtype).eps
+    assert agree([x, x])
+    assert agree([x, x * (1 + 4 * eps)])
+    assert not agree([x, x.index_add(1, torch.tensor(1), torch.full((8, 1), 1e-3))])
+    assert not agree([x, x.index_fill(1, torch.tensor(1), -torch.inf)])
+    assert not agree([x, x.index_fill(1, torch.tensor(1), torch.nan)])
+    nearly_zero = x.index_fill(1, torch.tensor(1), 0.02)  # among numbers of 1, whose rounding it has
+    assert agree([nearly_zero, nearly_zero.index_add(1, torch.tensor(1), torch.full((8, 1), 4 * eps))])
+
+
 def test_nothing_to_split_is_an_error() -> None:
     with pytest.raises(ValueError, match="no batched tensor to split in the output, a NoneType"):
         split_passes(None)

@@ -23,13 +23,13 @@ def alpha_at(step: int, steps: int, alpha: float, schedule: AlphaSchedule = "con
     goes on as if it had not been stopped. It rises no further after `steps` updates.
     """
     if schedule not in ("constant", "linear", "quadratic"):
-        raise ValueError(f"schedule (={schedule!r}) must be 'constant', 'linear' or 'quadratic'")
+        raise ValueError(f"the schedule of alpha (={schedule!r}) must be 'constant', 'linear' or 'quadratic'")
     if schedule == "constant":
         return alpha
     if steps < 1:
         raise ValueError(
-            f"a {schedule} schedule of alpha rises over all updates, and their number (={steps}) is not known: set it, "
-            "or take schedule='constant'"
+            f"a {schedule} schedule of alpha rises over all updates, and their number (={steps}) is not known: give "
+            "the training a number of updates (max_steps, say), or take the schedule 'constant'"
         )
     progress = min(1.0, (step + 1) / steps)
     return alpha * (progress if schedule == "linear" else progress**2)

@@ -35,7 +35,7 @@ def checked_alpha(alpha: Any) -> float:
         value = float(alpha)
     except (TypeError, ValueError):
         raise TypeError(f"alpha (={alpha!r}) must be a number >= 0") from None
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:  # a compiled graph has no isfinite of a number that changes
         raise ValueError(f"alpha (={value}) must be a finite number >= 0")
     return value
 
@@ -49,16 +49,26 @@ def check_options(label_smoothing: float, reduction: Reduction, num_items: int |
         raise ValueError(f"num_items divides the mean: it needs reduction='mean', not {reduction!r}")
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Refuses a tensor with a forward-mode tangent (`torch.func.jvp`, `jacfwd`), which would come out as 0."""
+def require_tensors(**arguments: Any) -> None:
+    """Refuses a list, an array or None in the place of a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, and is of type {type(value).__name__}")
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Refuses a tensor inside a transform of `torch.func`, and one with a forward-mode tangent, which would be lost."""
     if torch.compiler.is_compiling():
         return
     unpack: Any = forward_ad.unpack_dual
-    if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "the R-Drop loss has no forward-mode derivative (torch.func.jvp, jacfwd): take the gradient by backward, "
-            "or write the formula of rdrop_loss's docstring in plain PyTorch"
-        )
+    is_transformed: Any = torch._C._functorch.is_functorch_wrapped_tensor
+    for tensor in filter(torch.is_tensor, tensors):
+        if is_transformed(tensor) or unpack(tensor).tangent is not None:
+            raise NotImplementedError(
+                "the R-Drop loss has no forward-mode derivative and no rules for torch.func (grad, vmap, jacrev, jvp, "
+                "...): take its gradient by loss.backward() or torch.autograd.grad, outside of them, or write the "
+                "formula of rdrop_loss's docstring in plain PyTorch"
+            )
 
 
 def number_of_passes(name: str, rows: Tensor, labels: Tensor, call: str) -> int:
@@ -253,7 +263,7 @@ def _check_num_items(num_items: int | Tensor, valid: Tensor) -> None:
     if torch.compiler.is_compiling() or (isinstance(num_items, Tensor) and num_items.device.type != "cpu"):
         return
     value = float(num_items)
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"num_items (={value:g}) must be >= 0 and finite")
     if value == 0 and values_may_be_read(valid) and valid.any():
         raise ValueError(

@@ -32,7 +32,8 @@ from .arguments import (
     not_finite,
     number_of_passes,
     place,
-    refuse_forward_mode,
+    refuse_transforms,
+    require_tensors,
     values_may_be_read,
 )
 from .kernels import operators, reference
@@ -129,7 +130,8 @@ def linear_rdrop_loss(
     check_options(label_smoothing, reduction, num_items)
     if chunk_positions is not None and chunk_positions < 1:
         raise ValueError(f"chunk_positions (={chunk_positions}) must be >= 1")
-    refuse_forward_mode(hidden, weight, bias)
+    require_tensors(hidden=hidden, weight=weight, labels=labels)
+    refuse_transforms(hidden, weight, bias)
     passes = _check_shapes(hidden, weight, labels, bias, class_weight)
     indices = labels.dim() < hidden.dim()
     if indices and not labels.is_floating_point():

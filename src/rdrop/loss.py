@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,8 @@ from .arguments import (
     kernel_for,
     not_finite,
     number_of_passes,
-    refuse_forward_mode,
+    refuse_transforms,
+    require_tensors,
     values_may_be_read,
 )
 from .terms import (
@@ -132,7 +134,8 @@ def rdrop_loss(
     """
     alpha = checked_alpha(alpha)
     check_options(label_smoothing, reduction, num_items)
-    refuse_forward_mode(logits, labels, weight)
+    require_tensors(logits=logits, labels=labels)
+    refuse_transforms(logits, labels, weight)
     check_options_of_classes(task_loss, label_smoothing, weight)
     if logits.dim() == labels.dim() == 1 and not (task_loss is cross_entropy and divergence in OF_SOFTMAXES):
         logits, labels = logits[:, None], labels[:, None]  # one number each, its dimension left out
@@ -287,7 +290,7 @@ def _reference_terms(
         tasks = _mean_task_loss(task_loss, of_classes, _chosen(passes, task_passes), labels)
     else:
         tasks = passes.new_zeros(valid.shape)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
+    with nullcontext() if alpha > 0 else torch.no_grad():
         divergences = _one_value_per_position(divergence(passes), valid.shape, "divergence", divergence)
     return tasks, divergences
 
@@ -298,7 +301,7 @@ def _kernel_terms_apart(
     """Computes the same with a kernel, one call for each term: the task loss has fewer passes than the divergence."""
     from . import kernels
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
+    with nullcontext() if alpha > 0 else torch.no_grad():
         _, divergences = kernels.row_terms(passes.flatten(0, 1), targets, passes=len(passes), **options)
     if not task_passes:
         return torch.zeros_like(divergences), divergences

@@ -194,11 +194,26 @@ def agree(passes: Sequence[Tensor], roundings: int = 100) -> bool:
     Of float16 and bfloat16 at most 8 roundings: their products are accumulated in float32, and a hundred roundings of
     bfloat16 are more than dropout changes.
     """
-    first = passes[0].float()
     if passes[0].dtype.itemsize < 4:
         roundings = min(roundings, 8)
-    tolerance = roundings * torch.finfo(passes[0].dtype).eps * first.abs().max()
-    return all(bool((other.float() - first).abs().max() <= tolerance) for other in passes[1:])
+    return all(near(passes[0], other, roundings * torch.finfo(passes[0].dtype).eps) for other in passes[1:])
+
+
+def near(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by at most `tolerance` of their size; NaN is near nothing.
+
+    Their size is that of the largest element which differs, or of equal ones up to a hundred times as large. A mask
+    (-inf, -1e9), the same in both, is no part of it: beside it every difference would be small.
+    """
+    if first.dtype.itemsize < 4:  # the smallest types know little arithmetic
+        first, second = first.float(), second.float()
+    moved = first != second
+    if not moved.any():
+        return True
+    largest = torch.stack([first[moved].abs().amax(), second[moved].abs().amax()]).amax()
+    sizes = first.abs()
+    scale = torch.maximum(sizes.masked_fill(~(sizes <= 100 * largest), 0.0).amax(), largest)
+    return bool(largest.isfinite() and (first - second)[moved].abs().amax() <= tolerance * scale)
 
 
 def sequential_passes(

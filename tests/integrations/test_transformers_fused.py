@@ -469,6 +469,20 @@ def test_a_frozen_output_layer_below_lora(folder: str) -> None:
     assert worst_difference(found.gradients[0], by_hand) < 1e-12
 
 
+def frozen_body() -> Any:
+    model = build(LLAMA)
+    model.model.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_output_layer_on_a_frozen_body(fused: bool, folder: str) -> None:
+    found = trained(LLAMA, folder, model=frozen_body(), fused=fused)
+    by_hand = gradients_by_hand(LLAMA, frozen_body())
+    assert set(by_hand) == {"lm_head.weight"}
+    assert worst_difference(found.gradients[0], by_hand) < 1e-12
+
+
 # -------------------------------------------------------------------------------------- the encoder, run once
 
 

@@ -182,6 +182,15 @@ def _non_finite(logits: Tensor) -> Iterator[Finding]:
             f"{bad} of {logits.numel()} logits are nan or +inf.",
             "Find their source first: learning rate, precision, a mask that hides a whole row.",
         )
+    first, second = logits.isneginf().chunk(2)
+    apart = int((first != second).sum())
+    if apart:
+        yield Finding(
+            "non-finite-logits",
+            "error",
+            f"{apart} of {first.numel()} logits are -inf in one of two passes alone: there the KL is infinite.",
+            "Mask the same classes in all passes.",
+        )
 
 
 def _probabilities(logits: Tensor) -> Iterator[Finding]:

@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..passes import near
+
 SAMPLE_SIZE = 4096
 CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set)
 
@@ -86,7 +88,7 @@ class Watch:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding: by more than `sqrt(eps)` of their largest element.
+    """Whether two tensors differ by more than rounding: by more than `sqrt(eps)` of their size, as `near` has it.
 
     Not bitwise: equal rows at different places of a batch need not give equal bits.
     """
@@ -95,10 +97,8 @@ def differ(first: Tensor, second: Tensor) -> bool:
     if first.numel() == 0:
         return False
     tolerance = torch.finfo(first.dtype).eps ** 0.5
-    if first.dtype.itemsize < 4:  # the smallest types know little arithmetic
-        first, second = first.float(), second.float()
-    scale = max(tensor.nan_to_num(0, 0, 0).abs().amax().item() for tensor in (first, second))
-    return not torch.isclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True).all()
+    unknown = first.isnan() & second.isnan()
+    return not near(first.masked_fill(unknown, 0.0), second.masked_fill(unknown, 0.0), tolerance)
 
 
 def _among(sample: Tensor, others: list[Tensor]) -> bool:
@@ -190,8 +190,14 @@ def _content_of(tensor: Tensor) -> Callable[[], object]:
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
         # Untouched tensors are not written to: a graph built before the block must stay valid for its backward.
-        if not torch.equal(tensor.detach(), content):
+        if not _is_same(tensor.detach(), content):
             with torch.no_grad():
                 tensor.copy_(content)
 
     return restore
+
+
+def _is_same(tensor: Tensor, content: Tensor) -> bool:
+    """Whether a tensor has its content still. Of sparse and nested ones torch cannot tell; then it is written again."""
+    is_comparable = tensor.layout == content.layout == torch.strided and not tensor.is_nested
+    return is_comparable and torch.equal(tensor, content)

@@ -231,7 +231,7 @@ def sequence_classification(config: Any, inputs: Batch) -> list[Target]:
     labels = _required(inputs, "labels")
     kind = config.problem_type
     is_one_class = labels.shape[1:].numel() == 1 and config.num_labels > 1
-    if is_one_class and not labels.is_floating_point() and labels.dtype not in (torch.long, torch.int):
+    if is_one_class and not labels.is_floating_point() and labels.dtype != torch.long:
         raise ValueError(
             f"labels {tuple(labels.shape)} of {labels.dtype} are not taken for classes by the models of transformers; "
             "give them as torch.long, as torch.tensor(int(label)) is"

@@ -157,6 +157,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _rows_gradient(
     ctx: Any, grad_task: Tensor | None, grad_divergence: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_divergence is None:  # alpha 0: a divergence of the caller's own would change nothing
+        refuse_second_derivative("the loss by a kernel", "pass implementation='reference'")
     refuse_second_derivative(ctx.options[2])
     logits, labels, weight, statistics = ctx.saved_tensors
     nothing = labels.new_zeros(labels.shape[:2], dtype=torch.float32)

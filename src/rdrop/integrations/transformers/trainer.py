@@ -468,7 +468,7 @@ class RDropMixin(FiniteUpdates):
             (hidden, bias), outputs = fused.run(forward)
             weight = whole(fused.layer.weight, hidden.dtype)
             hidden = by_pass(hidden, self.passes) if packed else hidden
-            self._check_hidden(hidden)
+            self._check_hidden(hidden, weight)
             compute = partial(weighed[0].linear_rdrop_loss, hidden, weight, bias, num_items=num_items[0], **options)
             with self.accelerator.autocast():
                 self._scored(targets[0], hidden, partial(F.linear, weight=weight, bias=bias))
@@ -623,9 +623,12 @@ class RDropMixin(FiniteUpdates):
             self._check_own_loss(outputs, [its_target])
         return reason
 
-    def _check_hidden(self, hidden: Tensor) -> None:
-        if not hidden.requires_grad:
-            raise ValueError("the hidden states carry no gradient in training: every parameter below them is frozen")
+    def _check_hidden(self, hidden: Tensor, weight: Tensor) -> None:
+        if not (hidden.requires_grad or weight.requires_grad):
+            raise ValueError(
+                "neither the hidden states nor the output layer carry a gradient in training: their parameters are "
+                "frozen. Let requires_grad be True for what is to be trained"
+            )
         if self._checks_left > 0:
             require_randomness(self._unwrapped_model(), [hidden], self.passes)
 
