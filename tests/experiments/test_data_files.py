@@ -21,6 +21,7 @@ from rdrop.experiments.recipes import RECIPES
 from rdrop.experiments.report.settings import distinguishing_settings, titled
 from rdrop.experiments.run_folder import find_runs
 from rdrop.experiments.run_folder.data_files import below, changed, contents_of, noting
+from rdrop.experiments.tasks.digits.recipes import DigitsRecipe
 from rdrop.experiments.tasks.task import load_task
 
 SHORT = ["tiny=true", "data.tiny=false", "updates=2", "warmup_updates=1", "evaluate_every=2", "checkpoint_every=1"]
@@ -184,6 +185,25 @@ def test_a_run_is_not_scored_again_on_an_edited_test_file_but_on_another(
     other = test.rename(tmp_path / "other.csv")
     write_rows(test, factor=3)
     assert cli.run(["evaluate", str(tmp_path / "runs"), "--test", str(other)]) == 0
+
+
+def test_a_setting_that_a_recipe_leaves_out_is_shown_as_what_it_means(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.csv")
+    for settings in (["select_by=loss"], ["select_by=score"]):
+        assert run("train", file, "alpha=0", *settings) == 0
+    found = comparisons(find_runs(tmp_path / "runs"))
+    titles = {titled(c.name, setting) for c, setting in zip(found, distinguishing_settings(found), strict=True)}
+    assert {title.partition(" (")[2] for title in titles} == {"select_by = loss)", "select_by = score)"}
+
+
+def test_what_a_recipe_leaves_out_is_what_versions_did_before_the_key() -> None:
+    left_out = DigitsRecipe.left_out
+    assert (left_out("select_by"), left_out("method.views"), left_out("alpha_schedule")) == (
+        "score",
+        "same",
+        "constant",
+    )
+    assert (left_out("model.kind"), left_out("alpha"), left_out("nobody.has_this")) == ("vit", None, None)
 
 
 def test_runs_of_two_contents_of_a_file_are_two_comparisons_whose_titles_differ(tmp_path: Path) -> None:

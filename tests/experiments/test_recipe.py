@@ -175,7 +175,7 @@ def test_an_unknown_key_is_told_the_nearest_valid_one(setting: str, nearest: str
         (["epochs=0", "updates=null"], "epochs=0: must be greater than 0"),
         (["warmup_share=0.1", "warmup_updates=40"], "warmup_share=0.1: must be 0 with warmup_updates (=40), or that 0"),
         (["alpha"], "alpha: a setting is written key=value, e.g. alpha=..."),
-        (["alpha=1", "alpha=1"], 'alpha="1": given twice'),
+        (["alpha=1", "alpha=1"], "alpha=1: given twice"),
         (["model.heads=5"], "model.hidden_size=64: must be divisible by model.heads (=5)"),
         (["model.patch_size=3"], "model.patch_size=3: must divide the edge of the image, 8 pixels"),
         (["data.train_labels=31"], "batch_size=32: must be at most data.train_labels (=31)"),

@@ -60,6 +60,11 @@ WHAT_IS_LEARNED = (
 """The keys of `data` with another value of which a known data set is another: scores are not those of the published."""
 
 
+def class_of(task: str) -> type[Recipe]:
+    """Returns the class of the recipes of a task; of one's own that is not loaded, what all recipes have in common."""
+    return _CLASSES.get(task, Recipe)
+
+
 def find_recipe(name: str) -> Recipe:
     """Returns the recipe of that name; or one saved in a file, `.../recipe.json`; or your own, `package.module:NAME`.
 

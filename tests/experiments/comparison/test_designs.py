@@ -80,8 +80,8 @@ def test_an_arm_is_named_by_what_it_differs_in(text: str, label: str) -> None:
         ("alpha=0 model.layers=3", r"^model\.layers=3: is the same in all arms"),
         ("alpha=0 views=each", r'^views="each": means nothing to an arm of plain training'),
         ("alpha=0 data.unlabeled=all", r'^data\.unlabeled="all": means nothing to an arm of plain training'),
-        ("alpha=1", r"^arm: R-Drop \(alpha 1\) is an arm already"),
-        ("alpha=0", r"^arm: baseline is an arm already"),
+        ("alpha=1", r"^arm: R-Drop \(alpha 1\) is an arm already: the recipe and its baseline always are$"),
+        ("alpha=0", r"^arm: baseline is an arm already: the recipe and its baseline always are$"),
         ("updates=0.3331x", r'^updates="0.3331x"|^updates=.*0.3331x of 800 is not a whole number'),
         ("precision=2x", r'^precision="2x": is the same in all arms'),
         ("epochs=2x", r'^epochs="2x": the recipe has updates=\d+: write updates=2x$'),
@@ -95,6 +95,12 @@ def test_an_arm_is_named_by_what_it_differs_in(text: str, label: str) -> None:
 def test_an_arm_that_cannot_be_is_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan_arms(DIGITS_VIT, [text], larger_batch=True)
+
+
+def test_an_arm_given_twice_in_other_words_is_refused() -> None:
+    twice = ["alpha=0 updates=2x", f"alpha=0 updates={2 * DIGITS_VIT.total_updates}"]
+    with pytest.raises(RecipeError, match=r"^arm: baseline, twice the updates is an arm already; leave it out once$"):
+        plan_arms(DIGITS_VIT, twice, larger_batch=True)
 
 
 def test_an_arm_may_start_from_the_weights_of_another_run() -> None:

@@ -569,7 +569,12 @@ def test_wikitext_103_has_the_papers_blocks() -> None:
         (WIKITEXT_103, {"model.dropout": None}, r"model\.dropout=null: must be a rate"),
         (WIKITEXT_103, {"model.heads": 5}, r"model\.hidden_size=768: must be divisible by model\.heads \(=5\)"),
         (WIKITEXT_103, {"data.min_count": None}, r"data\.min_count=null: must be given for words"),
-        (WIKITEXT_103, {"data.vocabulary": 10}, r"data\.vocabulary=10: must be null with data\.tokens \(=words\)"),
+        (WIKITEXT_103, {"data.vocabulary": 300}, r"data\.vocabulary=300: must be null with data\.tokens \(=words\)"),
+        (
+            WIKITEXT_103,
+            {"data.tokens": "bpe", "data.min_count": None, "data.vocabulary": 256},
+            r"data\.vocabulary=256: must be greater than or equal to 257",
+        ),
         (WIKITEXT_103, {"data.context": 512}, r"data\.context=512: must be below data\.block_size \(=512\)"),
         (WIKITEXT_103, {"data.lines": [1]}, r"data\.lines=\[\.\.\.\]: must have 3 numbers"),
         (WIKITEXT_103, {"model.adaptive_factor": 4}, r"model\.adaptive_factor=4: must be null without"),

@@ -854,6 +854,7 @@ def test_every_epoch_and_warmup_is_as_published() -> None:
         ({"data.regression": True}, r"data\.regression=true: must be true for stsb, false for others"),
         ({"data.valid": "x.csv"}, r"data\.valid=\"x\.csv\": needs data\.train"),
         ({"model.name": None}, r"model\.vocabulary=null: must be given for a model from scratch"),
+        ({"model.vocabulary": 260}, r"model\.vocabulary=260: must be greater than or equal to 261"),
         ({"model.layers": 3}, r"model\.layers=3: must be null: google-bert/bert-base-cased has its own"),
         ({"data.glue": None}, r"data\.text_column=null: must be set, or else data\.glue"),
     ],

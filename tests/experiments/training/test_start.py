@@ -99,7 +99,7 @@ def test_a_resumed_run_needs_its_start_no_more_and_ends_in_the_same_bits(started
     ("recipe", "message"),
     [
         (lambda runs: second(runs, seed=5), "holds no finished run with seed 5; train it first"),
-        (lambda runs: second(runs / "nowhere"), "does not exist"),
+        (lambda runs: second(runs / "nowhere"), r"init_from \(=.*nowhere\) is no folder; name that of a finished run"),
         (lambda runs: second(runs, **{"data.vocabulary": 50}), "has another vocabulary or other classes"),
         (lambda runs: second(runs, **{"model.hidden_size": 16}), "does not fit the model of this recipe"),
         (lambda runs: DIGITS.tiny().replace(init_from=str(runs)), "init_from .* must be null: digits does not say"),

@@ -25,6 +25,7 @@ from tests.several_processes import outputs_of
 from torch import Tensor, nn
 
 from rdrop import rdrop_loss, squared_difference, squared_error
+from rdrop.alpha import alpha_at
 from rdrop.experiments import metrics
 from rdrop.experiments.randomness import derived_seed, seed_all
 from rdrop.experiments.run_folder import ResultsError, RunFolder, find_runs
@@ -528,6 +529,12 @@ def test_an_alpha_that_overflows_is_named(alpha: float, tmp_path: Path) -> None:
     named = re.escape(f"Lower alpha (={alpha:g}): alpha / 2 times the divergence is ")
     with pytest.raises(TrainingError, match=rf"step 1: .* is inf.*{named}.*, and the task loss \d"):
         train(RECIPE.replace(alpha=alpha), tmp_path)
+
+
+def test_an_alpha_that_overflows_while_it_rises_is_named_as_it_was_set(tmp_path: Path) -> None:
+    at_first = alpha_at(0, RECIPE.total_updates, 1e300, "quadratic")
+    with pytest.raises(TrainingError, match=re.escape(f"Lower alpha (=1e+300, {at_first:.3g} in this update): ")):
+        train(RECIPE.replace(alpha=1e300, alpha_schedule="quadratic"), tmp_path)
 
 
 def test_a_score_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def _settings(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     is_plain = not arm["alpha"]
     found = [_PLAIN] if is_plain else []
     for key in {**arm, **reference}:
-        value, other = (side.get(key, _added_default(key)) for side in (arm, reference))
+        value, other = (side.get(key, Recipe.left_out(key)) for side in (arm, reference))
         if value != other and not (is_plain and is_of_rdrop(key)):
             number = int(value) if isinstance(value, float) and value.is_integer() else value
             found.append(shlex.quote(typed(key, number)))  # as `--arm` reads its words
@@ -187,11 +187,6 @@ def _flat(run: FinishedRun | LostRun) -> dict[str, Any]:
         elif key not in ("format", "name", "task", "method", "seed"):
             found[key] = value
     return found
-
-
-def _added_default(key: str) -> Any:
-    """Returns what a saved recipe leaves out."""
-    return Recipe.model_fields[key].get_default() if key in Recipe.model_fields else None
 
 
 def _planned_updates(run: FinishedRun) -> float | None:

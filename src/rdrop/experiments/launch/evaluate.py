@@ -47,7 +47,8 @@ def rescored(runs: Path, settings: list[str]) -> tuple[list[RunRecord], list[Fai
             failures.append(Failure(label, run.path, str(error), 1 if isinstance(error, CheckpointError) else 2))
             continue
         except (DataError, RecipeError) as error:  # of this run alone, or of the command
-            failures.append(Failure(label, run.path, f"{run.path}: {error}", 2))
+            where = "" if str(error).startswith(str(run.path)) else f"{run.path}: "
+            failures.append(Failure(label, run.path, f"{where}{error}", 2))
             mistakes[str(error)] = error
             continue
         scored.append(RunRecord(run.path, run.recipe, result, run.metrics))

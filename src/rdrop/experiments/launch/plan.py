@@ -127,7 +127,8 @@ def plan_arms(recipe: Recipe, arms: Sequence[str] = (), *, larger_batch: bool, e
     for arm in (*recipes, recipe):
         label = label_of(arm, recipe)
         if arm in found.values():
-            raise RecipeError("arm", f"{label} is an arm already: the recipe and its baseline always are")
+            always = ": the recipe and its baseline always are" if arm in (plain, recipe) else "; leave it out once"
+            raise RecipeError("arm", f"{label} is an arm already{always}")
         if label in found:  # of folders that have one name, or numbers that are alike in six digits
             label = ", ".join([label, *settings_between(found[label], arm)])
         found[label] = arm

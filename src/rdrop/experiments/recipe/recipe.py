@@ -280,7 +280,7 @@ class Recipe(Section):
             keys = " and ".join(f"model.{name}" for name in rates)
             raise RecipeError(
                 "alpha",
-                f"asks for R-Drop, but {keys} are 0, so all passes would be the same; "
+                f"asks for R-Drop, but {keys} {'is' if len(rates) == 1 else 'are'} 0, so all passes would be the same; "
                 "set a dropout rate above 0, or alpha=0 for plain training",
                 value=method.alpha,
             )
@@ -344,6 +344,12 @@ class Recipe(Section):
             else:
                 found[name] = None, name, field
         return found
+
+    @classmethod
+    def left_out(cls, key: str) -> Any:
+        """Returns the value that a saved recipe means which leaves this key out; None for a key of nobody's."""
+        _, _, field = cls._keys().get(saved.current_key(key), (None, "", None))
+        return field.default if field is not None and was_added(field) else None
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:

@@ -78,7 +78,7 @@ def read_settings(settings: Iterable[str], names: Iterable[str]) -> dict[str, ob
             example = "; rdrop list RECIPE shows the keys" if nearest is None else f", e.g. {nearest}=..."
             raise RecipeError(setting, f"a setting is written key=value{example}", nearest=nearest)
         if key in found:
-            raise RecipeError(key, "given twice", value=text)
+            raise RecipeError(key, "given twice", value=_read_value(text))
         found[key] = _read_value(text)
     return found
 

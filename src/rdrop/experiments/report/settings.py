@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rdrop.experiments.comparison.comparison import Comparison
-
-_ABSENT = object()
+from rdrop.experiments.recipes import class_of
 
 
 def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -30,7 +29,7 @@ def shown(value: object) -> str:
 def settings_of_arms(comparison: Comparison) -> dict[str, list[Any]]:
     """Dotted key -> its value in each arm, the seed left out, in the order of the recipe."""
     recipes = [flat(arm.recipe) for arm in comparison.arms]
-    return {key: [recipe.get(key) for recipe in recipes] for key in _keys(recipes) if key != "seed"}
+    return {key: [_value(recipe, key) for recipe in recipes] for key in _keys(recipes) if key != "seed"}
 
 
 def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
@@ -49,14 +48,14 @@ def distinguishing_settings(found: list[Comparison]) -> list[dict[str, object]]:
             for key in _keys(namesakes)
             if key != "seed"
             and not key.startswith("method.")
-            and any(other.get(key, _ABSENT) != recipe.get(key, _ABSENT) for other in namesakes)
+            and any(_value(other, key) != _value(recipe, key) for other in namesakes)
         ]
         contents = {
             f"content of {path}": content
             for path, content in own_files.items()
             if any(files[place].get(path, content) != content for place in of_name)
         }
-        settings.append({key: recipe.get(key) for key in differing} | contents)
+        settings.append({key: _value(recipe, key) for key in differing} | contents)
     labels = [{arm.label for arm in comparison.arms} for comparison in found]
     told = [titled(comparison.name, setting) for comparison, setting in zip(found, settings, strict=True)]
     for setting, title, own in zip(settings, told, labels, strict=True):
@@ -75,6 +74,11 @@ def titled(name: str, setting: Mapping[str, object]) -> str:
     """The name of a comparison, with the settings that tell it from others of that name."""
     details = ", ".join(f"{key} = {shown(value)}" for key, value in setting.items())
     return f"{name} ({details})" if details else name
+
+
+def _value(recipe: Mapping[str, Any], key: str) -> Any:
+    """Returns the value of a key in a flat recipe, also of one that is left out because it is what it was before."""
+    return recipe[key] if key in recipe else class_of(recipe["task"]).left_out(key)
 
 
 def _keys(recipes: Iterable[Mapping[str, Any]]) -> list[str]:

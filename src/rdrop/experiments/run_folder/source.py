@@ -28,6 +28,8 @@ def find_source(init_from: str, seed: int) -> RunRecord:
     Raises `ResultsError` if there is none, or more than one.
     """
     path = Path(init_from)
+    if not path.is_dir():
+        raise ResultsError(f"init_from (={path}) is no folder; name that of a finished run, or of several")
     found = [(run, run.result) for run in find_runs(path) if run.problem is None]
     finished = [run for run, result in found if result is not None and _damage(run.path, run.recipe, result) is None]
     if len(finished) == 1 and finished[0].path == path:

@@ -46,7 +46,7 @@ def refusals() -> Iterator[None]:
 
 def advice(recipe: Recipe, step: int, measured: Mapping[str, float] | None = None) -> str:
     """Returns what to do where the update after `step` failed; `measured` are its loss and what the loss is made of."""
-    by_alpha = _advice_on_alpha(measured or {})
+    by_alpha = _advice_on_alpha(recipe, measured or {})
     if by_alpha is not None:
         return by_alpha
     clip = "set clip_norm" if recipe.clip_norm is None else f"clip_norm (={recipe.clip_norm:g})"
@@ -64,11 +64,13 @@ def _batch_in_words(batch: dict[str, Any]) -> str:
     return f"Its batch has the training examples {shown}{more}, counted from 0, of epoch {batch['epoch']}."
 
 
-def _advice_on_alpha(measured: Mapping[str, float]) -> str | None:
+def _advice_on_alpha(recipe: Recipe, measured: Mapping[str, float]) -> str | None:
     """Returns what to do where an update failed by the weight of the divergence; None where it is not that."""
     alpha, task_loss = measured.get("alpha", 0.0), measured.get("task_loss", math.nan)
     weighted = alpha / 2 * measured.get("divergence", 0.0)
     if not weighted > DOMINATES * abs(task_loss):  # as of NaN
         return None
     terms = f"alpha / 2 times the divergence is {weighted:.3g}, and the task loss {task_loss:.3g}"
-    return f"Lower alpha (={alpha:g}): {terms}."
+    own = recipe.method.alpha
+    here = "" if alpha == own else f", {alpha:.3g} in this update"
+    return f"Lower alpha (={own:g}{here}): {terms}."

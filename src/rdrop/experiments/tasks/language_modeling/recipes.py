@@ -9,7 +9,7 @@ and what a perplexity is here.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,9 @@ class LanguageModelingData(DataFiles):
         "learned from the training text. null: the tokens of the pre-trained model."
     )
     min_count: Count | None = Field(description="Words: one that the training text has less often becomes <unk>.")
-    vocabulary: Count | None = Field(None, description="BPE: number of pieces, at most.")
+    vocabulary: Annotated[Count, Field(ge=257)] | None = Field(
+        None, description="BPE: number of pieces, at most; 256 bytes and the end of a text are always among them."
+    )
     block_size: Count = Field(description="Tokens of a training example, and the most that the model ever sees.")
     context: int = Field(
         ge=0,

@@ -15,9 +15,9 @@ from pydantic import Field, model_validator
 from rdrop.experiments.recipe import SYNTHETIC, DataFiles, DecodingSection, NewOrPretrainedModel, Recipe
 from rdrop.experiments.recipe.method import Method
 from rdrop.experiments.recipe.published import Published
-from rdrop.experiments.recipe.settings import LARGEST_COUNT, Count, Probability, RecipeError
+from rdrop.experiments.recipe.settings import Count, Probability, RecipeError
 
-Vocabulary = Annotated[int, Field(ge=260, le=LARGEST_COUNT)]  # 256 bytes and 4 special tokens
+Vocabulary = Annotated[Count, Field(ge=260)]  # 256 bytes and 4 special tokens
 
 
 class SummarizationData(DataFiles):

@@ -74,7 +74,11 @@ class TextClassificationModel(NewOrPretrainedModel):
         description="A pre-trained encoder: its id on the Hugging Face hub, or a folder with its config.json. null: "
         "BERT's architecture from scratch, of the size that the next keys say.",
     )
-    vocabulary: Count | None = Field(None, description="Entries of the byte-level BPE learned from the training texts.")
+    vocabulary: Annotated[Count, Field(ge=261)] | None = Field(
+        None,
+        description="Entries, at most, of the byte-level BPE learned from the training texts; 256 bytes and 5 special "
+        "tokens are always among them.",
+    )
     layers: Count | None = Field(None, description="Transformer layers.")
     hidden_size: Count | None = Field(None, description="Width of the residual stream.")
     heads: Count | None = Field(None, description="Attention heads per layer.")
