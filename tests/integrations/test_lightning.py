@@ -151,7 +151,7 @@ def test_alpha_rises_with_the_updates_of_lightning_and_resumes_to_the_same_bits(
 
 def test_an_alpha_that_rises_over_an_unknown_number_of_updates_is_refused() -> None:
     trainer = L.Trainer(max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"their number \(=0\) is not known: set it"):
+    with pytest.raises(ValueError, match=r"their number \(=0\) is not known: give the training"):
         trainer.fit(Classifier(RDropCallback(alpha="auto")), torch.utils.data.DataLoader(LABELS))
     with pytest.raises(ValueError, match="must be 'constant', 'linear' or 'quadratic'"):
         RDropCallback(alpha=1.0, alpha_schedule="cosine")

@@ -305,7 +305,7 @@ def test_a_run_that_cannot_be_scored_is_named_and_the_others_are(
             raise error
         return dict(run.result)
 
-    monkeypatch.setattr("rdrop.experiments.training.evaluation.rescore", score)
+    monkeypatch.setattr("rdrop.experiments.launch.evaluate.rescore", score)
     for number in (0, 1):
         bad[:] = paths[number : number + 1]
         out, err = shown([compared, "--json"], capsys, status)
