@@ -58,6 +58,15 @@ def test_plain_training_is_not_told_to_change_alpha() -> None:
     )
 
 
+def test_a_run_that_patience_ended_is_told_to_raise_it_and_not_to_train_for_more_updates() -> None:
+    recipe, found = PLAIN.replace(patience=3), rows((300, 0.01, 5.0), (400, 0.02, 4.9))
+    said = beginning.note_on_beginning(found, recipe, {})["has begun"]
+    assert said.endswith("lower learning_rate (=0.05), or raise patience (=3), which ended training after 400 updates")
+    assert (beginning.new_warning(found, recipe, {}) or "").endswith("or train longer than 1000 updates")
+    found += rows((1000, 0.02, 4.9))
+    assert beginning.note_on_beginning(found, recipe, {})["has begun"].endswith("or train longer than 1000 updates")
+
+
 def test_a_sign_that_is_no_number_says_nothing() -> None:
     found = [{"kind": "valid", "step": step, "loss": 1.0, "prediction_spread": None} for step in (300, 400)]
     assert complaints(found, LONG) == [None]

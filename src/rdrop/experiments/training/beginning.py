@@ -62,7 +62,8 @@ def note_on_beginning(
     if not any(found):
         return {}
     if found[-1] is not None:
-        return {"has begun": f"no: {found[-1]}"}
+        before, last = rows[-2:]
+        return {"has begun": f"no: {_complaint(before, last, recipe, has_ended=True)}"}
     last = max(place for place, complaint in enumerate(found) if complaint is not None)
     begun = rows[last + 2]["step"]  # of the first score there is no complaint
     return {"has begun": f"{LATE}, by the score after {begun} of {rows[-1]['step']} updates"}
@@ -78,11 +79,13 @@ def _tells_apart(last: Mapping[str, Any], constant: Mapping[str, float]) -> bool
     return name in last and name in constant and bool(1 - last[name] <= (1 - constant[name]) / 2)
 
 
-def _complaint(before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str | None:
+def _complaint(
+    before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe, *, has_ended: bool = False
+) -> str | None:
     if has_begun(last):
         return None
     sign = next(name for name, least in LEAST.items() if _is_below(last.get(name), least))
-    return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe)}"
+    return f"{_seen(sign, last[sign], last['step'])}; {_remedy(sign, before, last, recipe, has_ended)}"
 
 
 def _seen(sign: str, value: float, step: int) -> str:
@@ -98,7 +101,7 @@ def _seen(sign: str, value: float, step: int) -> str:
     )
 
 
-def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe) -> str:
+def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recipe: Recipe, has_ended: bool) -> str:
     rate, warmup = f"learning_rate (={recipe.learning_rate:g})", f"warmup_updates (={recipe.warmup_updates})"
     is_growing = last[sign] > before.get(sign, 0.0)
     # The source use is a difference of two losses: when it is this small, so are the errors of its measurement.
@@ -107,6 +110,8 @@ def _remedy(sign: str, before: Mapping[str, Any], last: Mapping[str, Any], recip
         return f"it has collapsed{falls}: lower {rate} or raise {warmup}"
     grows = " and this grows" if is_growing else ""
     longer = f"train longer than {recipe.updates} updates"
+    if has_ended and recipe.patience is not None and last["step"] < recipe.total_updates:
+        longer = f"raise patience (={recipe.patience}), which ended training after {last['step']} updates"
     alpha = [] if recipe.method.is_plain else [f"lower alpha (={recipe.method.alpha:g})"]
     if alpha and recipe.method.alpha_schedule != "quadratic":
         alpha = [f"delay alpha (alpha_schedule=quadratic) or {alpha[0]}"]
