@@ -217,7 +217,7 @@ def test_parallel_files_that_are_not_both_there_are_named_with_how_to_name_them(
         ("source\ttarget\na\n", r"own\.tsv:2: the row has 1 fields and the header 2"),
         ("source\ttarge\na\tb\n", r"own\.tsv:1: has no column 'target' \(the nearest is 'targe'\)"),
         (
-            "eins\tone\nzwei\ttwo\n",
+            "ein Hund\ta dog\nzwei\ttwo\n",
             r"own\.tsv:1: has no column 'source', only .*; if this line is an example.*x09target'",
         ),
     ],

@@ -497,10 +497,15 @@ def test_columns_of_other_names_are_found_by_following_the_message(tmp_path: Pat
     for column, name in names.items():
         with pytest.raises(DataError, match=rf"a\.csv:1: has no column '{column}', only .*; (or )?set data\.") as error:
             splits(OWN, **changes)
-        key = re.search(r"set data\.(\w+) to", str(error.value))
+        key = re.search(r"set data\.(\w+) to", str(error.value).partition("if this line is an example")[0])
         assert key is not None
         changes[key[1]] = name
     assert len(splits(OWN, **changes).train) == 16
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_to_be_renamed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r": is a folder; give one file in it$"):
+        splits(OWN, train=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a b.csv", "a.tsv", "a.csv.gz", "sep.csv", "mark.csv"])

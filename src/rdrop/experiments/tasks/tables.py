@@ -113,6 +113,8 @@ def table_kind(path: AnyPath) -> str:
     plain = Path(path).with_suffix("") if Path(path).suffix in COMPRESSED else Path(path)
     kind = plain.suffix
     if kind not in TABLES:
+        if Path(path).is_dir():
+            raise DataError(f"{path}: is a folder; give one file in it")
         remedy = OTHER_KINDS.get(Path(path).suffix.lower(), "rename it")
         raise DataError(f"{path}: the name must end in {', '.join(TABLES)}, or one of them and .gz or .xz; {remedy}")
     return kind
@@ -191,7 +193,8 @@ def require_columns(
             hint = "" if nearest is None else f" (the nearest is {nearest!r})"
             shown = ", ".join(map(repr, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
             renaming = f"set {keys[column]} to the name it has here, or rename it" if column in keys else "rename it"
-            remedies = [naming, renaming] if nearest is None else [renaming, naming]
+            are_names = nearest is not None or (column in keys and all(map(str.isidentifier, names)))
+            remedies = [renaming, naming] if are_names else [naming, renaming]
             remedy = "; or ".join(filter(None, remedies))
             raise DataError(f"{where}: has no column {column!r}{hint}, only {shown[:500]}; {remedy}")
 
