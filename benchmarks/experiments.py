@@ -98,6 +98,12 @@ def shown() -> set[str]:
     return {match[2] for text in texts for pattern in (PART, CONTRAST) for match in pattern.finditer(text)}
 
 
+def complete_comparisons() -> dict[str, Comparison]:
+    """Those that a page has, by name: the others wait for the rest of their seeds."""
+    names = shown()
+    return {name: comparison for name, comparison in recorded_comparisons().items() if name in names}
+
+
 def rewritten(page: str, found: dict[str, Comparison]) -> str:
     """The text of a page with its parts made from the records."""
     page = PART.sub(lambda part: f"{part[1]}{result(found[part[2]])}\n{part[3]}", page)
@@ -202,7 +208,7 @@ def main() -> None:
     record_looks(RESULTS, (found[name].look() for name in sorted(shown())))
     for page in PAGES:
         page.write_text(rewritten(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    gains.PLOT.write_text(gains.draw(found), encoding="utf-8")
+    gains.PLOT.write_text(gains.draw(complete_comparisons()), encoding="utf-8")
 
 
 if __name__ == "__main__":

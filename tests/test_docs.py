@@ -183,13 +183,13 @@ def test_nobody_has_looked_at_a_verdict_that_no_page_has():
 
 
 def test_the_plot_of_gains_is_that_of_the_records():
-    svgs = gains.PLOT.read_text(encoding="utf-8"), gains.draw(experiments.recorded_comparisons())
+    svgs = gains.PLOT.read_text(encoding="utf-8"), gains.draw(experiments.complete_comparisons())
     drawn = [re.findall(r"<text [^>]*>([^<]*)</text>", svg) for svg in svgs]
     assert drawn[0] == drawn[1] != []
 
 
 def test_gains_are_sorted_by_pairs_and_have_the_mean_in_their_interval():
-    found = gains.gains(experiments.recorded_comparisons())
+    found = gains.gains(experiments.complete_comparisons())
     assert list(found) == ["baseline", "baseline, twice the batch", "baseline, twice the updates"]
     for points in found.values():
         assert [point.pairs for point in points] == sorted({point.pairs for point in points})

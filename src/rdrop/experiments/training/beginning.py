@@ -62,8 +62,7 @@ def note_on_beginning(
     if not any(found):
         return {}
     if found[-1] is not None:
-        before, last = rows[-2:]
-        return {"has begun": f"no: {_complaint(before, last, recipe, has_ended=True)}"}
+        return {"has begun": f"no: {_complaint(rows[-2], rows[-1], recipe, has_ended=True)}"}
     last = max(place for place, complaint in enumerate(found) if complaint is not None)
     begun = rows[last + 2]["step"]  # of the first score there is no complaint
     return {"has begun": f"{LATE}, by the score after {begun} of {rows[-1]['step']} updates"}
